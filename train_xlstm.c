@@ -18,6 +18,7 @@
 #endif
 #ifdef USE_OPENBLAS
 #include <cblas.h>
+#undef I  // <complex.h>, which cblas.h brings in, makes it the imaginary unit; here it is a width
 #define MATMUL_NAME "OpenBLAS"
 #else
 #define MATMUL_NAME "built-in"
@@ -1826,7 +1827,7 @@ static void cpu_build(const ModelConfig *config, const TensorTable *table, const
     take_activations(&arena, m);
     size_t states = m->states.total * (size_t)(run->num_state_rows + (run->num_state_rows ? run->max_batch : 0) + 1);
     size_t kinds = run->training ? 4 : 1;
-    printf("memory: weights%s %.1f MiB, activations %.1f MiB, states %.1f MiB\n",
+    fprintf(run->training ? stdout : stderr, "memory      weights%s %.1f MiB, activations %.1f MiB, states %.1f MiB\n",
            run->training ? ", gradients and moments" : "", (double)(kinds * table->total) / mib,
            (double)arena.used / mib, (double)states / mib);
     m->params = (real *)xcalloc(table->total, sizeof(real));

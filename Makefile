@@ -1,0 +1,140 @@
+# Builds the trainers and their tests.
+#
+#   make              train_xlstm and data/tokenize; train_xlstmcu too where nvcc is
+#   make test         builds and runs every test; the last line is "N passed, N failed"
+#   make tests        builds the test programs only
+#   make clean        removes what was built
+#
+#   V=1               shows the commands
+#   DEBUG=1           no optimisation, debug information
+#   SANITIZE=1        address and undefined-behaviour sanitizers
+#   NO_OMP=1          without OpenMP (one thread)
+#   NO_OPENBLAS=1     the built-in matrix product even where OpenBLAS is
+#   CC=clang CFLAGS=... LDFLAGS=...    as usual; CFLAGS come after our own
+#
+# Libraries are found by compiling and linking a program that uses them. A change of flags, compiler or libraries
+# rebuilds. Objects go to build/.
+
+ifeq ($(origin CC),default)
+CC := cc
+endif
+BUILD := build
+Q := $(if $(V),,@)
+GOALS := $(or $(MAKECMDGOALS),all)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there
+
+H := \#
+# $(call try,program,flags): 1 if the C program compiles and links with the flags
+try = $(shell printf '$(1)\n' | $(CC) -x c - -o /dev/null $(2) >/dev/null 2>&1 && echo 1)
+# $(call first,program,candidates): the first candidate that works. Within a candidate | stands for a space.
+first = $(subst |, ,$(firstword $(foreach c,$(2),$(if $(call try,$(1),$(subst |, ,$(c))),$(c)))))
+empty :=
+space := $(empty) $(empty)
+
+ifneq ($(filter-out clean,$(GOALS)),)
+EMPTY_MAIN := int main(void) { return 0; }
+NATIVE := $(call first,$(EMPTY_MAIN),-march=native -mcpu=native)
+BREW := $(firstword $(wildcard /opt/homebrew/opt /usr/local/opt))
+
+ifndef NO_OMP
+OMP_MAIN := $(H)include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }
+OMP := $(call first,$(OMP_MAIN),-fopenmp \
+    $(if $(BREW),-Xpreprocessor|-fopenmp|-I$(BREW)/libomp/include|-L$(BREW)/libomp/lib|-lomp))
+endif
+
+BLAS_MAIN := $(H)include <cblas.h>\nint main(void) { openblas_set_num_threads(1); return (int)cblas_sasum(0, 0, 1); }
+ifndef NO_OPENBLAS
+BLAS := $(call first,$(BLAS_MAIN),$(subst $(space),|,$(strip $(shell pkg-config --cflags --libs openblas 2>/dev/null))) \
+    -lopenblas -I/usr/include/openblas|-lopenblas \
+    $(if $(BREW),-I$(BREW)/openblas/include|-L$(BREW)/openblas/lib|-lopenblas))
+endif
+
+CUDA_HOME ?= $(or $(wildcard $(CUDA_PATH)),$(patsubst %/bin/nvcc,%,$(realpath $(shell command -v nvcc 2>/dev/null))),$(wildcard /usr/local/cuda))
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+GIT := $(shell git describe --always --dirty 2>/dev/null)
+endif
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags. No -ffast-math: the guards against NaN and the order of sums must stay as written.
+
+OPTIMISE := -O3 $(NATIVE) -fno-math-errno -fno-trapping-math -ffp-contract=fast
+ifdef DEBUG
+OPTIMISE := -O0 -g
+endif
+ifdef SANITIZE
+OPTIMISE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+endif
+WARN := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas)
+libs_of = $(filter -L% -l%,$(1))
+ALL_CFLAGS := $(strip -std=gnu11 $(OPTIMISE) $(WARN) $(filter-out -L% -l%,$(OMP)) $(CFLAGS))
+BLAS_CFLAGS := $(if $(BLAS),-DUSE_OPENBLAS $(filter-out -L% -l%,$(BLAS)))
+BLAS_LIBS := $(call libs_of,$(BLAS))
+LIBS := $(call libs_of,$(OMP)) -lm
+# For the first line of log.jsonl. The commit is left out of what triggers a rebuild: if no file changed, it is the same.
+ABOUT := -DBUILD_FLAGS='"$(subst ",,$(ALL_CFLAGS))"' -DBUILD_GIT='"$(GIT)"'
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
+
+.PHONY: all tests test print-tests print-nvcc clean FORCE
+.DELETE_ON_ERROR:
+
+CUDA_PROGRAMS := $(if $(and $(NVCC),$(wildcard train_xlstm.cu)),train_xlstmcu)
+all: train_xlstm data/tokenize $(CUDA_PROGRAMS) | summary
+
+.PHONY: summary
+summary:
+	@echo "compiler $(CC) | OpenMP $(if $(OMP),yes,no) | OpenBLAS $(if $(BLAS),yes,no: built-in matmul) |" \
+	    "nvcc $(or $(NVCC),no)$(if $(DEBUG), | DEBUG)$(if $(SANITIZE), | SANITIZE)"
+
+# What everything depends on: rewritten only when it changes.
+$(BUILD)/flags: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(CC) $(subst ',,$(ALL_CFLAGS) $(BLAS_CFLAGS) $(BLAS_LIBS) $(LIBS) $(LDFLAGS))' | cmp -s - $@ || \
+	    echo '$(CC) $(subst ',,$(ALL_CFLAGS) $(BLAS_CFLAGS) $(BLAS_LIBS) $(LIBS) $(LDFLAGS))' >$@
+
+# $(eval $(call program,PROGRAM,SOURCE,CFLAGS,LIBS)): one source file, one program
+define program
+$(1): $(BUILD)/obj/$(notdir $(1)).o
+	@echo "  link     $$@"
+	$(Q)$(CC) $(ALL_CFLAGS) $$< -o $$@ $(4) $(LIBS) $(LDFLAGS)
+$(BUILD)/obj/$(notdir $(1)).o: $(2) $(BUILD)/flags
+	@mkdir -p $$(@D)
+	@echo "  compile  $(2) -> $$@"
+	$(Q)$(CC) $(ALL_CFLAGS) $(3) -MMD -MP -c $$< -o $$@
+endef
+
+$(eval $(call program,train_xlstm,train_xlstm.c,$(BLAS_CFLAGS) $(ABOUT),$(BLAS_LIBS)))
+$(eval $(call program,data/tokenize,data/tokenize.c))
+
+# Tests of the mathematics: in double, in float, and in float with OpenBLAS where it is. The built-in matmul is part of
+# what they check, so all other tests do without OpenBLAS.
+TESTS := test_xlstm test_xlstm_float $(if $(BLAS),test_xlstm_openblas) test_files fuzz_files test_loop
+HELPERS := faulty_trainer compare
+$(eval $(call program,$(BUILD)/test_xlstm,test_xlstm.c,-DTESTING -DREAL_DOUBLE))
+$(eval $(call program,$(BUILD)/test_xlstm_float,test_xlstm.c,-DTESTING))
+$(eval $(call program,$(BUILD)/test_xlstm_openblas,test_xlstm.c,-DTESTING $(BLAS_CFLAGS),$(BLAS_LIBS)))
+# dev/test/NAME.c, dev/fuzz/NAME.c -> build/NAME, quick to compile; measurements in dev/bench are built as the trainer is
+$(foreach source,$(wildcard dev/test/*.c dev/fuzz/*.c),\
+    $(eval $(call program,$(BUILD)/$(basename $(notdir $(source))),$(source),-DTESTING -O1)))
+$(foreach source,$(wildcard dev/bench/*.c),\
+    $(eval $(call program,$(BUILD)/$(basename $(notdir $(source))),$(source),-DTESTING $(BLAS_CFLAGS),$(BLAS_LIBS))))
+
+tests: all $(addprefix $(BUILD)/,$(TESTS) $(HELPERS))
+
+test:
+	+@bash scripts/test.sh
+
+# for scripts
+print-tests:
+	@echo $(TESTS)
+print-nvcc:
+	@echo $(NVCC)
+
+clean:
+	rm -rf $(BUILD) train_xlstm train_xlstmcu data/tokenize
+
+FORCE:
+-include $(wildcard $(BUILD)/obj/*.d)

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# test_parity.sh: loss, logits and all gradients of tiny models against the authors' PyTorch code, which wrote
+# dev/test/fixtures (dev/reference/README.md), through --load and --dump as a user has them.
+#
+#   bash dev/test/test_parity.sh [NAME]        only the fixture NAME, with every tensor's distance
+#
+# Each fixture runs as its args.txt says, with another chunk length, with recomputation, and in a run of 2 threads.
+# Prints the worst distances (relative L2) of each run and, last, "N passed, N failed".
+set -u
+export LC_ALL=C
+cd "$(dirname "$0")/../.." || exit 1
+FIXTURES=dev/test/fixtures
+
+make -s train_xlstm >/dev/null && mkdir -p build && ${CC:-cc} -std=gnu11 -O1 dev/test/compare.c -o build/compare -lm ||
+    { echo "0 passed, 1 failed"; exit 1; }
+WORK=$(mktemp -d "${TMPDIR:-/tmp}/test_parity.XXXXXX")
+trap 'rm -rf "$WORK"' EXIT
+PASSED=0 FAILED=0
+
+# parity FIXTURE WHAT FLAGS...
+parity() {
+    local dir=$FIXTURES/$1 what="$1 $2" name=$1
+    shift 2
+    # shellcheck disable=SC2046 # args.txt holds words
+    if ./train_xlstm --load "$dir" --train "$dir/tokens.bin" $(cat "$dir/args.txt") "$@" --dump "$WORK/dump" \
+        >"$WORK/run.log" 2>&1 &&
+        build/compare "$dir/expected.safetensors" "$WORK/dump" loss=1e-5 logits=1e-5 grad=1e-4 >"$WORK/compare.log" 2>&1; then
+        PASSED=$((PASSED + 1))
+    else
+        FAILED=$((FAILED + 1))
+        echo "FAILED: $what"
+        { tail -n 3 "$WORK/run.log"; grep -e FAIL -e error "$WORK/compare.log"; } 2>/dev/null | sed 's/^/    /'
+    fi
+    [ "$ONLY" = "$name" ] && cat "$WORK/compare.log"
+    printf '%-36s %s\n' "$what" "$(tail -n 1 "$WORK/compare.log" 2>/dev/null)"
+    rm -f "$WORK/dump" "$WORK/compare.log"
+}
+
+ONLY=${1:-}
+for dir in "$FIXTURES"/*/; do
+    name=$(basename "$dir")
+    [ -z "$ONLY" ] || [ "$ONLY" = "$name" ] || continue
+    parity "$name" "" --threads 1
+    parity "$name" "chunk 5" --threads 1 --chunk 5
+    parity "$name" "recompute" --threads 1 --recompute block
+    parity "$name" "2 threads" --threads 2
+done
+echo "$PASSED passed, $FAILED failed"
+[ "$FAILED" = 0 ] && [ "$PASSED" -gt 0 ]

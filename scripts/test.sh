@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# test.sh: builds everything and runs every test.
+#
+#   bash scripts/test.sh        (also: make test)
+#
+# Installs a compiler, make and OpenBLAS with apt-get if they are missing and that is allowed; without OpenBLAS the tests
+# that need it are left out. CUDA files are compiled for all major targets where nvcc is; that takes no GPU.
+# The last line is "N passed, N failed", the sum over all test programs; exit code 1 if any failed, 2 if nothing can be
+# built here.
+set -u
+cd "$(dirname "$0")/.." || exit 2
+export LC_ALL=C
+
+bash scripts/install.sh build || exit 2
+bash scripts/install.sh blas || echo "test.sh: going on without OpenBLAS"
+
+PASSED=0 FAILED=0
+LOG=$(mktemp)
+trap 'rm -f "$LOG"' EXIT
+START=$SECONDS
+
+# run NAME COMMAND...: adds up the command's own "N passed, N failed". A command that ends badly without having counted a
+# failure, or counts nothing, is one failure itself.
+run() {
+    local name=$1 start=$SECONDS code=0 counts passed failed
+    shift
+    "$@" >"$LOG" 2>&1 || code=$?
+    counts=$(grep -Eo '[0-9]+ passed, [0-9]+ failed' "$LOG" | tail -n 1)
+    passed=${counts%% *}
+    failed=${counts#*, }
+    failed=${failed%% *}
+    if [ -z "$counts" ] || { [ $code != 0 ] && [ "$failed" = 0 ]; }; then
+        passed=${passed:-0}
+        failed=$((${failed:-0} + 1))
+        echo "$name ended with exit code $code" >>"$LOG"
+    fi
+    PASSED=$((PASSED + passed))
+    FAILED=$((FAILED + failed))
+    [ "$failed" = 0 ] || tail -n 60 "$LOG"
+    printf '%-28s %5d passed, %d failed  (%d s)\n' "$name" "$passed" "$failed" $((SECONDS - start))
+}
+
+# compiles NAME COMMAND...: passes if the command succeeds
+compiles() {
+    local name=$1
+    shift
+    # shellcheck disable=SC2016 # the inner shell expands it
+    run "$name" bash -c '"$@" && echo "1 passed, 0 failed"' _ "$@"
+}
+
+compiles "build" make -j"$(getconf _NPROCESSORS_ONLN)" tests
+if [ "$FAILED" = 0 ]; then
+    if command -v g++ >/dev/null; then
+        compiles "shared headers as C++17" g++ -std=c++17 -Wall -Wextra -Wno-unused-function -Werror -fsyntax-only -x c++ xlstmc/trainer.h
+    fi
+    for name in $(make -s print-tests); do run "$name" "build/$name"; done
+    for script in dev/test/*.sh; do run "${script##*/}" bash "$script"; done
+fi
+
+NVCC=$(make -s print-nvcc)
+if [ -n "$NVCC" ]; then
+    for file in $(find . -name '*.cu' -not -path './build/*' | sort); do
+        compiles "$file" "$NVCC" -std=c++17 -arch=all-major -I. -c "$file" -o /dev/null
+    done
+fi
+
+echo "all tests in $((SECONDS - START)) s"
+echo "$PASSED passed, $FAILED failed"
+[ "$FAILED" = 0 ]
