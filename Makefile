@@ -46,12 +46,14 @@ endif
 
 BLAS_MAIN := $(H)include <cblas.h>\nint main(void) { openblas_set_num_threads(1); return (int)cblas_sasum(0, 0, 1); }
 ifndef NO_OPENBLAS
-BLAS := $(call first,$(BLAS_MAIN),$(subst $(space),|,$(strip $(shell pkg-config --cflags --libs openblas 2>/dev/null))) \
+PKG_BLAS := $(shell pkg-config --cflags --libs openblas 2>/dev/null)
+BLAS := $(call first,$(BLAS_MAIN),$(subst $(space),|,$(strip $(PKG_BLAS))) \
     -lopenblas -I/usr/include/openblas|-lopenblas \
     $(if $(BREW),-I$(BREW)/openblas/include|-L$(BREW)/openblas/lib|-lopenblas))
 endif
 
-CUDA_HOME ?= $(or $(wildcard $(CUDA_PATH)),$(patsubst %/bin/nvcc,%,$(realpath $(shell command -v nvcc 2>/dev/null))),$(wildcard /usr/local/cuda))
+CUDA_OF_NVCC := $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v nvcc 2>/dev/null)))
+CUDA_HOME ?= $(or $(wildcard $(CUDA_PATH)),$(CUDA_OF_NVCC),$(wildcard /usr/local/cuda))
 NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
 GIT := $(shell git describe --always --dirty 2>/dev/null)
 endif
@@ -66,13 +68,14 @@ endif
 ifdef SANITIZE
 OPTIMISE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 endif
-WARN := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas)
+WARN := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) \
+    $(if $(findstring clang,$(shell $(CC) --version 2>/dev/null)),-Wno-pass-failed)
 libs_of = $(filter -L% -l%,$(1))
 ALL_CFLAGS := $(strip -std=gnu11 $(OPTIMISE) $(WARN) $(filter-out -L% -l%,$(OMP)) $(CFLAGS))
 BLAS_CFLAGS := $(if $(BLAS),-DUSE_OPENBLAS $(filter-out -L% -l%,$(BLAS)))
 BLAS_LIBS := $(call libs_of,$(BLAS))
 LIBS := $(call libs_of,$(OMP)) -lm
-# For the first line of log.jsonl. The commit is left out of what triggers a rebuild: if no file changed, it is the same.
+# For the first line of log.jsonl. A new commit alone rebuilds nothing: if no file changed, the program is the same.
 ABOUT := -DBUILD_FLAGS='"$(subst ",,$(ALL_CFLAGS))"' -DBUILD_GIT='"$(GIT)"'
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ HELPERS := faulty_trainer compare
 $(eval $(call program,$(BUILD)/test_xlstm,test_xlstm.c,-DTESTING -DREAL_DOUBLE))
 $(eval $(call program,$(BUILD)/test_xlstm_float,test_xlstm.c,-DTESTING))
 $(eval $(call program,$(BUILD)/test_xlstm_openblas,test_xlstm.c,-DTESTING $(BLAS_CFLAGS),$(BLAS_LIBS)))
-# dev/test/NAME.c, dev/fuzz/NAME.c -> build/NAME, quick to compile; measurements in dev/bench are built as the trainer is
+# dev/test/NAME.c, dev/fuzz/NAME.c -> build/NAME, quick to compile; dev/bench, which measures, as the trainer
 $(foreach source,$(wildcard dev/test/*.c dev/fuzz/*.c),\
     $(eval $(call program,$(BUILD)/$(basename $(notdir $(source))),$(source),-DTESTING -O1)))
 $(foreach source,$(wildcard dev/bench/*.c),\

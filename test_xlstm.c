@@ -82,8 +82,8 @@ static double l2_distance(const double *a, const double *b, size_t n, double lea
     return top == 0 ? 0 : sqrt(top) / fmax(sqrt(size), least);
 }
 
-// How results of this build are compared with a reference in double: double by the largest error, float by L2. `least` is
-// in units of magnitude().
+// How results of this build are compared with a reference in double: double by the largest error, float by L2. `least`
+// is in units of magnitude().
 static double magnitude(const double *x, size_t n) {
     double top = 0, square = 0;
     for (size_t k = 0; k < n; k++) {
@@ -167,6 +167,19 @@ static unsigned char *make_resets(ResetKind kind, int B, int T, int chunk) {
     return resets;
 }
 
+// Where a sequence of SPLIT_T tokens is cut.
+static const int splits[][6] = {
+    {1, 100}, {99, 100}, {50, 100}, {16, 100}, {37, 100}, {1, 2, 3, 4, 100}, {5, 20, 33, 64, 97, 100}};
+enum { NUM_SPLITS = sizeof splits / sizeof splits[0], SPLIT_T = 100 };
+
+static int split_count(int k) {
+    int n = 0;
+    while (splits[k][n] != SPLIT_T) n++;
+    return n + 1;
+}
+
+static double ref_log_sigmoid(double x) { return x < 0 ? x - log1p(exp(x)) : -log1p(exp(-x)); }
+
 // ----------------------------------------------------------------------------------------------------------------
 // A grid of cases in which every pair of options occurs: full products are out of reach. Greedy: of all combinations
 // the one that covers most of the pairs that are still missing, until none is.
@@ -187,7 +200,7 @@ static Grid pair_grid(int options, const int *levels) {
     for (;;) {
         int best = 0, best_level[MAX_OPTIONS] = {0}, level[MAX_OPTIONS];
         for (long combination = 0; combination < all; combination++) {
-            long rest = combination;
+            long rest = (combination + 7919 * grid.count) % all;  // ties: not always the first levels
             int fresh = 0;
             for (int o = 0; o < options; o++) {
                 level[o] = (int)(rest % levels[o]);
@@ -226,7 +239,7 @@ static double difference(LossFunction loss, void *context, uint64_t branches, do
         same = same && b == branches;
     }
     *x = x0;
-    return same ? (f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * step) : NAN;
+    return same ? (8 * (f[2] - f[1]) - (f[3] - f[0])) / (12 * step) : NAN;
 }
 
 // Derivative in *x. A large step errs by curvature, a small one by rounding: if the first difference is not close to
@@ -273,9 +286,11 @@ static double gradient_error(LossFunction loss, void *context, double *x, const 
 
 // ----------------------------------------------------------------------------------------------------------------
 
-#include "dev/test/test_math_layers.h"  // gemm, elementary functions, norms, conv, ... one layer at a time
-#include "dev/test/test_math_cells.h"   // mLSTM and sLSTM cells
-#include "dev/test/test_math_model.h"   // tables, initial values, whole models, AdamW
+#include "dev/test/test_math_tables.h"  // presets, tensors, initial values, random numbers
+#include "dev/test/test_math_layers.h"  // gemm, elementary functions, norms, conv: one layer at a time
+#include "dev/test/test_math_mlstm.h"   // mLSTM cell
+#include "dev/test/test_math_slstm.h"   // sLSTM cell
+#include "dev/test/test_math_model.h"   // whole models, AdamW
 
 typedef struct {
     const char *name;

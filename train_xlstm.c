@@ -170,7 +170,10 @@ static void micro_kernel_rows(int rows, int cols, int K, const real *a, size_t a
     case n: micro_kernel(n, cols, K, a, a_step, b, b_step, c, ldc, accumulate); break;
     switch (rows) {
         ROWS(1)
-        ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+        ROWS(2)
+        ROWS(3)
+        ROWS(4)
+        ROWS(5) ROWS(6)
 #if defined(__AVX512F__)
             ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
 #endif
@@ -247,7 +250,21 @@ static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col,
     }
 }
 
-// out[rows, N] (+)= x[rows, K] w[N, K]^T. With few rows (generation) the weights are read once, as dot products.
+// out[4] = x[K] times four rows of w[4, K]: four streams at once get more out of memory than one.
+static void dot4(real *out, const real *x, const real *w, size_t K) {
+    const real *w1 = w + K, *w2 = w1 + K, *w3 = w2 + K;
+    real s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (size_t k = 0; k < K; k++) {
+        s0 += x[k] * w[k];
+        s1 += x[k] * w1[k];
+        s2 += x[k] * w2[k];
+        s3 += x[k] * w3[k];
+    }
+    out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
+}
+
+// out[rows, N] (+)= x[rows, K] w[N, K]^T. With one or two rows (generation) the weights are read once, in place.
 static void matmul_forward(real *out, size_t ld_out, const real *x, size_t ld_x, const real *w, int rows, int N, int K,
                            int accumulate) {
     if (rows > 2) {
@@ -255,10 +272,14 @@ static void matmul_forward(real *out, size_t ld_out, const real *x, size_t ld_x,
         return;
     }
 #pragma omp parallel for if ((double)N * K > 20000)
-    for (int j = 0; j < N; j++)
+    for (int j0 = 0; j0 < N; j0 += 4)
         for (int r = 0; r < rows; r++) {
-            real sum = dot(x + r * ld_x, w + (size_t)j * K, K);
-            out[r * ld_out + j] = accumulate ? out[r * ld_out + j] + sum : sum;
+            real sums[4];
+            if (j0 + 4 <= N) dot4(sums, x + r * ld_x, w + (size_t)j0 * K, K);
+            else
+                for (int j = j0; j < N; j++) sums[j - j0] = dot(x + r * ld_x, w + (size_t)j * K, K);
+            for (int j = j0; j < imin(j0 + 4, N); j++)
+                out[r * ld_out + j] = (accumulate ? out[r * ld_out + j] : 0) + sums[j - j0];
         }
 }
 
@@ -628,16 +649,14 @@ typedef struct {  // one chunk of one head
     double *u, *r, *b;  // [len]
 } Chunk;
 
+static int is_reset(const MlstmShape *s, int b, int t) { return s->resets && s->resets[(size_t)b * s->T + t]; }
+
 // Where the chunk that starts at t0 ends: at the next multiple of L, the next reset, or T.
 static int chunk_end(const MlstmShape *s, int b, int t0) {
     int end = imin((t0 / s->chunk + 1) * s->chunk, s->T);
-    for (int t = t0 + 1; s->resets && t < end; t++)
-        if (s->resets[(size_t)b * s->T + t]) return t;
+    for (int t = t0 + 1; t < end; t++)
+        if (is_reset(s, b, t)) return t;
     return end;
-}
-
-static int is_reset(const MlstmShape *s, int b, int t) {
-    return s->resets && t < s->T && s->resets[(size_t)b * s->T + t];
 }
 
 static void chunk_gates(Chunk *c, const MlstmShape *s, const MlstmInput *in, int b, int head) {
@@ -896,7 +915,7 @@ static void mlstm_chunk_backward_states(const MlstmShape *s, const MlstmInput *i
         }
         gemm_serial(nj, dv, dk, w->q, dk, 1, w->dC, dv, 1, dv_ + j0 * ldg, ldg, 1);
     }
-    real keep = c->fresh ? 0 : (real)exp(c->m - c->r_next);
+    real keep = c->fresh ? 0 : (real)exp(c->m - c->r_next);              // nothing flows across a reset
     for (size_t a = 0; a < (size_t)dk * dv + dk; a++) w->dC[a] *= keep;  // dn lies behind dC
     for (int l0 = 0; !c->fresh && l0 < c->len; l0 += TILE) {
         int nl = imin(TILE, c->len - l0);
@@ -958,7 +977,6 @@ static void mlstm_backward(const MlstmShape *s, const MlstmInput *in, const Mlst
                 c->t0 = starts[count];
                 c->len = t1 - c->t0;
                 c->fresh = is_reset(s, b, c->t0);
-                if (is_reset(s, b, t1)) memset(w.dC, 0, sizeof(real) * (dkv + dk));  // nothing flows across a reset
                 const real *enter = slots + (size_t)(c->t0 / s->chunk) * size;
                 const real *leave = slots + (size_t)((t1 + s->chunk - 1) / s->chunk) * size;
                 c->m = c->fresh ? 0 : enter[dkv + dk];
@@ -970,17 +988,15 @@ static void mlstm_backward(const MlstmShape *s, const MlstmInput *in, const Mlst
                     for (int a = 0; a < dv; a++) e[a] = dh[row * dv + a] / den;
                     w.ds[l] = through ? (sig[row] > 0 ? -1 : 1) * dot(e, h + row * dv, dv) : 0;
                 }
-                double anchor = is_reset(s, b, t1) ? 0 : dot(leave, w.dC, dkv + dk);
+                double anchor = dot(leave, w.dC, dkv + dk);  // dC is zero where a document begins at t1
                 mlstm_chunk_backward_inside(s, in, g, &w, b, head, enter, enter + dkv);
                 mlstm_chunk_backward_states(s, in, g, &w, b, head);
                 mlstm_chunk_backward_gates(s, in, g, c, b, head, anchor);
             }
             if (dinitial.C) {
-                int fresh = is_reset(s, b, 0);
-                if (fresh) memset(w.dC, 0, sizeof(real) * (dkv + dk));
                 memcpy(dinitial.C + b * dinitial.row + head * dkv, w.dC, sizeof(real) * dkv);
                 memcpy(dinitial.n + b * dinitial.row + (size_t)head * dk, w.dn, sizeof(real) * dk);
-                dinitial.m[b * dinitial.row + head] = fresh ? 0 : dot(slots, w.dC, dkv + dk);
+                dinitial.m[b * dinitial.row + head] = dot(slots, w.dC, dkv + dk);
             }
         }
         free(starts);
@@ -1030,9 +1046,10 @@ static void slstm_pointwise(const real *r, real *y, real *c, real *n, real *m, r
     for (int j = 0; j < d; j++) {
         real e = exp_real(rf[j] < 0 ? rf[j] : -rf[j]);              // e^{-|r_f|}
         real sig_minus = (rf[j] < 0 ? 1 : e) / (1 + e);             // sig(-r_f)
-        real lfm = m[j] + (rf[j] < 0 ? rf[j] : 0) - log1p_unit(e);  // m + log sig(r_f)
+        real lf = (rf[j] < 0 ? rf[j] : 0) - log1p_unit(e);  // log sig(r_f)
+        real lfm = m[j] + lf;
         real m_new = n[j] == 0 ? ri[j] : (ri[j] > lfm ? ri[j] : lfm);
-        real I = exp_real(ri[j] - m_new), F = n[j] == 0 ? 0 : exp_real(lfm - m_new);
+        real I = exp_real(ri[j] - m_new), F = n[j] == 0 ? 0 : exp_real((m[j] - m_new) + lf);
         real z = tanh_real(rz[j]), o = sigmoid(ro[j]);
         c[j] = F * c[j] + I * z;
         n[j] = F * n[j] + I;
@@ -1633,7 +1650,17 @@ static Sequence batch_sequence(Model *m, const Batch *batch) {
     return s;
 }
 
+// A small job is done before a second thread has woken up; results do not depend on the choice.
+static void use_threads(size_t tokens) {
+#ifdef _OPENMP
+    omp_set_num_threads(tokens * model.table.total < 4000000 ? 1 : model.run.threads);
+#else
+    (void)tokens;
+#endif
+}
+
 static double cpu_forward_backward(const Batch *batch, double scale) {
+    use_threads((size_t)batch->B * batch->T);
     Sequence s = batch_sequence(&model, batch);
     model_forward(&model, &s, batch->inputs);
     double loss = classifier(&model, batch, 1, scale);
@@ -1642,6 +1669,7 @@ static double cpu_forward_backward(const Batch *batch, double scale) {
 }
 
 static double cpu_evaluate(const Batch *batch) {
+    use_threads((size_t)batch->B * batch->T);
     Sequence s = batch_sequence(&model, batch);
     model_forward(&model, &s, batch->inputs);
     return classifier(&model, batch, 0, 0);
@@ -1653,6 +1681,7 @@ static void cpu_decode_step(int token, float *logits) {
     static const unsigned char history[1] = {3};
     Sequence s = {1, 1, NULL, history, model.decode_state, model.decode_state, model.states.total, 1};
     Batch batch = {1, 1, &token, NULL, NULL, -1, logits};
+    use_threads(1);
     model_forward(&model, &s, &token);
     classifier(&model, &batch, 0, 0);
 }
@@ -1664,6 +1693,7 @@ static void cpu_zero_grad(void) { memset(model.grads, 0, sizeof(real) * model.ta
 
 static double cpu_grad_norm(void) {  // blocks of fixed size, added in order: the same bits for any number of threads
     enum { BLOCK = 16384 };
+    use_threads(4);
     size_t total = model.table.total;
     int blocks = (int)((total + BLOCK - 1) / BLOCK);
     double *sums = (double *)xcalloc((size_t)blocks, sizeof(double)), sum = 0;
@@ -1681,6 +1711,7 @@ static double cpu_grad_norm(void) {  // blocks of fixed size, added in order: th
 }
 
 static void cpu_update(const UpdateConfig *u) {
+    use_threads(16);
     real beta1 = (real)u->beta1, beta2 = (real)u->beta2, eps = (real)u->eps, lr = (real)u->lr,
          scale = (real)u->grad_scale;
     real correct1 = (real)(1 / (1 - pow(u->beta1, u->step))), correct2 = (real)(1 / (1 - pow(u->beta2, u->step)));
@@ -1689,7 +1720,7 @@ static void cpu_update(const UpdateConfig *u) {
         real *w = model.params + t->offset, *m = model.m + t->offset, *v = model.v + t->offset;
         const real *g = model.grads + t->offset;
         real decay = t->decay ? (real)u->weight_decay : 0;
-#pragma omp parallel for simd if (t->count > 10000)
+#pragma omp parallel for simd if (t->count > 16384)
         for (size_t i = 0; i < t->count; i++) {
             real gi = g[i] * scale;
             m[i] = beta1 * m[i] + (1 - beta1) * gi;
@@ -1828,8 +1859,8 @@ static void cpu_build(const ModelConfig *config, const TensorTable *table, const
     size_t states = m->states.total * (size_t)(run->num_state_rows + (run->num_state_rows ? run->max_batch : 0) + 1);
     size_t kinds = run->training ? 4 : 1;
     fprintf(run->training ? stdout : stderr, "memory      weights%s %.1f MiB, activations %.1f MiB, states %.1f MiB\n",
-           run->training ? ", gradients and moments" : "", (double)(kinds * table->total) / mib,
-           (double)arena.used / mib, (double)states / mib);
+            run->training ? ", gradients and moments" : "", (double)(kinds * table->total) / mib,
+            (double)arena.used / mib, (double)states / mib);
     m->params = (real *)xcalloc(table->total, sizeof(real));
     if (run->training) {
         m->grads = (real *)xcalloc(table->total, sizeof(real));
@@ -1880,5 +1911,20 @@ static const Backend cpu_backend = {
     cpu_read_tensor, cpu_write_tensor, cpu_read_state, cpu_write_state};
 
 #ifndef TESTING  // the tests include this file and bring their own main
-int main(int argc, char **argv) { return trainer_main(argc, argv, &cpu_backend); }
+// Threads that wait for others spin for some 20 ms by libgomp's default. Where another program wants the core, that
+// time is taken from the very thread they wait for, and a step takes ten times as long. The library reads its settings
+// when the program is loaded, so the program starts over once with a short wait; a setting of the user's own stays.
+static void shorten_waits(char **argv) {
+#if defined(_OPENMP) && defined(__linux__)
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
+    if (setenv("GOMP_SPINCOUNT", "2000", 1) == 0) execv("/proc/self/exe", argv);  // if that fails, long waits it is
+#else
+    (void)argv;
+#endif
+}
+
+int main(int argc, char **argv) {
+    shorten_waits(argv);
+    return trainer_main(argc, argv, &cpu_backend);
+}
 #endif

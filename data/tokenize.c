@@ -43,18 +43,18 @@ static void on_signal(int number) { interrupted = number; }
 // Writing one split (train or val) as one or several shards
 
 typedef struct {
-    const char *name;         // "train" or "val", for file names and messages
-    const char *prefix;       // of the output files
-    long long shard_tokens;   // most tokens a shard
-    long long tokens;         // written so far, all shards
+    const char *name;        // "train" or "val", for file names and messages
+    const char *prefix;      // of the output files
+    long long shard_tokens;  // most tokens a shard
+    long long tokens;        // written so far, all shards
     long long documents;
-    long long in_shard;       // tokens in the open shard
-    int shards;               // begun so far; shard i lies in temporary_name(i) until publish()
+    long long in_shard;  // tokens in the open shard
+    int shards;          // begun so far; shard i lies in temporary_name(i) until publish()
     int published;
-    FILE *file;               // the open shard, NULL between shards
-    char path[4096];          // its temporary name, for messages
+    FILE *file;       // the open shard, NULL between shards
+    char path[4096];  // its temporary name, for messages
     uint8_t buffer[2 * BUFFER];
-    size_t buffered;          // bytes in buffer
+    size_t buffered;  // bytes in buffer
 } Split;
 
 static Split *splits[2];
@@ -145,9 +145,9 @@ static void publish(Split *s) {
 
 typedef struct {
     Split *out;
-    int in_document;      // the token that opens the document is written
-    int line_start;       // at the start of a line, or within a possible separator
-    size_t matched;       // bytes of the separator matched since the line's start, +1 for a "\r" behind it
+    int in_document;  // the token that opens the document is written
+    int line_start;   // at the start of a line, or within a possible separator
+    size_t matched;   // bytes of the separator matched since the line's start, +1 for a "\r" behind it
 } Text;
 
 static void put_byte(Text *t, int byte) {
@@ -219,7 +219,7 @@ static void read_text(const char *path, Split *train, Split *val, long long cut)
 
 typedef struct {
     const char *out;
-    const char *val;         // comma-separated globs, or NULL
+    const char *val;  // comma-separated globs, or NULL
     double val_fraction;
     long long shard_tokens;
     int force;
@@ -241,15 +241,17 @@ static const struct {
 enum { NFLAGS = sizeof FLAGS / sizeof FLAGS[0] };
 
 static void print_help(void) {
-    puts("usage: data/tokenize --out PREFIX [flags] FILE...\n\n"
-         "Turns text files into shards of byte tokens for train_xlstm (llm.c's format, vocabulary 257). A file is a\n"
-         "document; inside a file, a line holding only <|endoftext|> separates documents.\n");
+    puts(
+        "usage: data/tokenize --out PREFIX [flags] FILE...\n\n"
+        "Turns text files into shards of byte tokens for train_xlstm (llm.c's format, vocabulary 257). A file is a\n"
+        "document; inside a file, a line holding only <|endoftext|> separates documents.\n");
     for (int i = 0; i < NFLAGS; i++)
         printf("  --%-13s %-7s %s\n", FLAGS[i].name, FLAGS[i].value ? FLAGS[i].value : "", FLAGS[i].help);
-    puts("\nexamples:\n"
-         "  data/tokenize --out data/austen data/austen/*.txt --val data/austen/persuasion.txt\n"
-         "  data/tokenize --out data/notes notes.txt --val-fraction 0.1\n"
-         "(One small text needs no shards: train_xlstm reads .txt files directly, with vocabulary 256.)");
+    puts(
+        "\nexamples:\n"
+        "  data/tokenize --out data/austen data/austen/*.txt --val data/austen/persuasion.txt\n"
+        "  data/tokenize --out data/notes notes.txt --val-fraction 0.1\n"
+        "(One small text needs no shards: train_xlstm reads .txt files directly, with vocabulary 256.)");
 }
 
 static double parse_number(const char *flag, const char *text, double low, double high, int whole) {
@@ -275,18 +277,18 @@ static Options parse_flags(int argc, char **argv) {
     int id;
     while ((id = getopt_long(argc, argv, ":", longopts, NULL)) != -1) {
         switch (id) {
-        case OPT_OUT: o.out = optarg; break;
-        case OPT_VAL: o.val = optarg; break;
-        case OPT_VAL_FRACTION: o.val_fraction = parse_number("val-fraction", optarg, 0, 0.999999, 0); break;
-        case OPT_SHARD_TOKENS:
-            o.shard_tokens = (long long)parse_number("shard-tokens", optarg, 1000, (double)MAX_SHARD_TOKENS, 1);
-            break;
-        case OPT_FORCE: o.force = 1; break;
-        case OPT_HELP: print_help(); exit(0);
-        case ':': die(EXIT_USAGE, "%s needs a value; see data/tokenize --help", argv[optind - 1]); break;
-        default:
-            if (optopt > 0 && optopt < 256) die(EXIT_USAGE, "unknown flag -%c; see data/tokenize --help", optopt);
-            die(EXIT_USAGE, "unknown flag or value: %s; see data/tokenize --help", argv[optind - 1]);
+            case OPT_OUT: o.out = optarg; break;
+            case OPT_VAL: o.val = optarg; break;
+            case OPT_VAL_FRACTION: o.val_fraction = parse_number("val-fraction", optarg, 0, 0.999999, 0); break;
+            case OPT_SHARD_TOKENS:
+                o.shard_tokens = (long long)parse_number("shard-tokens", optarg, 1000, (double)MAX_SHARD_TOKENS, 1);
+                break;
+            case OPT_FORCE: o.force = 1; break;
+            case OPT_HELP: print_help(); exit(0);
+            case ':': die(EXIT_USAGE, "%s needs a value; see data/tokenize --help", argv[optind - 1]); break;
+            default:
+                if (optopt > 0 && optopt < 256) die(EXIT_USAGE, "unknown flag -%c; see data/tokenize --help", optopt);
+                die(EXIT_USAGE, "unknown flag or value: %s; see data/tokenize --help", argv[optind - 1]);
         }
     }
     if (!o.out) die(EXIT_USAGE, "--out PREFIX is missing, for example --out data/my; see data/tokenize --help");
@@ -416,8 +418,7 @@ int main(int argc, char **argv) {
     if (o.val_fraction > 0) cut = (long long)((double)bytes * (1.0 - o.val_fraction) + 1e-6);
     for (int i = 0; i < ninput; i++) {
         int held_out = 0;
-        for (int k = 0; k < nval; k++)
-            held_out |= val[k].device == inputs[i].device && val[k].inode == inputs[i].inode;
+        for (int k = 0; k < nval; k++) held_out |= val[k].device == inputs[i].device && val[k].inode == inputs[i].inode;
         if (!held_out) read_text(inputs[i].path, splits[0], splits[1], cut);
         cut -= inputs[i].size;
     }

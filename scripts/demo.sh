@@ -75,13 +75,13 @@ NOVELS=data/austen
 TRAIN=$NOVELS/emma.txt,$NOVELS/mansfield_park.txt,$NOVELS/northanger_abbey.txt
 TRAIN=$TRAIN,$NOVELS/pride_and_prejudice.txt,$NOVELS/sense_and_sensibility.txt
 VAL=$NOVELS/persuasion.txt
-PROMPT='She was '
+PROMPT='She was ' OTHER_PROMPT='Captain '
 if ! bash data/austen.sh; then
     echo "The novels cannot be had here (see above), so the model learns this repository's own sources and documents."
     OUT=out/demo_own
     TRAIN=data/own/train.txt
     VAL=data/own/val.txt
-    PROMPT='static '
+    PROMPT='static ' OTHER_PROMPT='// '
     # a run that has begun keeps its text
     if [ ! -d $OUT ] || [ ! -f $TRAIN ] || [ ! -f $VAL ]; then own_text; fi
     echo "training text: $(wc -c <$TRAIN) bytes in $TRAIN; validation text: $(wc -c <$VAL) bytes in $VAL"
@@ -119,7 +119,7 @@ printf '\nA sample (--temperature %s), after the prompt "%s":\n\n' $TEMPERATURE 
 
 title "what to type next"
 cat <<NEXT
-let it write on:        ./$TRAINER --load $CHECKPOINT --generate 1000 --prompt 'Captain '
+let it write on:        ./$TRAINER --load $CHECKPOINT --generate 1000 --prompt '$OTHER_PROMPT'
 train on your own text: ./$TRAINER --train my.txt --out out/my
 every flag:             ./$TRAINER --help
 the tests:              bash scripts/test.sh

@@ -43,7 +43,7 @@ TEMPORARY=$SVG.tmp.$$
 trap 'rm -f "$TEMPORARY"' EXIT
 
 # One awk program: it reads every log, draws the terminal curve on stdout and writes the SVG file to the file svg.
-awk -v svg="$TEMPORARY" -v columns=72 -v rows=18 '
+awk -v svg="$TEMPORARY" -v columns=68 -v rows=18 '
 # value(KEY): the number behind "KEY": in the line, or "" (null and nan too: such a step is left out)
 function value(key,    text) {
     if (!match($0, "\"" key "\" *: *-?[0-9][0-9.eE+-]*")) return ""

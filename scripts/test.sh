@@ -3,8 +3,8 @@
 #
 #   bash scripts/test.sh        (also: make test)
 #
-# Installs a compiler, make and OpenBLAS with apt-get if they are missing and that is allowed; without OpenBLAS the tests
-# that need it are left out. CUDA files are compiled for all major targets where nvcc is; that takes no GPU.
+# Installs a compiler, make and OpenBLAS with apt-get if they are missing and that is allowed; without OpenBLAS the
+# tests that need it are left out. CUDA files are compiled for all major targets where nvcc is; that takes no GPU.
 # The last line is "N passed, N failed", the sum over all test programs; exit code 1 if any failed, 2 if nothing can be
 # built here.
 set -u
@@ -19,8 +19,8 @@ LOG=$(mktemp)
 trap 'rm -f "$LOG"' EXIT
 START=$SECONDS
 
-# run NAME COMMAND...: adds up the command's own "N passed, N failed". A command that ends badly without having counted a
-# failure, or counts nothing, is one failure itself.
+# run NAME COMMAND...: adds up the command's own "N passed, N failed". A command that ends badly without having counted
+# a failure, or counts nothing, is one failure itself.
 run() {
     local name=$1 start=$SECONDS code=0 counts passed failed
     shift
@@ -36,7 +36,7 @@ run() {
     fi
     PASSED=$((PASSED + passed))
     FAILED=$((FAILED + failed))
-    [ "$failed" = 0 ] || tail -n 60 "$LOG"
+    [ "$failed" = 0 ] || { grep -A 4 '^ *FAIL' "$LOG" || tail -n 20 "$LOG"; } | head -n 100
     printf '%-28s %5d passed, %d failed  (%d s)\n' "$name" "$passed" "$failed" $((SECONDS - start))
 }
 
@@ -51,7 +51,8 @@ compiles() {
 compiles "build" make -j"$(getconf _NPROCESSORS_ONLN)" tests
 if [ "$FAILED" = 0 ]; then
     if command -v g++ >/dev/null; then
-        compiles "shared headers as C++17" g++ -std=c++17 -Wall -Wextra -Wno-unused-function -Werror -fsyntax-only -x c++ xlstmc/trainer.h
+        compiles "shared headers as C++17" \
+            g++ -std=c++17 -Wall -Wextra -Wno-unused-function -Werror -fsyntax-only -x c++ xlstmc/trainer.h
     fi
     for name in $(make -s print-tests); do run "$name" "build/$name"; done
     for script in dev/test/*.sh; do run "${script##*/}" bash "$script"; done

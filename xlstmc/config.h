@@ -191,6 +191,8 @@ static int config_read(const char *dir, ModelConfig *c, char *why, size_t why_si
 static void config_write(const ModelConfig *c, int bf16, JsonWriter *w) {
     double factor;
     int multiple;
+    // transformers rounds the widths of its cache up to multiples of 64 and then fails on all others
+    int cache = model_dim(c, DIM_DK) % 64 == 0 && model_dim(c, DIM_DV) % 64 == 0;
     ffn_to_factor(c, &factor, &multiple);
     w->indent = 2;
     json_begin(w, NULL, '{');
@@ -226,7 +228,7 @@ static void config_write(const ModelConfig *c, int bf16, JsonWriter *w) {
     json_write_string(w, "autocast_kernel_dtype", "float32");
     json_write_string(w, "inference_state_dtype", "float32");
     json_write_int(w, "max_inference_chunksize", 16384);
-    json_write_bool(w, "use_cache", 1);
+    json_write_bool(w, "use_cache", cache);
     json_write_int(w, "bos_token_id", 0);
     json_write_int(w, "eos_token_id", 2);
     json_write_int(w, "pad_token_id", 1);

@@ -312,7 +312,8 @@ static void resolve_model(Trainer *t) {
     const Flags *f = &t->flags;
     ModelConfig asked;
     char why[1024], message[1024];
-    int named = flag_given(f, "model") || f->load || f->blocks;
+    const char *name = f->load ? "load" : f->blocks ? "blocks" : "model";
+    int named = flag_given(f, name);
     if (t->resume_dir[0]) {
         int code = config_read(t->resume_dir, &t->config, why, sizeof why);
         if (code != 0) die(code, "%s", why);
@@ -323,10 +324,7 @@ static void resolve_model(Trainer *t) {
         if (t->resume_dir[0] && !flag_given(f, "vocab") && !f->load) asked.vocab_size = t->config.vocab_size;
         if (!model_check(&asked, message, sizeof message)) die(EXIT_USAGE, "%s", message);
         if (t->resume_dir[0] && !config_same(&asked, &t->config, why, sizeof why))
-            die(EXIT_USAGE, "--%s is another model than %s: %s; leave the flag out, or train it in a new --out",
-                f->load     ? "load"
-                : f->blocks ? "blocks"
-                            : "model",
+            die(EXIT_USAGE, "--%s is another model than %s: %s; leave the flag out, or train it in a new --out", name,
                 t->resume_dir, why);
         if (!t->resume_dir[0]) t->config = asked;
     }
@@ -350,8 +348,7 @@ static void open_data(Trainer *t) {
     if (f->carry_state && t->train.num_samples < (uint64_t)t->sequences_per_step)
         die(EXIT_USAGE,
             "--carry-state cuts the data into %" PRId64 " streams, but there are only %" PRIu64
-            " samples of %d tokens; lower "
-            "--tokens-per-step, --batch or --seq-len",
+            " samples of %d tokens; lower --tokens-per-step, --batch or --seq-len",
             t->sequences_per_step, t->train.num_samples, t->seq_len);
 }
 
@@ -617,11 +614,9 @@ static void train_step(Trainer *t) {
         log_line(&t->log, "step %" PRId64 ": loss %g, gradient norm %g: update skipped, weights unchanged", t->step,
                  loss, norm);
     if (t->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW)
-        die(EXIT_RUN,
-            "loss or gradient not finite in %d steps in a row, up to step %" PRId64
-            "; the newest checkpoint is %s; lower --lr and "
-            "--resume",
-            MAX_SKIPPED_IN_A_ROW, t->step, t->saved_step >= 0 ? "kept" : "none");
+        die(EXIT_RUN, "loss or gradient not finite in %d steps in a row, up to step %" PRId64 "; %s; lower --lr",
+            MAX_SKIPPED_IN_A_ROW, t->step,
+            t->saved_step >= 0 ? "the last checkpoint is kept, --resume continues from it" : "nothing was saved");
 }
 
 // ----------------------------------------------------------------------------------------------------------------

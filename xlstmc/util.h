@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #if defined(__GNUC__)
@@ -40,14 +41,20 @@ static void die(int code, const char *fmt, ...) {
 }
 
 // Zeroed memory, aligned to 64 bytes (a cache line, an AVX-512 vector). Never returns NULL; release with free().
+// Large buffers ask for huge pages: a step touches all of them, and 4 KiB pages overflow the table of translations.
 MAYBE_UNUSED
 static void *xcalloc(size_t count, size_t size) {
+    const size_t huge_page = (size_t)2 << 20;
     void *p = NULL;
     if (size && count > ((size_t)-1 - 64) / size) die(EXIT_RUN, "%zu x %zu bytes do not fit in memory", count, size);
-    if (posix_memalign(&p, 64, count * size + 64) != 0)
+    size_t bytes = count * size + 64;
+    if (posix_memalign(&p, bytes >= 4 * huge_page ? huge_page : 64, bytes) != 0)
         die(EXIT_RUN, "out of memory: %.1f MiB wanted; try a smaller --batch, --seq-len or model",
             (double)count * (double)size / 1048576.0);
-    memset(p, 0, count * size + 64);
+#ifdef MADV_HUGEPAGE
+    if (bytes >= 4 * huge_page) madvise(p, bytes, MADV_HUGEPAGE);  // a hint; without it everything works as well
+#endif
+    memset(p, 0, bytes);
     return p;
 }
 

@@ -5,7 +5,6 @@
 //
 //   make build/state_tracking && build/state_tracking            (a table: model x seed, accuracy; about 2 minutes)
 
-#define TESTING
 #include "../../train_xlstm.c"
 
 enum { TRAIN_LEN = 40, EVAL_LEN = 256, EVAL_FROM = 199, BATCH = 64, EVAL_SEQUENCES = 1000, SEEDS = 3 };
@@ -20,14 +19,15 @@ static void parity_batch(int *inputs, int *targets, int B, int T, uint64_t seed,
         }
 }
 
-static void train(const Backend *backend, uint64_t seed, int steps, double lr, int *inputs, int *targets) {
+static void train_parity(const Backend *backend, uint64_t seed, int steps, double lr, int *inputs, int *targets) {
     Batch batch = {BATCH, TRAIN_LEN, inputs, targets, NULL, -1, NULL};
     for (int step = 0; step < steps; step++) {
         parity_batch(inputs, targets, BATCH, TRAIN_LEN, seed, (uint64_t)step);
         backend->zero_grad();
         backend->forward_backward(&batch, 1.0 / (BATCH * TRAIN_LEN));
         double norm = backend->grad_norm(), progress = (double)step / steps, warmup = fmin(1, (step + 1) / 100.0);
-        UpdateConfig update = {step + 1, lr * warmup * (1 - 0.9 * progress), 0.9, 0.95, 1e-8, 0.01, norm > 1 ? 1 / norm : 1};
+        UpdateConfig update = {
+            step + 1, lr * warmup * (1 - 0.9 * progress), 0.9, 0.95, 1e-8, 0.01, norm > 1 ? 1 / norm : 1};
         backend->update(&update);
     }
 }
@@ -52,7 +52,8 @@ int main(int argc, char **argv) {
     const char *blocks[] = {"slstm*2", "mlstm*2", "mlstm,slstm"};
     int steps = argc > 1 ? atoi(argv[1]) : 1500, width = 32, heads = 2;
     double lr = argc > 2 ? atof(argv[2]) : 1e-2;
-    printf("| model (D %d, %d heads) | seed | accuracy at positions %d to %d |\n|---|---|---|\n", width, heads, EVAL_FROM + 1, EVAL_LEN);
+    printf("| model (D %d, %d heads) | seed | accuracy at positions %d to %d |\n|---|---|---|\n", width, heads,
+           EVAL_FROM + 1, EVAL_LEN);
     for (int k = 0; k < 3; k++)
         for (int seed = 1; seed <= SEEDS; seed++) {
             ModelConfig c;
@@ -72,12 +73,17 @@ int main(int argc, char **argv) {
                 tensor_init(&c, &table, t, (uint64_t)seed, scratch);
                 cpu_backend.write_tensor(KIND_WEIGHT, t, scratch);
             }
-            int *inputs = (int *)xcalloc(BATCH * EVAL_LEN, sizeof(int)), *targets = (int *)xcalloc(BATCH * EVAL_LEN, sizeof(int));
+            int *inputs = (int *)xcalloc(BATCH * EVAL_LEN, sizeof(int)),
+                *targets = (int *)xcalloc(BATCH * EVAL_LEN, sizeof(int));
             float *logits = (float *)xcalloc((size_t)BATCH * EVAL_LEN * 2, sizeof(float));
-            train(&cpu_backend, (uint64_t)seed, steps, lr, inputs, targets);
-            printf("| %s | %d | %.2f %% |\n", blocks[k], seed, 100 * accuracy(&cpu_backend, (uint64_t)seed, inputs, targets, logits));
+            train_parity(&cpu_backend, (uint64_t)seed, steps, lr, inputs, targets);
+            printf("| %s | %d | %.2f %% |\n", blocks[k], seed,
+                   100 * accuracy(&cpu_backend, (uint64_t)seed, inputs, targets, logits));
             fflush(stdout);
-            free(scratch); free(inputs); free(targets); free(logits);
+            free(scratch);
+            free(inputs);
+            free(targets);
+            free(logits);
         }
     return 0;
 }

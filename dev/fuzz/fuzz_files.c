@@ -4,8 +4,8 @@
 //     make build/fuzz_files && build/fuzz_files [INPUTS] [SEED] [FORMAT]       (default: 2000 inputs a format, seed 1)
 //     make SANITIZE=1 BUILD=/tmp/asan /tmp/asan/fuzz_files                     (with AddressSanitizer and UBSan)
 //
-// An input may be accepted, or refused with exit code 2 or 3 and one line on stderr. A crash, a hang, any other end, and
-// a changed checkpoint that is accepted are failures; such an input is kept and its path printed. The last line is
+// An input may be accepted, or refused with exit code 2 or 3 and one line on stderr. A crash, a hang, any other end,
+// and a changed checkpoint that is accepted are failures; such an input is kept and its path printed. The last line is
 // "N passed, N failed".
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -32,7 +32,10 @@ static uint64_t draw(uint64_t input, uint64_t below) {
     return ((uint64_t)r[0] << 32 | r[1]) % below;
 }
 
-typedef struct { unsigned char bytes[LARGEST_INPUT]; size_t size; } Bytes;
+typedef struct {
+    unsigned char bytes[LARGEST_INPUT];
+    size_t size;
+} Bytes;
 
 static void cut_out(Bytes *b, size_t at, size_t n) {
     memmove(b->bytes + at, b->bytes + at + n, b->size - at - n);
@@ -47,11 +50,46 @@ static void put_in(Bytes *b, size_t at, const void *bytes, size_t n) {
 }
 
 static void mutate_number(Bytes *b, uint64_t input) {  // replaces a run of digits, or a little-endian integer
-    static const char *const texts[] = {"0", "-1", "1", "-0", "2147483647", "2147483648", "4294967295", "4294967296", "1e308",
-                                        "9223372036854775807", "9223372036854775808", "18446744073709551615", "1e-320",
-                                        "18446744073709551616", "0.5", "1e999", "NaN", "null", "\"1\"", "[]", "65536", "100000001"};
-    static const uint64_t values[] = {0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000u, 0xFFFFFFFFu, 0x100000000u,
-                                      100000000, 100000001, INT64_MAX, (uint64_t)INT64_MAX + 1, UINT64_MAX - 7, UINT64_MAX};
+    static const char *const texts[] = {"0",
+                                        "-1",
+                                        "1",
+                                        "-0",
+                                        "2147483647",
+                                        "2147483648",
+                                        "4294967295",
+                                        "4294967296",
+                                        "1e308",
+                                        "9223372036854775807",
+                                        "9223372036854775808",
+                                        "18446744073709551615",
+                                        "1e-320",
+                                        "18446744073709551616",
+                                        "0.5",
+                                        "1e999",
+                                        "NaN",
+                                        "null",
+                                        "\"1\"",
+                                        "[]",
+                                        "65536",
+                                        "100000001"};
+    static const uint64_t values[] = {0,
+                                      1,
+                                      0x7F,
+                                      0x80,
+                                      0xFF,
+                                      0x7FFF,
+                                      0x8000,
+                                      0xFFFF,
+                                      0x7FFFFFFF,
+                                      0x80000000u,
+                                      0xFFFFFFFFu,
+                                      0x100000000u,
+                                      100000000,
+                                      100000001,
+                                      INT64_MAX,
+                                      (uint64_t)INT64_MAX + 1,
+                                      UINT64_MAX - 7,
+                                      UINT64_MAX};
     size_t at = (size_t)draw(input, b->size), digits = 0;
     if (draw(input, 2)) {
         while (at < b->size && !(b->bytes[at] >= '0' && b->bytes[at] <= '9')) at++;
@@ -77,7 +115,8 @@ static void mutate_once(Bytes *b, uint64_t input) {
         case 1:
             for (size_t k = 0; k < n && k < 8; k++) b->bytes[draw(input, b->size)] = junk[k];
             break;
-        case 2: case 3: mutate_number(b, input); break;
+        case 2:
+        case 3: mutate_number(b, input); break;
         case 4: b->bytes[at] ^= (unsigned char)(1 << draw(input, 8)); break;
         case 5: put_in(b, b->size, junk, n); break;
         case 6: cut_out(b, at, n < b->size - at ? n : b->size - at); break;
@@ -111,7 +150,7 @@ static Backend backend;
 static Checkpoint checkpoint;
 static char step_dir[PATH_MAX];
 
-static void make_checkpoint(void) {
+static void make_model(void) {
     char why[1024];
     model_defaults(&config);
     if (!model_parse_blocks("mlstm,slstm", &config, why, sizeof why)) die(EXIT_RUN, "fuzz: %s", why);
@@ -131,7 +170,12 @@ static void make_checkpoint(void) {
     checkpoint.states = &states;
     checkpoint.num_state_rows = 2;
     checkpoint.backend = &backend;
-    if (checkpoint_lock(run_dir, why, sizeof why) || checkpoint_save(&checkpoint, 3, "{\"step\": 3}\n", why, sizeof why))
+}
+
+static void make_checkpoint(void) {
+    char why[1024];
+    if (checkpoint_lock(run_dir, why, sizeof why) ||
+        checkpoint_save(&checkpoint, 3, "{\"step\": 3}\n", why, sizeof why))
         die(EXIT_RUN, "fuzz: %s", why);
     format_into(step_dir, sizeof step_dir, "%s/step_00000003", run_dir);
 }
@@ -334,19 +378,23 @@ int main(int argc, char **argv) {
     FILE *err = tmpfile();
     if (!err) die(EXIT_RUN, "fuzz: no temporary file");
     setvbuf(stdout, NULL, _IOLBF, 0);
-    printf("%-14s %8s %10s %12s %8s %6s %11s\n", "format", "inputs", "accepted", "clean error", "crashed", "hung", "undetected");
+    make_model();
+    printf("%-14s %8s %10s %12s %8s %6s %11s\n", "format", "inputs", "accepted", "clean error", "crashed", "hung",
+           "undetected");
     for (size_t k = 0; k < sizeof formats / sizeof formats[0]; k++) {
         long ends[NUM_ENDS] = {0};
         if (argc > 3 && strcmp(argv[3], formats[k].name) != 0) continue;
         format_into(run_dir, sizeof run_dir, "%.*s/%d", PATH_MAX - 16, scratch, (int)k);
         fuzz(&formats[k], inputs, err, ends);
         remove_tree(run_dir);
-        printf("%-14s %8d %10ld %12ld %8ld %6ld %11ld\n", formats[k].name, inputs, ends[ACCEPTED], ends[REFUSED], ends[CRASHED],
-               ends[HUNG], ends[UNDETECTED]);
+        printf("%-14s %8d %10ld %12ld %8ld %6ld %11ld\n", formats[k].name, inputs, ends[ACCEPTED], ends[REFUSED],
+               ends[CRASHED], ends[HUNG], ends[UNDETECTED]);
         passed += ends[ACCEPTED] + ends[REFUSED];
         failed += ends[CRASHED] + ends[HUNG] + ends[UNDETECTED];
     }
     fclose(err);
+    table_free(&table);
+    table_free(&states);
     if (failed == 0) remove_tree(scratch);
     printf("%ld passed, %ld failed\n", passed, failed);
     return failed > 0;

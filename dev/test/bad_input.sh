@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bad_input.sh: what a user can get wrong, as a table: the exit code (2: flag, input or place; 3: damaged file), what the
-# one line on stderr must name, and the command. Nothing may be written, overwritten or left behind.
+# bad_input.sh: what a user can get wrong, as a table: the exit code (2: flag, input or place; 3: damaged file), what
+# the one line on stderr must name, and the command. Nothing may be written, overwritten or left behind.
 #
 #   bash dev/test/bad_input.sh        (make builds what it needs)
 #
@@ -123,8 +123,8 @@ bad 2 --carry-state "${G[@]}" --carry-state --batch 2000
 bad 2 --model --train good.txt --model demo2
 bad 2 --blocks --train good.txt --blocks mlstm,lstm
 bad 2 "lstm" --train good.txt --blocks mlstm,lstm
-for blocks in ',' 'mlstm,' 'mlstm*' 'mlstm*0' 'mlstm*-1' 'mlstm*4k' '(mlstm' 'mlstm)' '()*2' 'mlstm*2000' '((mlstm*99)*99)*99' '*3' \
-    'mlstm*99999999999999999999'; do
+for blocks in ',' 'mlstm,' 'mlstm*' 'mlstm*0' 'mlstm*-1' 'mlstm*4k' '(mlstm' 'mlstm)' '()*2' '*3' 'mlstm*2000' \
+    '((mlstm*99)*99)*99' 'mlstm*99999999999999999999'; do
     bad 2 --blocks --train good.txt --blocks "$blocks"
 done
 bad 2 --heads --train good.txt --blocks mlstm --dim 16 --heads 3
@@ -270,7 +270,8 @@ spoil w_json model.safetensors 's/"shape":/"shape";/'
 load 3 w_json w_json
 spoil w_offset model.safetensors 's/\("data_offsets": *\[\)0,/\14,/'
 load 3 w_offset w_offset
-spoil w_fewer config.json 's/"num_hidden_layers": 2/"num_hidden_layers": 1/;s/"num_blocks": 2/"num_blocks": 1/;s/, *"slstm"//;/^ *"slstm" *$/d;s/"mlstm",$/"mlstm"/'
+spoil w_fewer config.json -e 's/"num_hidden_layers": 2/"num_hidden_layers": 1/; s/"num_blocks": 2/"num_blocks": 1/' \
+    -e '/^ *"slstm"$/d; s/"mlstm",$/"mlstm"/'
 load 3 w_fewer blocks.1
 mkdir w_cut w_longer w_tiny w_nan
 for dir in w_cut w_longer w_tiny w_nan; do cp $DIR/config.json $dir/; done
@@ -281,7 +282,8 @@ load 3 w_longer w_longer
 printf '{}' >w_tiny/model.safetensors
 load 3 w_tiny w_tiny
 cp $DIR/model.safetensors w_nan/
-printf '\xff\xff\xff\xff' | dd of=w_nan/model.safetensors bs=1 conv=notrunc seek=$(($(wc -c <w_nan/model.safetensors) - 4)) 2>/dev/null
+last=$(($(wc -c <w_nan/model.safetensors) - 4))
+printf '\xff\xff\xff\xff' | dd of=w_nan/model.safetensors bs=1 conv=notrunc seek=$last 2>/dev/null
 load 3 w_nan w_nan
 
 F32='"dtype":"F32","shape"'

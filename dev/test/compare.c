@@ -62,7 +62,8 @@ static const SafeTensor *kernel_of_bias(const SafeTensors *s, const char *name) 
     return safetensors_find(s, other);
 }
 
-// Brings x from the plain layout, if the recurrent kernel is [heads, 4d, d], to ours. Returns 1 if the shapes then agree.
+// Brings x from the plain layout, if the recurrent kernel is [heads, 4d, d], to ours. Returns 1 if the shapes then
+// agree.
 static int to_our_layout(const SafeTensors *s, const SafeTensor *expected, const SafeTensor *actual, float *x) {
     const SafeTensor *kernel = kernel_of_bias(s, expected->name);
     if (kernel && kernel->ndim == 3 && kernel->shape[1] == 4 * kernel->shape[2])
@@ -118,7 +119,8 @@ int main(int argc, char **argv) {
         const char *at = strchr(argv[k + 3], '=');
         char *end = NULL;
         double tolerance = at ? strtod(at + 1, &end) : 0;
-        if (!at || end == at + 1 || *end) die(EXIT_USAGE, "%s is not PREFIX=TOLERANCE, such as logits=1e-5", argv[k + 3]);
+        if (!at || end == at + 1 || *end)
+            die(EXIT_USAGE, "%s is not PREFIX=TOLERANCE, such as logits=1e-5", argv[k + 3]);
         Limit limit = {argv[k + 3], (size_t)(at - argv[k + 3]), tolerance, -1};
         limits[k] = limit;
     }

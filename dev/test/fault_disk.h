@@ -28,11 +28,14 @@ static long fault_at, fault_calls;
 // What a power failure would lose. Paths are absolute and without links.
 static struct TrackedFile {
     char path[PATH_MAX];
-    int fd;        // -1: closed
-    int flushed;   // its data
-    int named;     // 1: the directory that names it was flushed after it was created
+    int fd;       // -1: closed
+    int flushed;  // its data
+    int named;    // 1: the directory that names it was flushed after it was created
 } tracked_files[MAX_TRACKED];
-static struct TrackedRename { char from[PATH_MAX], to[PATH_MAX]; int durable; } tracked_renames[MAX_TRACKED];
+static struct TrackedRename {
+    char from[PATH_MAX], to[PATH_MAX];
+    int durable;
+} tracked_renames[MAX_TRACKED];
 static int num_tracked_files, num_tracked_renames;
 
 static void fault_begin(int mode, long at, int error) {

@@ -41,14 +41,14 @@
 static int num_passed, num_failed, case_failed;
 static char scratch[PATH_MAX];  // a directory of this run; removed at the end
 
-#define CHECK(ok, ...)                                                    \
-    do {                                                                  \
-        if (!(ok)) {                                                      \
-            case_failed = 1;                                              \
-            printf("    %s:%d: %s: ", __FILE__, __LINE__, #ok);           \
-            printf(__VA_ARGS__);                                          \
-            printf("\n");                                                 \
-        }                                                                 \
+#define CHECK(ok, ...)                                          \
+    do {                                                        \
+        if (!(ok)) {                                            \
+            case_failed = 1;                                    \
+            printf("    %s:%d: %s: ", __FILE__, __LINE__, #ok); \
+            printf(__VA_ARGS__);                                \
+            printf("\n");                                       \
+        }                                                       \
     } while (0)
 
 static void end_case(const char *name) {
@@ -133,8 +133,9 @@ static int is_one_line(const char *text) { return *text && strchr(text, '\n') ==
 
 static void test_json_values(void) {
     char why[200];
-    const char *text = "{\"a\": [1, -2, 3.5e2, true, false, null], \"\\u00e9\\n\\ud83d\\ude00\": \"x\\/\\\"\\\\\", "
-                       "\"big\": 18446744073709551615, \"o\": {}, \"e\": []}";
+    const char *text =
+        "{\"a\": [1, -2, 3.5e2, true, false, null], \"\\u00e9\\n\\ud83d\\ude00\": \"x\\/\\\"\\\\\", "
+        "\"big\": 18446744073709551615, \"o\": {}, \"e\": []}";
     Json *v = json_parse(text, strlen(text), why, sizeof why);
     uint64_t u = 0;
     int64_t i = 0;
@@ -162,13 +163,55 @@ static void test_json_values(void) {
 }
 
 static void test_json_invalid(void) {
-    static const char *const bad[] = {
-        "", " ", "{", "[", "]", "[1,]", "[1 2]", "{\"a\"}", "{\"a\":}", "{\"a\":1,}", "{a:1}", "{\"a\":1 \"b\":2}", "01",
-        "-", "+1", ".5", "1.", "1e", "1e+", "0x10", "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "nul", "truefalse",
-        "tru", "\"", "\"\\\"", "\"\\x\"", "\"\\u12\"", "\"\\ud800\"", "\"\\udc00\"", "\"\\ud800\\u0041\"", "\"\\u0000\"",
-        "\"\n\"", "\"\xC0\x80\"", "\"\xED\xA0\x80\"", "\"\xF5\x80\x80\x80\"", "\"\xE2\x82\"", "\"\xFF\"", "1 2", "{} x",
-        "{\"a\":1,\"b\":2,\"a\":3}", "{\"a\":1,\"\\u0061\":3}", "// c\n1", "'a'",
-        "1111111111111111111111111111111111111111111111111111111111111111111"};
+    static const char *const bad[] = {"",
+                                      " ",
+                                      "{",
+                                      "[",
+                                      "]",
+                                      "[1,]",
+                                      "[1 2]",
+                                      "{\"a\"}",
+                                      "{\"a\":}",
+                                      "{\"a\":1,}",
+                                      "{a:1}",
+                                      "{\"a\":1 \"b\":2}",
+                                      "01",
+                                      "-",
+                                      "+1",
+                                      ".5",
+                                      "1.",
+                                      "1e",
+                                      "1e+",
+                                      "0x10",
+                                      "NaN",
+                                      "Infinity",
+                                      "-Infinity",
+                                      "1e999",
+                                      "-1e999",
+                                      "nul",
+                                      "truefalse",
+                                      "tru",
+                                      "\"",
+                                      "\"\\\"",
+                                      "\"\\x\"",
+                                      "\"\\u12\"",
+                                      "\"\\ud800\"",
+                                      "\"\\udc00\"",
+                                      "\"\\ud800\\u0041\"",
+                                      "\"\\u0000\"",
+                                      "\"\n\"",
+                                      "\"\xC0\x80\"",
+                                      "\"\xED\xA0\x80\"",
+                                      "\"\xF5\x80\x80\x80\"",
+                                      "\"\xE2\x82\"",
+                                      "\"\xFF\"",
+                                      "1 2",
+                                      "{} x",
+                                      "{\"a\":1,\"b\":2,\"a\":3}",
+                                      "{\"a\":1,\"\\u0061\":3}",
+                                      "// c\n1",
+                                      "'a'",
+                                      "1111111111111111111111111111111111111111111111111111111111111111111"};
     char why[200];
     for (size_t k = 0; k < sizeof bad / sizeof bad[0]; k++) {
         why[0] = 0;
@@ -205,8 +248,9 @@ static void test_json_writer(void) {
     json_begin(&w, "e", '[');
     json_end(&w, ']');
     json_end(&w, '}');
-    const char *expected = "{\"s\\\"\": \"a\\\\b\\u000a\\u0001\xEF\xBF\xBD\xC3\xA9\", \"f\": 30.0, \"g\": 1e-06, \"d\": 30, "
-                           "\"n\": null, \"b\": true, \"i\": -9223372036854775808, \"u\": 18446744073709551615, \"e\": []}";
+    const char *expected =
+        "{\"s\\\"\": \"a\\\\b\\u000a\\u0001\xEF\xBF\xBD\xC3\xA9\", \"f\": 30.0, \"g\": 1e-06, \"d\": 30, "
+        "\"n\": null, \"b\": true, \"i\": -9223372036854775808, \"u\": 18446744073709551615, \"e\": []}";
     CHECK(strcmp(w.text, expected) == 0, "%s", w.text);
     Json *v = json_parse(w.text, w.len, why, sizeof why);
     CHECK(v && strcmp(json_get_string(json_get(v, "s\"")), "a\\b\n\x01\xEF\xBF\xBD\xC3\xA9") == 0, "%s", why);
@@ -317,7 +361,8 @@ static void test_safetensors_round_trip(void) {
     CHECK(safetensors_read(&s, found, 699990, 10, back, why, sizeof why) == 0, "%s", why);
     CHECK(memcmp(back, data + 699990, 40) == 0, "a part of a tensor");
     found = safetensors_find(&s, "scalar");
-    CHECK(found && found->ndim == 0 && safetensors_read(&s, found, 0, 1, back, why, sizeof why) == 0 && back[0] == data[7],
+    CHECK(found && found->ndim == 0 && safetensors_read(&s, found, 0, 1, back, why, sizeof why) == 0 &&
+              back[0] == data[7],
           "scalar");
     found = safetensors_find(&s, "a.empty");
     CHECK(found && found->count == 0 && safetensors_read(&s, found, 0, 0, back, why, sizeof why) == 0, "empty tensor");
@@ -341,15 +386,23 @@ static void put_safetensors(const char *path, const char *header, size_t data_by
 }
 
 static void test_safetensors_headers(void) {
-    static const struct { const char *header; size_t data; long long length; int code; const char *says; } cases[] = {
+    static const struct {
+        const char *header;
+        size_t data;
+        long long length;
+        int code;
+        const char *says;
+    } cases[] = {
         {"{}", 0, -1, 0, ""},
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8, -1, 0, ""},
         {"{\"a\":{\"dtype\":\"F64\",\"shape\":[],\"data_offsets\":[0,8]}}      ", 8, -1, 0, ""},
         {"{\"b\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[4,12]},"
-         "\"a\":{\"dtype\":\"BF16\",\"shape\":[2,1],\"data_offsets\":[0,4]},\"__metadata__\":{\"format\":\"pt\"}}", 12, -1, 0, ""},
+         "\"a\":{\"dtype\":\"BF16\",\"shape\":[2,1],\"data_offsets\":[0,4]},\"__metadata__\":{\"format\":\"pt\"}}",
+         12, -1, 0, ""},
         {"{\"e\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[4,4]},"
          "\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},"
-         "\"f\":{\"dtype\":\"F32\",\"shape\":[0,9],\"data_offsets\":[4,4]}}", 4, -1, 0, ""},
+         "\"f\":{\"dtype\":\"F32\",\"shape\":[0,9],\"data_offsets\":[4,4]}}",
+         4, -1, 0, ""},
         {"{}", 0, 3, 3, "header"},
         {"{}", 0, 100000001, 3, "header"},
         {"{}", 0, INT64_MAX, 3, "header"},
@@ -376,14 +429,18 @@ static void test_safetensors_headers(void) {
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[140737488355328,2,131072],\"data_offsets\":[0,0]}}", 0, -1, 3, "shape"},
         {"{\"a\":{\"dtype\":\"U8\",\"shape\":[1,1,1,1,1,1,1,1,1],\"data_offsets\":[0,1]}}", 1, -1, 3, "dimensions"},
         {"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},"
-         "\"b\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[2,6]}}", 6, -1, 3, "overlap"},
+         "\"b\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[2,6]}}",
+         6, -1, 3, "overlap"},
         {"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},"
-         "\"b\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}", 4, -1, 3, "overlap"},
+         "\"b\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}",
+         4, -1, 3, "overlap"},
         {"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},"
-         "\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[5,6]}}", 6, -1, 3, "hole"},
+         "\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[5,6]}}",
+         6, -1, 3, "hole"},
         {"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[1,5]}}", 5, -1, 3, "hole"},
         {"{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},"
-         "\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[1,2]}}", 2, -1, 3, "duplicate"},
+         "\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[1,2]}}",
+         2, -1, 3, "duplicate"},
         {"{\"__metadata__\":{\"a\":1}}", 0, -1, 3, "metadata"},
         {"{\"__metadata__\":[]}", 0, -1, 3, "metadata"}};
     char path[PATH_MAX], why[1024];
@@ -394,7 +451,8 @@ static void test_safetensors_headers(void) {
         why[0] = 0;
         int code = safetensors_open(&s, path, why, sizeof why);
         CHECK(code == cases[k].code, "case %zu: %d, %s", k, code, why);
-        CHECK(code == 0 || (strstr(why, path) && strstr(why, cases[k].says) && !strchr(why, '\n')), "case %zu: %s", k, why);
+        CHECK(code == 0 || (strstr(why, path) && strstr(why, cases[k].says) && !strchr(why, '\n')), "case %zu: %s", k,
+              why);
         if (code == 0) safetensors_close(&s);
     }
     for (size_t size = 0; size < 9; size++) {
@@ -412,13 +470,23 @@ static void test_safetensors_headers(void) {
 
 static void test_safetensors_index(void) {
     char dir[PATH_MAX], path[PATH_MAX + 64], why[1024];
-    static const struct { const char *index; int code; const char *says; } cases[] = {
-        {"{\"metadata\":{\"total_size\":12},\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"two.safetensors\",\"c\":\"two.safetensors\"}}", 0, ""},
+    static const struct {
+        const char *index;
+        int code;
+        const char *says;
+    } cases[] = {
+        {"{\"metadata\":{\"total_size\":12},\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"two.safetensors\",\"c\":"
+         "\"two.safetensors\"}}",
+         0, ""},
         {"{\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"two.safetensors\"}}", 3, "'c'"},
         {"{\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"two.safetensors\",\"c\":\"one.safetensors\"}}", 3, "'c'"},
-        {"{\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"two.safetensors\",\"c\":\"two.safetensors\",\"d\":\"one.safetensors\"}}", 3, "4"},
-        {"{\"weight_map\":{\"a\":\"../x/one.safetensors\",\"b\":\"two.safetensors\",\"c\":\"two.safetensors\"}}", 3, "'a'"},
-        {"{\"weight_map\":{\"a\":\"gone.safetensors\",\"b\":\"two.safetensors\",\"c\":\"two.safetensors\"}}", 2, "gone"},
+        {"{\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"two.safetensors\",\"c\":\"two.safetensors\",\"d\":\"one."
+         "safetensors\"}}",
+         3, "4"},
+        {"{\"weight_map\":{\"a\":\"../x/one.safetensors\",\"b\":\"two.safetensors\",\"c\":\"two.safetensors\"}}", 3,
+         "'a'"},
+        {"{\"weight_map\":{\"a\":\"gone.safetensors\",\"b\":\"two.safetensors\",\"c\":\"two.safetensors\"}}", 2,
+         "gone"},
         {"{\"weight_map\":{\"a\":1}}", 3, "'a'"},
         {"{\"weight_map\":{}}", 3, "weight_map"},
         {"{\"weight_map\":[]}", 3, "weight_map"},
@@ -431,8 +499,10 @@ static void test_safetensors_index(void) {
     format_into(path, sizeof path, "%s/one.safetensors", dir);
     put_safetensors(path, "{\"a\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[0,4]}}", 4, -1);
     format_into(path, sizeof path, "%s/two.safetensors", dir);
-    put_safetensors(path, "{\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},"
-                          "\"c\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}", 8, -1);
+    put_safetensors(path,
+                    "{\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},"
+                    "\"c\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}",
+                    8, -1);
     format_into(path, sizeof path, "%s/model.safetensors.index.json", dir);
     for (size_t k = 0; k < sizeof cases / sizeof cases[0]; k++) {
         put_file(path, cases[k].index, strlen(cases[k].index));
@@ -447,8 +517,10 @@ static void test_safetensors_index(void) {
         safetensors_close(&s);
     }
     format_into(path, sizeof path, "%s/one.safetensors", dir);  // the same tensor in two shards
-    put_safetensors(path, "{\"a\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[0,4]},"
-                          "\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}", 8, -1);
+    put_safetensors(path,
+                    "{\"a\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[0,4]},"
+                    "\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}",
+                    8, -1);
     format_into(path, sizeof path, "%s/model.safetensors.index.json", dir);
     put_file(path, cases[0].index, strlen(cases[0].index));
     CHECK(safetensors_open_dir(&s, dir, why, sizeof why) == EXIT_DAMAGED && strstr(why, "'b'"), "%s", why);
@@ -514,8 +586,9 @@ static void test_config_round_trip(void) {
             if (U > 2) wrong += multiple * (int)ceil(D * written / multiple) != U;
         }
     CHECK(wrong == 0, "%d pairs of D and U", wrong);
-    static const int hf[][2] = {{640, 1728}, {768, 2048}, {896, 2432}, {1024, 2752}, {1152, 3072}, {1280, 3456}, {1536, 4096},
-                                {1792, 4800}, {2048, 5504}, {2304, 6144}, {2560, 6848}, {4096, 10944}, {24, 64}};
+    static const int hf[][2] = {{640, 1728},  {768, 2048},   {896, 2432},  {1024, 2752}, {1152, 3072},
+                                {1280, 3456}, {1536, 4096},  {1792, 4800}, {2048, 5504}, {2304, 6144},
+                                {2560, 6848}, {4096, 10944}, {24, 64}};
     for (size_t k = 0; k < sizeof hf / sizeof hf[0]; k++) {
         snprintf(what, sizeof what, "D = %d", hf[k][0]);
         CHECK(ffn_from_factor(hf[k][0], 2.667, 64) == hf[k][1], "%s: %d", what, ffn_from_factor(hf[k][0], 2.667, 64));
@@ -523,9 +596,14 @@ static void test_config_round_trip(void) {
     end_case("config: presets, every key, FFN width by both rounding rules");
 }
 
-#define GOOD "\"model_type\": \"xlstm\", \"vocab_size\": 32, \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 2"
+#define GOOD \
+    "\"model_type\": \"xlstm\", \"vocab_size\": 32, \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 2"
 static void test_config_bad(void) {
-    static const struct { const char *text; int code; const char *says; } cases[] = {
+    static const struct {
+        const char *text;
+        int code;
+        const char *says;
+    } cases[] = {
         {"{" GOOD "}", 0, ""},
         {"{" GOOD ", \"num_blocks\": null, \"embedding_dim\": 16, \"torch_dtype\": \"float32\", \"zzz\": [{}]}", 0, ""},
         {"{" GOOD ", \"gate_soft_cap\": 15, \"weight_mode\": \"single\", \"tie_word_embeddings\": false}", 0, ""},
@@ -543,10 +621,12 @@ static void test_config_bad(void) {
         {"{\"vocab_size\": \"32\", \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 2}", 3, "vocab_size"},
         {"{\"vocab_size\": 32.5, \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 2}", 3, "vocab_size"},
         {"{\"vocab_size\": -32, \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 2}", 3, "vocab_size"},
-        {"{\"vocab_size\": 99999999999999999999, \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 2}", 3, "vocab_size"},
+        {"{\"vocab_size\": 99999999999999999999, \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 2}", 3,
+         "vocab_size"},
         {"{\"vocab_size\": 2000000000, \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 2}", 2, "vocab"},
         {"{\"vocab_size\": 32, \"hidden_size\": 0, \"num_hidden_layers\": 2, \"num_heads\": 2}", 3, "hidden_size"},
-        {"{\"vocab_size\": 32, \"hidden_size\": 16, \"num_hidden_layers\": 2000, \"num_heads\": 2}", 3, "num_hidden_layers"},
+        {"{\"vocab_size\": 32, \"hidden_size\": 16, \"num_hidden_layers\": 2000, \"num_heads\": 2}", 3,
+         "num_hidden_layers"},
         {"{\"vocab_size\": 32, \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 3}", 2, "heads"},
         {"{\"vocab_size\": 32, \"hidden_size\": 16, \"num_hidden_layers\": 2, \"num_heads\": 0}", 3, "num_heads"},
         {"{" GOOD ", \"embedding_dim\": 32}", 3, "embedding_dim"},
@@ -739,7 +819,22 @@ static void test_fixtures(void) {
 }
 
 // Writes a weights file of the fake model; `change` gives the variant.
-enum { AS_IS, OLD_NAMES, VANILLA, MISSING, EXTRA, SHAPE, RANK, INTEGER, HAS_NAN, HAS_INF, BOTH_NAMES, HALF, DOUBLE, NUM_VARIANTS };
+enum {
+    AS_IS,
+    OLD_NAMES,
+    VANILLA,
+    MISSING,
+    EXTRA,
+    SHAPE,
+    RANK,
+    INTEGER,
+    HAS_NAN,
+    HAS_INF,
+    BOTH_NAMES,
+    HALF,
+    DOUBLE,
+    NUM_VARIANTS
+};
 
 static void put_weights(const char *path, int variant) {
     SafeTensor t[64];
@@ -774,20 +869,24 @@ static void put_weights(const char *path, int variant) {
     for (int k = 0; k < count; k++) {
         const TensorSpec *s = &fake_table.tensors[source[k]];
         size_t heads = (size_t)fake_config.num_heads, d = (size_t)fake_config.hidden_size / heads;
-        for (size_t i = 0; i < s->count + 64 && i < fake_table.total; i++) values[i] = fake_value(KIND_WEIGHT, 7, s->offset + i);
+        for (size_t i = 0; i < s->count + 64 && i < fake_table.total; i++)
+            values[i] = fake_value(KIND_WEIGHT, 7, s->offset + i);
         if (variant == HAS_NAN && k == 3) values[s->count - 1] = NAN;
         if (variant == HAS_INF && k == 4) values[0] = -INFINITY;
         memcpy(other, values, s->count * sizeof(float));
-        // Element by element, as the formats are described: [h][g*d+out][in] for [h][in][g*d+out], [g][h][j] for [h][g][j].
+        // Element by element, as the formats are described: [h][g*d+out][in] for [h][in][g*d+out], [g][h][j] for
+        // [h][g][j].
         if (variant == VANILLA && strstr(s->name, "_recurrent_kernel_"))
             for (size_t h = 0; h < heads; h++)
                 for (size_t in = 0; in < d; in++)
-                    for (size_t go = 0; go < 4 * d; go++) other[(h * 4 * d + go) * d + in] = values[(h * d + in) * 4 * d + go];
+                    for (size_t go = 0; go < 4 * d; go++)
+                        other[(h * 4 * d + go) * d + in] = values[(h * d + in) * 4 * d + go];
         if (variant == VANILLA && strstr(s->name, "_bias_"))
             for (size_t h = 0; h < heads; h++)
                 for (size_t g = 0; g < 4; g++)
                     for (size_t j = 0; j < d; j++) other[(g * heads + h) * d + j] = values[(h * 4 + g) * d + j];
-        if (safetensors_append(&w, (size_t)k, other, w.tensors[k].count, why, sizeof why)) die(EXIT_RUN, "test: %s", why);
+        if (safetensors_append(&w, (size_t)k, other, w.tensors[k].count, why, sizeof why))
+            die(EXIT_RUN, "test: %s", why);
     }
     if (safetensors_finish(&w, why, sizeof why)) die(EXIT_RUN, "test: %s", why);
     safetensors_release(&w);
@@ -807,10 +906,20 @@ static void change_dtype(const char *path, const char *from, const char *to) {
 }
 
 static void test_weights(void) {
-    static const struct { int variant, code; const char *says; } cases[] = {
-        {AS_IS, 0, ""}, {OLD_NAMES, 0, ""}, {VANILLA, 0, ""}, {MISSING, 3, "missing"}, {EXTRA, 3, "no part of the model"},
-        {SHAPE, 3, "has the shape"}, {RANK, 3, "has the shape"}, {INTEGER, 3, "dtype I32"}, {HAS_NAN, 3, "NaN"},
-        {HAS_INF, 3, "infinity"}, {BOTH_NAMES, 3, "query"}};
+    static const struct {
+        int variant, code;
+        const char *says;
+    } cases[] = {{AS_IS, 0, ""},
+                 {OLD_NAMES, 0, ""},
+                 {VANILLA, 0, ""},
+                 {MISSING, 3, "missing"},
+                 {EXTRA, 3, "no part of the model"},
+                 {SHAPE, 3, "has the shape"},
+                 {RANK, 3, "has the shape"},
+                 {INTEGER, 3, "dtype I32"},
+                 {HAS_NAN, 3, "NaN"},
+                 {HAS_INF, 3, "infinity"},
+                 {BOTH_NAMES, 3, "query"}};
     char dir[PATH_MAX], path[PATH_MAX + 32], why[1024];
     make_out(dir, "weights");
     format_into(path, sizeof path, "%s/model.safetensors", dir);
@@ -829,7 +938,9 @@ static void test_weights(void) {
         CHECK(wrong == 0, "variant %d: %zu values", cases[k].variant, wrong);
     }
     remove(path);
-    CHECK(weights_load(dir, &fake_config, &fake_table, &fake_backend, why, sizeof why) == EXIT_USAGE && strstr(why, path), "%s", why);
+    CHECK(
+        weights_load(dir, &fake_config, &fake_table, &fake_backend, why, sizeof why) == EXIT_USAGE && strstr(why, path),
+        "%s", why);
     end_case("weights: both sLSTM layouts, both names of q k v; what does not fit the model");
 }
 
@@ -839,7 +950,8 @@ static void test_weights(void) {
 static void test_round_trip(void) {
     for (int bf16 = 0; bf16 < 2; bf16++)
         for (int rows = 0; rows <= FAKE_ROWS; rows += FAKE_ROWS) {
-            char out[PATH_MAX], again[PATH_MAX], dir[PATH_MAX], a[2 * PATH_MAX], b[2 * PATH_MAX], why[1024] = "", *json = NULL;
+            char out[PATH_MAX], again[PATH_MAX], dir[PATH_MAX], a[2 * PATH_MAX], b[2 * PATH_MAX], why[1024] = "",
+                                                                                                  *json = NULL;
             int step;
             fake_build_blocks("slstm,mlstm,mlstm_v1", 16, 4, 10, 20);
             make_out(out, "round");
@@ -870,7 +982,8 @@ static void test_round_trip(void) {
             CHECK(json && strcmp(json, "{\"step\": 12}\n") == 0, "%s", json ? json : "NULL");
             free(json);
             ModelConfig read;
-            CHECK(config_read(dir, &read, why, sizeof why) == 0 && config_same(&read, &fake_config, why, sizeof why), "%s", why);
+            CHECK(config_read(dir, &read, why, sizeof why) == 0 && config_same(&read, &fake_config, why, sizeof why),
+                  "%s", why);
             CHECK(weights_load(dir, &fake_config, &fake_table, &fake_backend, why, sizeof why) == 0, "%s", why);
             size_t wrong = 0;
             for (size_t k = 0; k < fake_table.total; k++) {
@@ -916,7 +1029,8 @@ static void test_other_model(void) {
     CHECK(checkpoint_latest(out, dir, sizeof dir, &step, why, sizeof why) == 0, "%s", why);
     fake_build_blocks("mlstm", 8, 2, 11, 20);
     CHECK(checkpoint_load(&c, dir, &json, why, sizeof why) == EXIT_DAMAGED && strstr(why, "shape"), "%s", why);
-    CHECK(config_read(dir, &other, why, sizeof why) == 0 && !config_same(&other, &fake_config, why, sizeof why), "same");
+    CHECK(config_read(dir, &other, why, sizeof why) == 0 && !config_same(&other, &fake_config, why, sizeof why),
+          "same");
     CHECK(strstr(why, "vocab_size is 10 against 11"), "%s", why);
     fake_build_blocks("slstm", 8, 2, 10, 20);
     CHECK(!config_same(&other, &fake_config, why, sizeof why) && strstr(why, "block 0"), "%s", why);
@@ -938,12 +1052,14 @@ static void test_keep(void) {
     for (int step = 5; step <= 8; step++) CHECK(save_step(&c, step, why, sizeof why) == 0, "%s", why);
     CHECK(count_entries(out, "step_") == 3 && access(path, F_OK) == 0, "a directory with a user's file was deleted");
     CHECK(checkpoint_holds_run(out), "holds_run");
-    // The newest two are damaged: the run falls back to 6 and saves 7 again, then 8. Nothing valid may be deleted for them.
+    // The newest two are damaged: the run falls back to 6 and saves 7 again, then 8. Nothing valid may be deleted for
+    // them.
     format_into(path, sizeof path, "%s/step_00000008/optimizer.safetensors", out);
     CHECK(truncate(path, 100) == 0, "truncate");
     c.keep = 1;
     CHECK(save_step(&c, 7, why, sizeof why) == 0, "%s", why);
-    CHECK(count_entries(out, "step_00000007") == 1 && count_entries(out, "step_00000008") == 1, "7 was deleted in favour of 8");
+    CHECK(count_entries(out, "step_00000007") == 1 && count_entries(out, "step_00000008") == 1,
+          "7 was deleted in favour of 8");
     CHECK(save_step(&c, 8, why, sizeof why) == 0, "a damaged directory was not replaced: %s", why);
     int step;
     char dir[PATH_MAX];
@@ -987,7 +1103,9 @@ static void test_fallback(void) {
     CHECK(in_child(latest_on_stderr, out, err, sizeof err) == 101 && strstr(err, "more than"), "%s", err);
     format_into(path, sizeof path, "%s/step_00000001/model.safetensors", out);
     CHECK(truncate(path, 1000) == 0, "truncate");
-    CHECK(in_child(latest_on_stderr, out, err, sizeof err) == EXIT_DAMAGED && strstr(err, "error: ") && strstr(err, path), "%s", err);
+    CHECK(
+        in_child(latest_on_stderr, out, err, sizeof err) == EXIT_DAMAGED && strstr(err, "error: ") && strstr(err, path),
+        "%s", err);
     format_into(path, sizeof path, "%s/nothing", out);
     CHECK(in_child(latest_on_stderr, path, err, sizeof err) == 99, "no directory: step -1");
     end_case("checkpoint: falls back over damaged ones and says so; only damaged ones: exit 3");
@@ -1015,7 +1133,8 @@ static void test_every_bit(void) {
                 if (pwrite(fd, &changed, 1, (off_t)k) != 1) die(EXIT_RUN, "test: pwrite");
                 int code = manifest_verify(dir, 0, &step, why, sizeof why);
                 if (code != EXIT_DAMAGED || !strstr(why, checkpoint_files[f])) {
-                    if (missed++ == 0) printf("    %s, byte %zu, bit %d: %d %s\n", checkpoint_files[f], k, bit, code, why);
+                    if (missed++ == 0)
+                        printf("    %s, byte %zu, bit %d: %d %s\n", checkpoint_files[f], k, bit, code, why);
                 }
                 flips++;
                 if (pwrite(fd, &bytes[k], 1, (off_t)k) != 1) die(EXIT_RUN, "test: pwrite");
@@ -1036,7 +1155,7 @@ typedef struct {
     const char *name;
     int steps[2];  // of the checkpoints that are there before, 0: none
     int keep, bf16, rows;
-    int damaged;   // step_00000020 is there already, and damaged
+    int damaged;  // step_00000020 is there already, and damaged
 } Scenario;
 
 static const Scenario scenarios[] = {
@@ -1044,9 +1163,15 @@ static const Scenario scenarios[] = {
     {"with one before, states", {10, 0}, 1, 0, 2, 0},
     {"with two before, keep 2, bf16", {5, 10}, 2, 1, 0, 0},
     {"over a damaged one", {10, 0}, 1, 0, 0, 1},
+    {"over a valid one", {10, 20}, 2, 0, 0, 0},
 };
 
-typedef struct { const Scenario *s; const char *out; int mode, error; long at; } Cut;
+typedef struct {
+    const Scenario *s;
+    const char *out;
+    int mode, error;
+    long at;
+} Cut;
 
 static void scenario_prepare(const Scenario *s, const char *out) {
     char why[1024], path[2 * PATH_MAX];
@@ -1114,9 +1239,14 @@ static void start_again(const void *argument) {
 }
 
 static void test_cut_saves(void) {
-    static const struct { const char *name; int mode, error; } modes[] = {
-        {"killed at", FAULT_KILL, 0}, {"killed within", FAULT_TORN, 0}, {"power lost at", FAULT_POWER, 0},
-        {"disk full at", FAULT_ERROR, ENOSPC}, {"input/output error at", FAULT_ERROR, EIO}};
+    static const struct {
+        const char *name;
+        int mode, error;
+    } modes[] = {{"killed at", FAULT_KILL, 0},
+                 {"killed within", FAULT_TORN, 0},
+                 {"power lost at", FAULT_POWER, 0},
+                 {"disk full at", FAULT_ERROR, ENOSPC},
+                 {"input/output error at", FAULT_ERROR, EIO}};
     char out[PATH_MAX], err[1024], name[200];
     make_out(out, "cut");
     fake_build_blocks("slstm,mlstm", 4, 2, 4, 4);
@@ -1131,15 +1261,16 @@ static void test_cut_saves(void) {
                 CHECK(code == 0 || ended, "call %ld: %d %s", at, code, err);
                 int found = in_child(start_again, &cut, err, sizeof err) - 100;
                 int before = scenarios[s].steps[1] ? scenarios[s].steps[1] : scenarios[s].steps[0];
-                CHECK(found >= before / 5 && (found == 4 || found == before / 5), "call %ld: the next start finds %d %s", at, found, err);
+                CHECK(found >= before / 5 && (found == 4 || found == before / 5),
+                      "call %ld: the next start finds %d %s", at, found, err);
                 if (code == 0) CHECK(found == 4, "a save that succeeded is not found");
                 if (code == 0 || case_failed) break;
                 points++;
                 reported += code == 10;
             }
             CHECK(points > 20 && (modes[m].mode != FAULT_ERROR || reported > 20), "only %ld points", points);
-            format_into(name, sizeof name, "checkpoint: %s, %s each of %ld system calls: a valid one is found", scenarios[s].name,
-                        modes[m].name, points);
+            format_into(name, sizeof name, "checkpoint: %s, %s each of %ld system calls: a valid one is found",
+                        scenarios[s].name, modes[m].name, points);
             end_case(name);
         }
 }
@@ -1181,7 +1312,8 @@ static void test_full_disk(void) {
     CHECK(count_entries(out, "tmp.") == 0, "die() left a half-written directory");
     if (access("/dev/full", W_OK) == 0) {
         int fd = open("/dev/full", O_WRONLY);
-        CHECK(file_write(fd, "/dev/full", 0, "x", 1, why, sizeof why) == EXIT_USAGE && strstr(why, strerror(ENOSPC)), "%s", why);
+        CHECK(file_write(fd, "/dev/full", 0, "x", 1, why, sizeof why) == EXIT_USAGE && strstr(why, strerror(ENOSPC)),
+              "%s", why);
         close(fd);
     }
     end_case("checkpoint: a full disk and a die() leave nothing behind");
@@ -1221,9 +1353,13 @@ static void test_lock(void) {
     CHECK(checkpoint_lock("", why, sizeof why) == EXIT_USAGE, "%s", why);
     make_out(out, "readonly");
     CHECK(chmod(out, 0555) == 0 && chmod(scratch, 0755) == 0, "chmod");
-    CHECK(in_child(lock_as_nobody, out, err, sizeof err) == EXIT_USAGE && is_one_line(err) && strstr(err, strerror(EACCES)), "%s", err);
+    CHECK(in_child(lock_as_nobody, out, err, sizeof err) == EXIT_USAGE && is_one_line(err) &&
+              strstr(err, strerror(EACCES)),
+          "%s", err);
     strcat(out, "/below");
-    CHECK(in_child(lock_as_nobody, out, err, sizeof err) == EXIT_USAGE && is_one_line(err) && strstr(err, strerror(EACCES)), "%s", err);
+    CHECK(in_child(lock_as_nobody, out, err, sizeof err) == EXIT_USAGE && is_one_line(err) &&
+              strstr(err, strerror(EACCES)),
+          "%s", err);
     end_case("checkpoint: lock, second writer, leftovers of dead ones, places that cannot be written");
 }
 
@@ -1240,18 +1376,24 @@ static void test_dump(void) {
     CHECK(safetensors_open(&s, path, why, sizeof why) == 0, "%s", why);
     CHECK(s.num_tensors == (size_t)fake_table.num_tensors + 2, "%zu tensors", s.num_tensors);
     const SafeTensor *t = safetensors_find(&s, "loss");
-    CHECK(t && t->ndim == 1 && t->shape[0] == 1 && !safetensors_read(&s, t, 0, 1, back, why, sizeof why) && back[0] == 1.25f, "loss");
+    CHECK(t && t->ndim == 1 && t->shape[0] == 1 && !safetensors_read(&s, t, 0, 1, back, why, sizeof why) &&
+              back[0] == 1.25f,
+          "loss");
     t = safetensors_find(&s, "logits");
     CHECK(t && t->ndim == 3 && t->shape[2] == 4 && !safetensors_read(&s, t, 0, 24, back, why, sizeof why) &&
-          memcmp(back, logits, sizeof logits) == 0, "logits");
+              memcmp(back, logits, sizeof logits) == 0,
+          "logits");
     t = safetensors_find(&s, "grad.lm_head.weight");
     CHECK(t && t->ndim == 2 && !safetensors_read(&s, t, 0, 16, back, why, sizeof why), "gradient");
     CHECK(back[15] == fake_value(KIND_GRAD, 3, fake_table.total - 1), "gradient");
     safetensors_close(&s);
     CHECK(count_entries(out, "d.") == 1, "a temporary file is left");
-    CHECK(dump_write(out, &fake_table, &fake_backend, 1, logits, 2, 3, 4, why, sizeof why) == EXIT_USAGE, "a directory");
+    CHECK(dump_write(out, &fake_table, &fake_backend, 1, logits, 2, 3, 4, why, sizeof why) == EXIT_USAGE,
+          "a directory");
     test_path(path, "nowhere/d.safetensors");
-    CHECK(dump_write(path, &fake_table, &fake_backend, 1, logits, 2, 3, 4, why, sizeof why) == EXIT_USAGE && strstr(why, path), "%s", why);
+    CHECK(dump_write(path, &fake_table, &fake_backend, 1, logits, 2, 3, 4, why, sizeof why) == EXIT_USAGE &&
+              strstr(why, path),
+          "%s", why);
     end_case("dump: loss, logits, gradients; places that cannot be written");
 }
 
@@ -1259,8 +1401,8 @@ static void test_dump(void) {
 // data.h
 
 // A shard of `count` tokens 0, 1, 2, ... modulo `modulo`, after a header with these values.
-static void put_shard(const char *name, uint32_t magic, uint32_t version, uint32_t said, int vocab, int eot, int count, int width,
-                      int modulo) {
+static void put_shard(const char *name, uint32_t magic, uint32_t version, uint32_t said, int vocab, int eot, int count,
+                      int width, int modulo) {
     char path[PATH_MAX];
     size_t size = 1024 + (size_t)count * (size_t)width;
     unsigned char *bytes = xcalloc(size, 1);
@@ -1279,7 +1421,10 @@ static void put_text(const char *name, const char *text) {
     put_file(path, text, strlen(text));
 }
 
-typedef struct { const char *globs; int seq_len, vocab; } Open;
+typedef struct {
+    const char *globs;
+    int seq_len, vocab;
+} Open;
 
 static void open_and_check(const void *argument) {
     const Open *o = argument;
@@ -1291,44 +1436,47 @@ static void open_and_check(const void *argument) {
 }
 
 static void test_data_bad(void) {
-    static const struct { Open open; int code; const char *says, *also; } cases[] = {
-        {{"good.bin", 4, 300}, 0, "", ""},
-        {{"good.bin,text.txt", 4, 300}, 0, "", ""},
-        {{"raw:raw.dat", 4, 300}, 0, "", ""},
-        {{"good7.bin", 4, 300}, 0, "", ""},
-        {{"empty.txt,good.bin", 4, 300}, 0, "note", "empty.txt"},
-        {{"header_only.bin,good.bin", 4, 300}, 0, "note", "header_only.bin"},
-        {{"good*.bin,[t]ext.txt", 4, 300}, 0, "", ""},
-        {{"a[1].txt", 4, 300}, 0, "", ""},
-        {{"missing.bin", 4, 300}, 2, "--train", "missing.bin"},
-        {{"missing*.txt", 4, 300}, 2, "--train", "missing*"},
-        {{"", 4, 300}, 2, "--train", "empty name"},
-        {{"good.bin,", 4, 300}, 2, "--train", "empty name"},
-        {{",good.bin", 4, 300}, 2, "--train", "empty name"},
-        {{"raw:", 4, 300}, 2, "--train", "raw:"},
-        {{".", 4, 300}, 2, "directory", ""},
-        {{"pipe.txt", 4, 300}, 2, "pipe.txt", ""},
-        {{"raw.dat", 4, 300}, 2, "raw:raw.dat", ""},
-        {{"raw:good.bin", 4, 300}, 2, "leave out", ""},
-        {{"raw:odd.dat", 4, 300}, 3, "odd", ""},
-        {{"empty.bin", 4, 300}, 3, "empty.bin", "raw:"},
-        {{"magic.bin", 4, 300}, 3, "magic.bin", "raw:magic.bin"},
-        {{"eval.bin", 4, 300}, 3, "eval.bin", "questions"},
-        {{"stub.bin", 4, 300}, 3, "stub.bin", "header"},
-        {{"version.bin", 4, 300}, 3, "version 2", ""},
-        {{"version7.bin", 4, 300}, 3, "version 1", ""},
-        {{"short.bin", 4, 300}, 3, "short.bin", "promises 51"},
-        {{"long.bin", 4, 300}, 3, "long.bin", "promises 49"},
-        {{"half.bin", 4, 300}, 3, "half.bin", ""},
-        {{"huge.bin", 4, 300}, 3, "promises 4294967295", ""},
-        {{"vocab.bin", 4, 300}, 3, "vocabulary", "-5"},
-        {{"eot.bin", 4, 300}, 3, "end-of-text", "300"},
-        {{"good.bin", 50, 300}, 2, "--seq-len 50", "50"},
-        {{"empty.txt", 4, 300}, 2, "--seq-len 4", ""},
-        {{"header_only.bin", 4, 300}, 2, "--seq-len 4", ""},
-        {{"good.bin", 4, 49}, 2, "token id 49 at position 49", "--vocab"},
-        {{"good.bin,text.txt", 4, 100}, 2, "text.txt", "vocabulary is 100"},
-        {{"good7.bin", 4, 70000}, 2, "token id 70000", "position 70000"}};
+    static const struct {
+        Open open;
+        int code;
+        const char *says, *also;
+    } cases[] = {{{"good.bin", 4, 300}, 0, "", ""},
+                 {{"good.bin,text.txt", 4, 300}, 0, "", ""},
+                 {{"raw:raw.dat", 4, 300}, 0, "", ""},
+                 {{"good7.bin", 4, 300}, 0, "", ""},
+                 {{"empty.txt,good.bin", 4, 300}, 0, "note", "empty.txt"},
+                 {{"header_only.bin,good.bin", 4, 300}, 0, "note", "header_only.bin"},
+                 {{"good*.bin,[t]ext.txt", 4, 300}, 0, "", ""},
+                 {{"a[1].txt", 4, 300}, 0, "", ""},
+                 {{"missing.bin", 4, 300}, 2, "--train", "missing.bin"},
+                 {{"missing*.txt", 4, 300}, 2, "--train", "missing*"},
+                 {{"", 4, 300}, 2, "--train", "empty name"},
+                 {{"good.bin,", 4, 300}, 2, "--train", "empty name"},
+                 {{",good.bin", 4, 300}, 2, "--train", "empty name"},
+                 {{"raw:", 4, 300}, 2, "--train", "raw:"},
+                 {{".", 4, 300}, 2, "directory", ""},
+                 {{"pipe.txt", 4, 300}, 2, "pipe.txt", ""},
+                 {{"raw.dat", 4, 300}, 2, "raw:raw.dat", ""},
+                 {{"raw:good.bin", 4, 300}, 2, "leave out", ""},
+                 {{"raw:odd.dat", 4, 300}, 3, "odd", ""},
+                 {{"empty.bin", 4, 300}, 3, "empty.bin", "raw:"},
+                 {{"magic.bin", 4, 300}, 3, "magic.bin", "raw:magic.bin"},
+                 {{"eval.bin", 4, 300}, 3, "eval.bin", "questions"},
+                 {{"stub.bin", 4, 300}, 3, "stub.bin", "header"},
+                 {{"version.bin", 4, 300}, 3, "version 2", ""},
+                 {{"version7.bin", 4, 300}, 3, "version 1", ""},
+                 {{"short.bin", 4, 300}, 3, "short.bin", "promises 51"},
+                 {{"long.bin", 4, 300}, 3, "long.bin", "promises 49"},
+                 {{"half.bin", 4, 300}, 3, "half.bin", ""},
+                 {{"huge.bin", 4, 300}, 3, "promises 4294967295", ""},
+                 {{"vocab.bin", 4, 300}, 3, "vocabulary", "-5"},
+                 {{"eot.bin", 4, 300}, 3, "end-of-text", "300"},
+                 {{"good.bin", 50, 300}, 2, "--seq-len 50", "50"},
+                 {{"empty.txt", 4, 300}, 2, "--seq-len 4", ""},
+                 {{"header_only.bin", 4, 300}, 2, "--seq-len 4", ""},
+                 {{"good.bin", 4, 49}, 2, "token id 49 at position 49", "--vocab"},
+                 {{"good.bin,text.txt", 4, 100}, 2, "text.txt", "vocabulary is 100"},
+                 {{"good7.bin", 4, 70000}, 2, "token id 70000", "position 70000"}};
     char err[4096], path[PATH_MAX];
     put_shard("good.bin", 20240520, 1, 50, 300, 7, 50, 2, 300);
     put_shard("good7.bin", 20240801, 7, 50, 0, 0, 50, 4, 300);
@@ -1371,11 +1519,11 @@ static void test_data_samples(void) {
     int in[5], out[5];
     unsigned char resets[5];
     Dataset d;
-    put_shard("d_b.bin", 20240520, 1, 12, 300, 7, 12, 2, 300);   // tokens 0..11: two samples of 5
-    put_shard("d_c.bin", 20240801, 7, 6, 0, 0, 6, 4, 300);       // one sample, no vocabulary: end of text 50256
-    put_shard("d_d.bin", 20240520, 1, 6, 400, 0, 6, 2, 300);     // end of text 0, valid because a vocabulary is given
-    put_text("d_a.txt", "abcde");                                // 5 bytes: no sample of 5 + 1
-    put_text("d_e.txt", "abcdefghijk");                          // two samples
+    put_shard("d_b.bin", 20240520, 1, 12, 300, 7, 12, 2, 300);  // tokens 0..11: two samples of 5
+    put_shard("d_c.bin", 20240801, 7, 6, 0, 0, 6, 4, 300);      // one sample, no vocabulary: end of text 50256
+    put_shard("d_d.bin", 20240520, 1, 6, 400, 0, 6, 2, 300);    // end of text 0, valid because a vocabulary is given
+    put_text("d_a.txt", "abcde");                               // 5 bytes: no sample of 5 + 1
+    put_text("d_e.txt", "abcdefghijk");                         // two samples
     test_path(path[0], "d_[b-e].*");
     test_path(path[1], "d_a.txt");
     format_into(globs, sizeof globs, "%s,%s", path[0], path[1]);
@@ -1383,18 +1531,20 @@ static void test_data_samples(void) {
     dataset_open(&d, "--train", globs, 5);
     unmute(saved);
     dataset_check_tokens(&d, 300);
-    CHECK(d.num_files == 5 && d.num_samples == 6 && d.num_tokens == 5 + 12 + 6 + 6 + 11, "%d files, %llu samples", d.num_files,
-          (unsigned long long)d.num_samples);
+    CHECK(d.num_files == 5 && d.num_samples == 6 && d.num_tokens == 5 + 12 + 6 + 6 + 11, "%d files, %llu samples",
+          d.num_files, (unsigned long long)d.num_samples);
     CHECK(strstr(d.files[0].path, "d_a.txt") && strstr(d.files[4].path, "d_e.txt"), "sorted order");
     CHECK(!d.all_text && d.header_vocab == 400, "vocabulary %d", d.header_vocab);
-    static const struct { int first, eot; unsigned char resets[5]; } expected[6] = {
-        {0, -1, {1, 0, 0, 0, 0}}, {5, -1, {0, 0, 1, 0, 0}}, {0, -1, {1, 0, 0, 0, 0}},
-        {0, -1, {1, 0, 0, 0, 0}}, {'a', -1, {1, 0, 0, 0, 0}}, {'f', -1, {0, 0, 0, 0, 0}}};
+    static const struct {
+        int first, eot;
+        unsigned char resets[5];
+    } expected[6] = {{0, -1, {1, 0, 0, 0, 0}}, {5, -1, {0, 0, 1, 0, 0}},   {0, -1, {1, 0, 0, 0, 0}},
+                     {0, -1, {1, 0, 0, 0, 0}}, {'a', -1, {1, 0, 0, 0, 0}}, {'f', -1, {0, 0, 0, 0, 0}}};
     for (int s = 0; s < 6; s++) {
         dataset_read(&d, (uint64_t)s, in, out, resets, -1);
         for (int t = 0; t < 5; t++)
-            CHECK(in[t] == expected[s].first + t && out[t] == in[t] + 1 && resets[t] == expected[s].resets[t], "sample %d, t %d: %d %d %d", s,
-                  t, in[t], out[t], resets[t]);
+            CHECK(in[t] == expected[s].first + t && out[t] == in[t] + 1 && resets[t] == expected[s].resets[t],
+                  "sample %d, t %d: %d %d %d", s, t, in[t], out[t], resets[t]);
     }
     dataset_read(&d, 5, in, out, resets, 'h');
     CHECK(resets[2] == 1 && resets[0] == 0, "--eot holds for text too");
@@ -1416,7 +1566,8 @@ static void test_data_samples(void) {
     dataset_close(&d);
     test_path(path[0], "d_?.txt");
     dataset_open(&d, "--train", path[0], 1);
-    CHECK(d.all_text && d.header_vocab == 0 && d.num_samples == 4 + 10, "text, T = 1: %llu", (unsigned long long)d.num_samples);
+    CHECK(d.all_text && d.header_vocab == 0 && d.num_samples == 4 + 10, "text, T = 1: %llu",
+          (unsigned long long)d.num_samples);
     dataset_close(&d);
     end_case("data: samples, order of files, documents, vocabulary");
 }

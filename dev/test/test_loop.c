@@ -8,7 +8,10 @@ static int passed = 0, failed = 0;
 PRINTF_LIKE(2, 3)
 static void check(int ok, const char *fmt, ...) {
     va_list args;
-    if (ok) { passed++; return; }
+    if (ok) {
+        passed++;
+        return;
+    }
     failed++;
     printf("FAILED: ");
     va_start(args, fmt);
@@ -33,8 +36,8 @@ static void test_schedules(void) {
     double at_900[4] = {0.1 + 0.9 * 0.5 * (1 + cos(3.14159265358979323846 * 800 / 900)), 1 - 0.9 * 800 / 900, 1,
                         1 - 0.9 * sqrt(0.5)};
     for (int k = 0; k < 4; k++) {
-        const char *argv[] = {"x", "--lr", "2", "--warmup", "100", "--steps", "1000", "--final-lr", "0.1", "--schedule",
-                              names[k]};
+        const char *argv[] = {"x",    "--lr",       "2",   "--warmup",   "100",   "--steps",
+                              "1000", "--final-lr", "0.1", "--schedule", names[k]};
         Flags f = flags_of(11, argv);
         check(near(schedule_lr(&f, 0), 0.02), "%s: first step %g", names[k], schedule_lr(&f, 0));
         check(near(schedule_lr(&f, 99), 2), "%s: end of the warm-up %g", names[k], schedule_lr(&f, 99));
@@ -69,8 +72,7 @@ static void test_sample_order(void) {
     check(!in_order && changed > 50, "the second epoch has its own order");
     t.sequences_per_step = 6;  // step 3 of 6 sequences reads what steps 18 .. 23 of one read
     t.tokens = 16 * 18;
-    for (int row = 0; row < 6; row++)
-        check(sample_of_row(&t, row) == first_epoch[18 + row], "row %d of step 3", row);
+    for (int row = 0; row < 6; row++) check(sample_of_row(&t, row) == first_epoch[18 + row], "row %d of step 3", row);
     t.flags.no_shuffle = 1;
     check(sample_of_row(&t, 5) == 23, "in order");
     t.flags.carry_state = 1;  // 6 streams of 17 samples; one sample is left over
@@ -111,7 +113,8 @@ static void test_sampler(void) {
         memset(counts, 0, sizeof counts);
         sampler_init(&s, 6, 1, top_k, p);
         for (int k = 0; k < 1000; k++) counts[sampler_pick(&s, logits, (k + 0.5) / 1000)]++;
-        check(counts[0] + counts[2] + counts[4] == 0 && counts[1] && counts[3] && counts[5], "top-p with top-k %d", top_k);
+        int others = counts[0] + counts[2] + counts[4];
+        check(others == 0 && counts[1] && counts[3] && counts[5], "top-p with top-k %d", top_k);
         sampler_free(&s);
     }
 }
@@ -131,16 +134,18 @@ static void text_of(const char *bytes, size_t len, char *dst) {
 }
 
 static void test_text(void) {
-    struct { const char *bytes, *shown; } cases[] = {
+    struct {
+        const char *bytes, *shown;
+    } cases[] = {
         {"plain\tand\nsimple", "plain\tand\nsimple"},
         {"h\xc3\xa4\xe2\x82\xac\xf0\x9f\x98\x80", "h\xc3\xa4\xe2\x82\xac\xf0\x9f\x98\x80"},
         {"\x1b[31m\r\x7f", "\\x1b[31m\\x0d\\x7f"},
-        {"\xc2\x9b", "\\xc2\\x9b"},                          // a control character in two bytes
-        {"\xff\xc0\xafz", "\\xff\\xc0\\xafz"},               // never UTF-8
-        {"\xed\xa0\x80", "\\xed\\xa0\\x80"},                 // a surrogate
-        {"\xe2\x82z", "\\xe2\\x82z"},                        // a character that breaks off
-        {"\xf0\x9f\x98", "\\xf0\\x9f\\x98"},                 // the text breaks off
-        {"\xf0\x9f\xc3\xa4", "\\xf0\\x9f\xc3\xa4"},          // the next character is whole
+        {"\xc2\x9b", "\\xc2\\x9b"},                  // a control character in two bytes
+        {"\xff\xc0\xafz", "\\xff\\xc0\\xafz"},       // never UTF-8
+        {"\xed\xa0\x80", "\\xed\\xa0\\x80"},         // a surrogate
+        {"\xe2\x82z", "\\xe2\\x82z"},                // a character that breaks off
+        {"\xf0\x9f\x98", "\\xf0\\x9f\\x98"},         // the text breaks off
+        {"\xf0\x9f\xc3\xa4", "\\xf0\\x9f\xc3\xa4"},  // the next character is whole
     };
     for (size_t k = 0; k < sizeof cases / sizeof cases[0]; k++) {
         char shown[256];
@@ -229,9 +234,12 @@ static void test_events(const char *dir) {
     check(records == 3 && at == size, "an event file of three records: %d, %zu of %zu bytes", records, at, size);
     check(good, "checksums of the records");
     if (records != 3) return;
-    const unsigned char version[] = "\x1a\x0d" "brain.Event:2", start[] = {0x10, 8, 0x3a, 2, 8, 1};
-    const unsigned char scalar[] = {0x10, 0xac, 2, 0x2a, 19, 0x0a, 17, 0x0a, 10, 't', 'r', 'a', 'i', 'n', '/', 'l',
-                                    'o',  's',  's', 0x15, 0, 0, 0xc0, 0x3f};
+    const unsigned char version[] =
+        "\x1a\x0d"
+        "brain.Event:2",
+                        start[] = {0x10, 8, 0x3a, 2, 8, 1};
+    const unsigned char scalar[] = {0x10, 0xac, 2,   0x2a, 19,  0x0a, 17,  0x0a, 10, 't', 'r',  'a',
+                                    'i',  'n',  '/', 'l',  'o', 's',  's', 0x15, 0,  0,   0xc0, 0x3f};
     check(len[0] == 9 + 15 && memcmp(data[0] + 9, version, 15) == 0, "the version comes first");
     check(len[1] == 9 + 6 && memcmp(data[1] + 9, start, 6) == 0, "a resumed run drops what is later");
     check(len[2] == 9 + sizeof scalar && memcmp(data[2] + 9, scalar, sizeof scalar) == 0, "the scalar");
@@ -254,7 +262,8 @@ static void test_formats(void) {
     format_blocks(&c, text, 20);
     check(strcmp(text, "mlstm_v1*3,slstm...") == 0, "%s", text);
     check(log_round_interval(0) == 1 && log_round_interval(3) == 5 && log_round_interval(20) == 20 &&
-              log_round_interval(51) == 100, "intervals of lines");
+              log_round_interval(51) == 100,
+          "intervals of lines");
     check(choice_allows("fp32|bf16", "bf16") && !choice_allows("fp32|bf16", "bf") && !choice_allows("a|b", ""),
           "words of a choice");
 }

@@ -51,11 +51,14 @@ static double gemm_error(const GemmCase *g, int all_threads) {
 
 static double matmul_error(int rows, int N, int K) {  // matmul_forward and matmul_backward in all their variants
     size_t ld_x = (size_t)K + 1, ld_out = (size_t)N + 2;
-    double *x = normals((size_t)rows * K, 0, 1), *w = normals((size_t)N * K, 0, 1), *dout = normals((size_t)rows * N, 0, 1);
+    double *x = normals((size_t)rows * K, 0, 1), *w = normals((size_t)N * K, 0, 1),
+           *dout = normals((size_t)rows * N, 0, 1);
     Worst worst = {0, ""};
     for (int accumulate = 0; accumulate < 2; accumulate++) {
-        real *X = reals(rows * ld_x, NAN), *W = reals((size_t)N * K, 0), *OUT = reals(rows * ld_out, accumulate ? 2 : NAN);
-        real *DOUT = reals(rows * ld_out, NAN), *DX = reals(rows * ld_x, accumulate ? 2 : NAN), *DW = reals((size_t)N * K, 1);
+        real *X = reals(rows * ld_x, NAN), *W = reals((size_t)N * K, 0),
+             *OUT = reals(rows * ld_out, accumulate ? 2 : NAN);
+        real *DOUT = reals(rows * ld_out, NAN), *DX = reals(rows * ld_x, accumulate ? 2 : NAN),
+             *DW = reals((size_t)N * K, 1);
         double *out = zeros((size_t)rows * N), *dx = zeros((size_t)rows * K), *dw = zeros((size_t)N * K);
         double *got_out = zeros((size_t)rows * N), *got_dx = zeros((size_t)rows * K), *got_dw = zeros((size_t)N * K);
         rows_from(X, ld_x, x, (size_t)rows * K, K);
@@ -102,7 +105,8 @@ static void test_gemm(void) {
         GemmCase g = {sizes[o[0]], sizes[o[1]], inner[o[2]], o[3], o[4], o[5], o[6] ? 5 : 0};
         for (int threads = 0; threads < 2; threads++) worst[threads] = fmax(worst[threads], gemm_error(&g, threads));
     }
-    check(worst[0], tolerance, "gemm_serial, %d combinations of odd sizes, strides, transposes, accumulate", grid.count);
+    check(worst[0], tolerance, "gemm_serial, %d combinations of odd sizes, strides, transposes, accumulate",
+          grid.count);
     check(worst[1], tolerance, "gemm, the same");
     GemmCase big[] = {{301, 1100, 70, 0, 1, 0, 1}, {1030, 45, 515, 1, 0, 1, 0}, {67, 530, 300, 0, 0, 0, 3}};
     for (int k = 0; k < 3; k++)
@@ -110,7 +114,8 @@ static void test_gemm(void) {
 #ifdef _OPENMP
             omp_set_num_threads(threads);
 #endif
-            check(gemm_error(&big[k], 1), tolerance, "gemm %d x %d x %d, %d threads", big[k].M, big[k].N, big[k].K, threads);
+            check(gemm_error(&big[k], 1), tolerance, "gemm %d x %d x %d, %d threads", big[k].M, big[k].N, big[k].K,
+                  threads);
         }
 #ifdef _OPENMP
     omp_set_num_threads(1);
@@ -162,31 +167,40 @@ static void test_elementary(void) {
         double worst = 0, steps = 400000;
         for (double s = 0; s <= steps; s++) {
             real x = (real)(e->from + (e->to - e->from) * s / steps);
-            double exact = e->exact(x), error = fabs(e->function(x) - exact) / (e->relative * fabs(exact) + e->absolute + 1e-45);
+            double exact = e->exact(x),
+                   error = fabs(e->function(x) - exact) / (e->relative * fabs(exact) + e->absolute + 1e-45);
             worst = error <= worst ? worst : error;
         }
         check(worst, 1, "%s on %g .. %g against libm, in units of the tolerated error (%.1e, absolute %.0e)", e->name,
               e->from, e->to, e->relative, e->absolute);
     }
     real nan = (real)NAN, inf = (real)INFINITY;
-    real (*pass_nan[])(real) = {exp_real, tanh_real, sigmoid, silu, silu_grad, log1p_unit, sqrt_real, normal_cdf, gelu, gelu_grad};
+    real (*pass_nan[])(real) = {exp_real,   tanh_real, sigmoid,    silu, silu_grad,
+                                log1p_unit, sqrt_real, normal_cdf, gelu, gelu_grad};
     for (size_t k = 0; k < sizeof pass_nan / sizeof pass_nan[0]; k++)
         check(!isnan(pass_nan[k](nan)), 0, "NaN stays NaN, function %zu", k);
     struct {
         const char *name;
         real got;
         double expected;
-    } ends[] = {{"exp(inf)", exp_real(inf), INFINITY},   {"exp(-inf)", exp_real(-inf), 0},
-                {"exp(1000)", exp_real(1000), INFINITY}, {"exp(-1000)", exp_real(-1000), 0},
-                {"exp(0)", exp_real(0), 1},              {"tanh(inf)", tanh_real(inf), 1},
-                {"tanh(-inf)", tanh_real(-inf), -1},     {"tanh(0)", tanh_real(0), 0},
-                {"sigmoid(1000)", sigmoid(1000), 1},     {"sigmoid(-1000)", sigmoid(-1000), 0},
-                {"sigmoid(0)", sigmoid(0), 0.5},         {"normal_cdf(40)", normal_cdf(40), 1},
-                {"normal_cdf(-40)", normal_cdf(-40), 0}, {"log1p_unit(0)", log1p_unit(0), 0}};
+    } ends[] = {{"exp(inf)", exp_real(inf), INFINITY},
+                {"exp(-inf)", exp_real(-inf), 0},
+                {"exp(1000)", exp_real(1000), INFINITY},
+                {"exp(-1000)", exp_real(-1000), 0},
+                {"exp(0)", exp_real(0), 1},
+                {"tanh(inf)", tanh_real(inf), 1},
+                {"tanh(-inf)", tanh_real(-inf), -1},
+                {"tanh(0)", tanh_real(0), 0},
+                {"sigmoid(1000)", sigmoid(1000), 1},
+                {"sigmoid(-1000)", sigmoid(-1000), 0},
+                {"sigmoid(0)", sigmoid(0), 0.5},
+                {"normal_cdf(40)", normal_cdf(40), 1},
+                {"normal_cdf(-40)", normal_cdf(-40), 0},
+                {"log1p_unit(0)", log1p_unit(0), 0}};
     for (size_t k = 0; k < sizeof ends / sizeof ends[0]; k++) {
         double tolerated = IS_DOUBLE ? 1e-300 : 1e-12;  // double: exp(-1000) is not quite 0
-        check(ends[k].got == ends[k].expected ? 0 : fabs(ends[k].got - ends[k].expected), tolerated, "%s = %g", ends[k].name,
-              ends[k].expected);
+        check(ends[k].got == ends[k].expected ? 0 : fabs(ends[k].got - ends[k].expected), tolerated, "%s = %g",
+              ends[k].name, ends[k].expected);
     }
     double error = 0, between = 0;
     for (double x = 88.37; x < 88.8; x += 1e-4) {  // at the end of float's range: right or infinite, nothing else
@@ -305,8 +319,8 @@ static void blocks4_layer_forward(Layer *l) {
     blocks4_forward(l->out, l->width, l->x[0], (size_t)l->width + 3, l->x[1], l->rows, l->width);
 }
 static void blocks4_layer_backward(Layer *l) {
-    blocks4_backward(l->dx[0], (size_t)l->width + 3, l->dx[1], l->dout, l->width, l->x[0], (size_t)l->width + 3, l->x[1],
-                     l->rows, l->width, l->partial);
+    blocks4_backward(l->dx[0], (size_t)l->width + 3, l->dx[1], l->dout, l->width, l->x[0], (size_t)l->width + 3,
+                     l->x[1], l->rows, l->width, l->partial);
 }
 
 static void gates_layer_forward(Layer *l) {
@@ -337,11 +351,12 @@ static void loss_layer_backward(Layer *l) {
 }
 
 static void conv_layer_forward(Layer *l) {
-    conv_forward(l->pre, l->out, l->x[0], (size_t)l->width + 2, l->x[1], l->x[2], l->window, NULL, l->width, &l->sequence);
+    conv_forward(l->pre, l->out, l->x[0], (size_t)l->width + 2, l->x[1], l->x[2], l->window, NULL, l->width,
+                 &l->sequence);
 }
 static void conv_layer_backward(Layer *l) {
-    conv_backward(l->dx[0], (size_t)l->width + 2, l->dx[1], l->dx[2], l->dout, l->pre, l->x[0], (size_t)l->width + 2, l->x[1],
-                  l->window, l->width, &l->sequence, l->partial);
+    conv_backward(l->dx[0], (size_t)l->width + 2, l->dx[1], l->dx[2], l->dout, l->pre, l->x[0], (size_t)l->width + 2,
+                  l->x[1], l->window, l->width, &l->sequence, l->partial);
 }
 
 static void test_conv(void) {

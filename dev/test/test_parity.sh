@@ -11,29 +11,36 @@ export LC_ALL=C
 cd "$(dirname "$0")/../.." || exit 1
 FIXTURES=dev/test/fixtures
 
-make -s train_xlstm >/dev/null && mkdir -p build && ${CC:-cc} -std=gnu11 -O1 dev/test/compare.c -o build/compare -lm ||
-    { echo "0 passed, 1 failed"; exit 1; }
+build() {
+    mkdir -p build && make -s train_xlstm >/dev/null && ${CC:-cc} -std=gnu11 -O1 dev/test/compare.c -o build/compare -lm
+}
+if ! build; then
+    echo "0 passed, 1 failed"
+    exit 1
+fi
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/test_parity.XXXXXX")
 trap 'rm -rf "$WORK"' EXIT
 PASSED=0 FAILED=0
 
 # parity FIXTURE WHAT FLAGS...
 parity() {
-    local dir=$FIXTURES/$1 what="$1 $2" name=$1
+    local dir=$FIXTURES/$1 what="$1 $2" name=$1 args
     shift 2
-    # shellcheck disable=SC2046 # args.txt holds words
-    if ./train_xlstm --load "$dir" --train "$dir/tokens.bin" $(cat "$dir/args.txt") "$@" --dump "$WORK/dump" \
-        >"$WORK/run.log" 2>&1 &&
-        build/compare "$dir/expected.safetensors" "$WORK/dump" loss=1e-5 logits=1e-5 grad=1e-4 >"$WORK/compare.log" 2>&1; then
+    read -ra args <"$dir/args.txt"
+    : >"$WORK/compare.log"
+    args+=("$@" --load "$dir" --train "$dir/tokens.bin" --dump "$WORK/dump")
+    if ./train_xlstm "${args[@]}" >"$WORK/run.log" 2>&1 &&
+        build/compare "$dir/expected.safetensors" "$WORK/dump" loss=1e-5 logits=1e-5 grad=1e-4 >"$WORK/compare.log" 2>&1
+    then
         PASSED=$((PASSED + 1))
     else
         FAILED=$((FAILED + 1))
         echo "FAILED: $what"
-        { tail -n 3 "$WORK/run.log"; grep -e FAIL -e error "$WORK/compare.log"; } 2>/dev/null | sed 's/^/    /'
+        { tail -n 3 "$WORK/run.log"; grep -e FAIL -e error "$WORK/compare.log"; } | sed 's/^/    /'
     fi
     [ "$ONLY" = "$name" ] && cat "$WORK/compare.log"
-    printf '%-36s %s\n' "$what" "$(tail -n 1 "$WORK/compare.log" 2>/dev/null)"
-    rm -f "$WORK/dump" "$WORK/compare.log"
+    printf '%-36s %s\n' "$what" "$(tail -n 1 "$WORK/compare.log")"
+    rm -f "$WORK/dump"
 }
 
 ONLY=${1:-}
