@@ -16,23 +16,20 @@ cd "$(dirname "$0")/.."
 export LC_ALL=C
 
 # The model and its training. The learning rate follows a cosine from LR after WARMUP steps down to LR * FINAL_LR.
-BLOCKS='mlstm,slstm,mlstm'
+BLOCKS='(slstm,mlstm)*2'
 DIM=128
-HEADS=4
+HEADS=2
 BATCH=8
 SEQ_LEN=256
-STEPS=900
+STEPS=1200
 LR=4e-3
-WARMUP=90
+WARMUP=100
 FINAL_LR=0.05
 BETA2=0.99
 EVAL_EVERY=100
 EVAL_BATCHES=10 # on the way; at the end all of the validation text is evaluated
 SAMPLE_TOKENS=600
 TEMPERATURE=0.7
-
-# Threads that wait give their core away: on a machine that does something else too, the demo is several times faster.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 case ${1-} in
     '') ;;
@@ -115,7 +112,7 @@ echo
     --eval-batches 0 | sed -n "s|.*\(val loss [0-9.]*\).*|\1 nats a byte on all of $VAL|p"
 printf '\nA sample (--temperature %s), after the prompt "%s":\n\n' $TEMPERATURE "$PROMPT"
 "./$TRAINER" --load "$CHECKPOINT" --generate $SAMPLE_TOKENS --prompt "$PROMPT" --temperature $TEMPERATURE \
-    --threads 1 2>/dev/null
+    2>/dev/null
 
 title "what to type next"
 cat <<NEXT

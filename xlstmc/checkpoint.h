@@ -404,9 +404,8 @@ static int checkpoint_holds_run(const char *out) {
 static int checkpoint_make_out(const char *out, char *why, size_t why_size) {
     char path[MAX_PATH], parent[MAX_PATH];
     size_t len = strlen(out);
-    if (len == 0 || len >= MAX_PATH) {
+    if (len == 0 || len >= MAX_PATH)
         return explain(EXIT_USAGE, why, why_size, "--out '%.80s': no path that a directory can have", out);
-    }
     for (size_t k = 1; k <= len; k++) {
         if (out[k] != '/' && out[k] != 0) continue;
         snprintf(path, sizeof path, "%.*s", (int)k, out);
@@ -437,9 +436,7 @@ static int checkpoint_lock(const char *out, char *why, size_t why_size) {
         if (fd >= 0) close(fd);
         if (fd >= 0 && reason == EWOULDBLOCK)
             return explain(EXIT_USAGE, why, why_size,
-                           "--out %s: another process writes there; stop it or name another "
-                           "directory",
-                           out);
+                           "--out %s: another process writes there; stop it or name another directory", out);
         return explain(EXIT_USAGE, why, why_size, "--out %s: cannot lock %s: %s; name another place", out, path,
                        strerror(reason));
     }
@@ -460,9 +457,7 @@ static int checkpoint_latest(const char *out, char *dir, size_t dir_size, int *s
     int count, code = 0, said;
     int *steps = checkpoint_list(out, &count);
     *step = -1;
-    if (count < 0 && errno != ENOENT) {
-        return explain(EXIT_USAGE, why, why_size, "--out %s: %s", out, strerror(errno));
-    }
+    if (count < 0 && errno != ENOENT) return explain(EXIT_USAGE, why, why_size, "--out %s: %s", out, strerror(errno));
     for (int k = 0; k < count && *step < 0; k++) {
         code = checkpoint_step_dir(path, out, steps[k], why, why_size);
         if (code == 0) code = manifest_verify(path, 0, &said, why, why_size);
@@ -488,8 +483,8 @@ typedef struct {
     int dtype;
 } TensorGroup;
 
-// Writes one safetensors file with every tensor of the table once for each group, and its part of the manifest
-// (NULL: none). One tensor at a time crosses from the backend into one buffer.
+// Writes one safetensors file with every tensor of the table once for each group, and its part of the manifest. One
+// tensor at a time crosses from the backend into one buffer.
 static int write_groups(const char *path, const TensorTable *table, const Backend *backend, const TensorGroup *groups,
                         int num_groups, int file, JsonWriter *manifest, uint64_t *bytes, char *why, size_t why_size) {
     enum { NAME = 128 };
@@ -614,9 +609,8 @@ static int checkpoint_write(Checkpoint *c, const char *dir, int step, const char
     }
     json_writer_free(&config);
     json_writer_free(&manifest);
-    if (code == 0 && dir_sync(dir) != 0) {
+    if (code == 0 && dir_sync(dir) != 0)
         code = explain(EXIT_USAGE, why, why_size, "cannot write %s: %s", dir, strerror(errno));
-    }
     return code;
 }
 
@@ -631,9 +625,11 @@ static int checkpoint_commit(const char *out, const char *tmp, const char *final
             checkpoint_remove(tmp);
             return 0;
         }
-        if (snprintf(old, sizeof old, "%s.old", tmp) >= (int)sizeof old || rename(final, old) != 0) {
+        if (snprintf(old, sizeof old, "%s.old", tmp) >= (int)sizeof old)
+            return explain(EXIT_USAGE, why, why_size, "path too long: %.80s...", tmp);
+        checkpoint_remove(old);
+        if (rename(final, old) != 0)
             return explain(EXIT_USAGE, why, why_size, "cannot replace %s: %s; move it away", final, strerror(errno));
-        }
     }
     if (rename(tmp, final) != 0) {
         code = explain(EXIT_USAGE, why, why_size, "cannot write %s: %s", final, strerror(errno));
@@ -671,9 +667,9 @@ static int checkpoint_save(Checkpoint *c, int step, const char *trainer_json, ch
     if (code) return code;
     format_into(checkpoint_unfinished, sizeof checkpoint_unfinished, "%s", tmp);
     die_cleanup = checkpoint_cleanup;
-    if (mkdir(tmp, 0777) != 0) {
+    checkpoint_remove(tmp);  // what could not be removed after an earlier save
+    if (mkdir(tmp, 0777) != 0)
         code = explain(EXIT_USAGE, why, why_size, "cannot make the directory %s: %s", tmp, strerror(errno));
-    }
     if (code == 0) code = checkpoint_write(c, tmp, step, trainer_json, why, why_size);
     if (code == 0) code = checkpoint_commit(c->out, tmp, final, step, why, why_size);
     if (code) checkpoint_remove(tmp);
@@ -775,12 +771,10 @@ static int dump_write(const char *path, const TensorTable *table, const Backend 
     char tmp[MAX_PATH];
     struct stat st;
     SafeWriter w;
-    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode)) {
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
         return explain(EXIT_USAGE, why, why_size, "--dump %s: not a regular file; name another", path);
-    }
-    if (snprintf(tmp, sizeof tmp, "%s.tmp.%ld", path, (long)getpid()) >= (int)sizeof tmp) {
+    if (snprintf(tmp, sizeof tmp, "%s.tmp.%ld", path, (long)getpid()) >= (int)sizeof tmp)
         return explain(EXIT_USAGE, why, why_size, "--dump: path too long: %.80s...", path);
-    }
     SafeTensor *tensors = (SafeTensor *)xcalloc(n, sizeof *tensors);
     char *names = (char *)xcalloc(n, NAME);
     tensors[0].name = "loss";
@@ -811,9 +805,8 @@ static int dump_write(const char *path, const TensorTable *table, const Backend 
         free(values);
         if (code) safetensors_abandon(&w);
         else if ((code = safetensors_finish(&w, why, why_size)) == 0) safetensors_release(&w);
-        if (code == 0 && rename(tmp, path) != 0) {
+        if (code == 0 && rename(tmp, path) != 0)
             code = explain(EXIT_USAGE, why, why_size, "cannot write %s: %s", path, strerror(errno));
-        }
         if (code) unlink(tmp);
     }
     free(tensors);

@@ -168,12 +168,11 @@ static int config_read(const char *dir, ModelConfig *c, char *why, size_t why_si
     size_t len;
     int code = path_join(path, dir, "config.json", why, why_size);
     if (code) return code;
-    if (access(path, F_OK) != 0) {
+    if (access(path, F_OK) != 0)
         return explain(EXIT_USAGE, why, why_size,
                        "cannot read %s: %s; give a directory that holds config.json and model.safetensors, "
                        "such as OUT/step_00001000",
                        path, strerror(errno));
-    }
     if ((code = file_read_text(path, MAX_CONFIG_BYTES, &text, &len, why, why_size))) return code;
     Json *root = json_parse(text, len, reason, sizeof reason);
     free(text);

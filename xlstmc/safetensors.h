@@ -90,10 +90,9 @@ static int file_read(int fd, const char *path, uint64_t offset, void *dst, size_
     while (size > 0) {
         ssize_t n = pread(fd, p, size, (off_t)offset);
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) {
+        if (n <= 0)
             return explain(EXIT_DAMAGED, why, why_size, "cannot read %s: %s", path,
                            n < 0 ? strerror(errno) : "it became shorter meanwhile");
-        }
         p += n;
         offset += (uint64_t)n;
         size -= (size_t)n;
@@ -146,9 +145,8 @@ static int file_write(int fd, const char *path, uint64_t offset, const void *src
     while (size > 0) {
         ssize_t n = pwrite(fd, p, size, (off_t)offset);
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) {
+        if (n <= 0)
             return explain(EXIT_USAGE, why, why_size, "cannot write %s: %s", path, strerror(n < 0 ? errno : ENOSPC));
-        }
         p += n;
         offset += (uint64_t)n;
         size -= (size_t)n;
@@ -435,10 +433,9 @@ static int safetensors_read(const SafeTensors *s, const SafeTensor *t, size_t fi
     const SafeFile *f = &s->files[t->file];
     size_t width = safe_dtypes[t->dtype].width;
     assert(first <= t->count && count <= t->count - first);
-    if (t->dtype >= NUM_FLOAT_DTYPES) {
+    if (t->dtype >= NUM_FLOAT_DTYPES)
         return explain(EXIT_DAMAGED, why, why_size, "%s: tensor '%.80s' is %s; only F32, BF16, F16 and F64 can be read",
                        f->path, t->name, safe_dtypes[t->dtype].name);
-    }
     unsigned char *buffer = (unsigned char *)xcalloc(count < SAFE_BUFFER / width ? count : SAFE_BUFFER / width, width);
     int code = 0;
     for (size_t done = 0; done < count && code == 0;) {

@@ -17,7 +17,7 @@
 #include "../../xlstmc/checkpoint.h"
 #include "../../xlstmc/data.h"
 
-enum { TIME_LIMIT = 10, LARGEST_INPUT = 1 << 20 };
+enum { TIME_LIMIT = 10, LARGEST_INPUT = 1 << 16 };
 
 static char scratch[PATH_MAX], run_dir[PATH_MAX];
 static uint64_t seed = 1;

@@ -1205,7 +1205,17 @@ static void cut_save(const void *argument) {
     fault_begin(FAULT_OFF, 0, 0);
     if (calls < cut->at) _exit(0);
     snprintf(tmp, sizeof tmp, "tmp.%ld", (long)getpid());
-    if (code == 0) _exit(13);
+    if (code == 0) {  // the error struck while tidying up: the next save must not stumble over what is left
+        c.keep = 0;
+        if (checkpoint_save(&c, 25, "{}", why, sizeof why)) {
+            fprintf(stderr, "the save after it: %s", why);
+            _exit(12);
+        }
+        char last[2 * PATH_MAX];
+        format_into(last, sizeof last, "%s/step_00000025", cut->out);
+        checkpoint_remove(last);
+        _exit(13);
+    }
     if (code != EXIT_USAGE || !strstr(why, strerror(cut->error)) || !strstr(why, cut->out) || strchr(why, '\n')) {
         fprintf(stderr, "%d %s", code, why);
         _exit(11);
