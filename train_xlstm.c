@@ -173,7 +173,8 @@ static void micro_kernel_rows(int rows, int cols, int K, const real *a, size_t a
         ROWS(2)
         ROWS(3)
         ROWS(4)
-        ROWS(5) ROWS(6)
+        ROWS(5)
+        ROWS(6)
 #if defined(__AVX512F__)
             ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
 #endif
@@ -1044,8 +1045,8 @@ static void slstm_pointwise(const real *r, real *y, real *c, real *n, real *m, r
     const real *ri = r, *rf = r + d, *rz = r + 2 * d, *ro = r + 3 * d;
 #pragma omp simd
     for (int j = 0; j < d; j++) {
-        real e = exp_real(rf[j] < 0 ? rf[j] : -rf[j]);              // e^{-|r_f|}
-        real sig_minus = (rf[j] < 0 ? 1 : e) / (1 + e);             // sig(-r_f)
+        real e = exp_real(rf[j] < 0 ? rf[j] : -rf[j]);      // e^{-|r_f|}
+        real sig_minus = (rf[j] < 0 ? 1 : e) / (1 + e);     // sig(-r_f)
         real lf = (rf[j] < 0 ? rf[j] : 0) - log1p_unit(e);  // log sig(r_f)
         real lfm = m[j] + lf;
         real m_new = n[j] == 0 ? ri[j] : (ri[j] > lfm ? ri[j] : lfm);

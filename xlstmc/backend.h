@@ -8,13 +8,14 @@
 
 // One micro-step: B sequences of T tokens.
 typedef struct {
-    int B, T;                     // B <= max_batch, T <= max_len of build()
-    const int *inputs;            // [B, T] token ids
-    const int *targets;           // [B, T] token ids; -1: ignored
-    const unsigned char *resets;  // [B, T] 1: a document begins here, all states are fresh before this token; NULL: none
-    int state_row;                // >= 0: rows continue from stored states state_row .. state_row+B-1, which are then
-                                  // replaced by the final ones (truncated backpropagation); -1: rows start fresh
-    float *logits;                // [B, T, V] out, after the soft cap; NULL: not wanted
+    int B, T;            // B <= max_batch, T <= max_len of build()
+    const int *inputs;   // [B, T] token ids
+    const int *targets;  // [B, T] token ids; -1: ignored
+    const unsigned char
+        *resets;    // [B, T] 1: a document begins here, all states are fresh before this token; NULL: none
+    int state_row;  // >= 0: rows continue from stored states state_row .. state_row+B-1, which are then
+                    // replaced by the final ones (truncated backpropagation); -1: rows start fresh
+    float *logits;  // [B, T, V] out, after the soft cap; NULL: not wanted
 } Batch;
 
 typedef struct {
@@ -44,11 +45,11 @@ typedef struct {
     // Returns the sum of the token losses; no gradients. Stored states are used only if state_row >= 0.
     double (*evaluate)(const Batch *batch);
     void (*zero_grad)(void);
-    double (*grad_norm)(void);  // L2 norm over all gradients; NaN or Inf if any is
-    void (*update)(const UpdateConfig *update);  // AdamW
-    void (*decode_start)(void);                  // fresh states for generation, apart from all others
-    void (*decode_step)(int token, float *logits);  // logits [V] (after the cap) for the next token
-    void (*read_tensor)(int kind, int index, float *dst);        // tensor `index` of the table
+    double (*grad_norm)(void);                             // L2 norm over all gradients; NaN or Inf if any is
+    void (*update)(const UpdateConfig *update);            // AdamW
+    void (*decode_start)(void);                            // fresh states for generation, apart from all others
+    void (*decode_step)(int token, float *logits);         // logits [V] (after the cap) for the next token
+    void (*read_tensor)(int kind, int index, float *dst);  // tensor `index` of the table
     void (*write_tensor)(int kind, int index, const float *src);
     void (*read_state)(int row, float *dst);         // stored states of one row, laid out by model_state_table()
     void (*write_state)(int row, const float *src);  // a NULL src makes the row fresh (all zero)

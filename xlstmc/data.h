@@ -151,7 +151,7 @@ static void data_parse_shard(const Dataset *d, DataFile *f) {
             "make it again",
             d->flag, f->path, eot, vocab);
     f->vocab = vocab;
-    f->eot = eot > 0 || vocab > 0 ? eot : EOT_GPT2;
+    f->eot = eot == 0 ? EOT_GPT2 : eot;  // 0: an unused header field; -1: no such token
     f->tokens = f->map + SHARD_HEADER_BYTES;
     f->num_tokens = count;
 }
@@ -215,8 +215,8 @@ static void dataset_open(Dataset *d, const char *flag, const char *globs, int se
             flag, seq_len + 1LL, seq_len, (unsigned long long)longest);
     for (int k = 0; k < d->num_files; k++)
         if (data_file_samples(&d->files[k], seq_len) == 0)
-            fprintf(stderr, "note: %s: %s has %llu tokens, too few for a sample of --seq-len %d; it is not used\n",
-                    flag, d->files[k].path, (unsigned long long)d->files[k].num_tokens, seq_len);
+            printf("note: %s: %s has %llu tokens, too few for a sample of --seq-len %d; it is not used\n", flag,
+                   d->files[k].path, (unsigned long long)d->files[k].num_tokens, seq_len);
 }
 
 MAYBE_UNUSED

@@ -257,7 +257,9 @@ static void flags_help(const char *program) {
         char left[64], right[512];
         format_into(left, sizeof left, "--%s %s", s->name, s->metavar ? s->metavar : "");
         if (s->initial) format_into(right, sizeof right, "%s (default:~%s)", s->help, s->initial);
-        else format_into(right, sizeof right, "%s", s->help);
+        else if (s->type == FLAG_SWITCH) format_into(right, sizeof right, "%s (default:~off)", s->help);
+        else if (strstr(s->help, "(default")) format_into(right, sizeof right, "%s", s->help);
+        else format_into(right, sizeof right, "%s (default:~none)", s->help);
         printf("  %-24s", left);
         if (strlen(left) > 23) printf("\n%26s", "");
         print_filled(right, 26);

@@ -18,33 +18,49 @@ typedef enum { BLOCK_MLSTM, BLOCK_MLSTM_V1, BLOCK_SLSTM, NUM_BLOCK_TYPES } Block
 static const char *const block_type_names[NUM_BLOCK_TYPES] = {"mlstm", "mlstm_v1", "slstm"};
 
 typedef struct {
-    int vocab_size;                // V
-    int hidden_size;               // D
-    int num_blocks;                // N
-    int num_heads;                 // NH, for every block type
-    int ffn_dim;                   // U, FFN width of mlstm blocks
-    int chunk_size;                // chunk length of the mLSTM kernel
-    int sigmoid_gate;              // input gate of mlstm and mlstm_v1: 0 exponential, 1 sigmoid (no normaliser)
-    int layernorm_out;             // final norm: 0 RMSNorm (scale w), 1 LayerNorm (scale 1+w, eps 1e-5)
-    double qk_dim_factor;          // Dk = int(D * qk_dim_factor)
-    double v_dim_factor;           // Dv = int(D * v_dim_factor)
-    double norm_eps;               // norms of mlstm blocks and RMSNorm at the end
-    double eps;                    // added to the denominator of the mLSTM cell
-    double gate_soft_cap;          // of the gates of mlstm blocks; mlstm_v1 has none
-    double logit_soft_cap;         // 0: none
+    int vocab_size;         // V
+    int hidden_size;        // D
+    int num_blocks;         // N
+    int num_heads;          // NH, for every block type
+    int ffn_dim;            // U, FFN width of mlstm blocks
+    int chunk_size;         // chunk length of the mLSTM kernel
+    int sigmoid_gate;       // input gate of mlstm and mlstm_v1: 0 exponential, 1 sigmoid (no normaliser)
+    int layernorm_out;      // final norm: 0 RMSNorm (scale w), 1 LayerNorm (scale 1+w, eps 1e-5)
+    double qk_dim_factor;   // Dk = int(D * qk_dim_factor)
+    double v_dim_factor;    // Dv = int(D * v_dim_factor)
+    double norm_eps;        // norms of mlstm blocks and RMSNorm at the end
+    double eps;             // added to the denominator of the mLSTM cell
+    double gate_soft_cap;   // of the gates of mlstm blocks; mlstm_v1 has none
+    double logit_soft_cap;  // 0: none
     unsigned char block_types[MAX_BLOCKS];
 } ModelConfig;
 
 // Sizes that tensor shapes are made of.
 typedef enum {
-    DIM_NONE, DIM_ONE, DIM_FOUR, DIM_V, DIM_D, DIM_DK, DIM_DV, DIM_NH, DIM_U, DIM_I, DIM_2I, DIM_3I, DIM_I_BY_4,
-    DIM_US, DIM_2US, DIM_HEAD, DIM_4HEAD, DIM_4D
+    DIM_NONE,
+    DIM_ONE,
+    DIM_FOUR,
+    DIM_V,
+    DIM_D,
+    DIM_DK,
+    DIM_DV,
+    DIM_NH,
+    DIM_U,
+    DIM_I,
+    DIM_2I,
+    DIM_3I,
+    DIM_I_BY_4,
+    DIM_US,
+    DIM_2US,
+    DIM_HEAD,
+    DIM_4HEAD,
+    DIM_4D
 } Dim;
 
 static int round_up(double x, int multiple) { return multiple * (int)ceil(x / multiple); }
 
 static int model_dim(const ModelConfig *c, Dim dim) {
-    int inner = 64 * ((2 * c->hidden_size + 63) / 64);  // I: width of mlstm_v1
+    int inner = 64 * ((2 * c->hidden_size + 63) / 64);         // I: width of mlstm_v1
     int slstm_ffn = 64 * ((13 * c->hidden_size + 639) / 640);  // Us = 64 * ceil(1.3 D / 64), in integers
     switch (dim) {
         case DIM_NONE: return 0;
@@ -119,8 +135,24 @@ static const TensorDecl shell_tensors[] = {
     {"lm_head.weight", {DIM_V, DIM_D}, 1, INIT_SMALL},
 };
 
-enum { M_NORM, M_Q, M_K, M_V, M_OGATE, M_IGATE, M_FGATE, M_IGATE_BIAS, M_FGATE_BIAS, M_HEAD_NORM, M_OUT_PROJ,
-       M_NORM_FFN, M_FFN_GATE, M_FFN_UP, M_FFN_DOWN, NUM_MLSTM };
+enum {
+    M_NORM,
+    M_Q,
+    M_K,
+    M_V,
+    M_OGATE,
+    M_IGATE,
+    M_FGATE,
+    M_IGATE_BIAS,
+    M_FGATE_BIAS,
+    M_HEAD_NORM,
+    M_OUT_PROJ,
+    M_NORM_FFN,
+    M_FFN_GATE,
+    M_FFN_UP,
+    M_FFN_DOWN,
+    NUM_MLSTM
+};
 static const TensorDecl mlstm_tensors[] = {
     {"norm_mlstm.weight", {DIM_D}, 0, INIT_ONE},
     {"mlstm_layer.q.weight", {DIM_DK, DIM_D}, 1, INIT_SMALL},
@@ -139,8 +171,23 @@ static const TensorDecl mlstm_tensors[] = {
     {"ffn.proj_down.weight", {DIM_D, DIM_U}, 1, INIT_OUT},
 };
 
-enum { V1_NORM, V1_UP, V1_CONV, V1_CONV_BIAS, V1_Q, V1_K, V1_V, V1_IGATE, V1_FGATE, V1_IGATE_BIAS, V1_FGATE_BIAS,
-       V1_HEAD_NORM, V1_SKIP, V1_DOWN, NUM_MLSTM_V1 };
+enum {
+    V1_NORM,
+    V1_UP,
+    V1_CONV,
+    V1_CONV_BIAS,
+    V1_Q,
+    V1_K,
+    V1_V,
+    V1_IGATE,
+    V1_FGATE,
+    V1_IGATE_BIAS,
+    V1_FGATE_BIAS,
+    V1_HEAD_NORM,
+    V1_SKIP,
+    V1_DOWN,
+    NUM_MLSTM_V1
+};
 static const TensorDecl mlstm_v1_tensors[] = {
     {"xlstm_norm.weight", {DIM_D}, 0, INIT_ZERO},
     {"xlstm.proj_up.weight", {DIM_2I, DIM_D}, 1, INIT_SMALL},
@@ -160,8 +207,22 @@ static const TensorDecl mlstm_v1_tensors[] = {
 
 // The authors' package feeds the input gate from the module it calls fgate and the forget gate from igate; the names
 // in the file are theirs, the enum says what the tensor does.
-enum { S_NORM, S_CONV, S_CONV_BIAS, S_IGATE, S_FGATE, S_ZGATE, S_OGATE, S_RECURRENT, S_BIAS, S_GROUP_NORM, S_NORM_FFN,
-       S_FFN_UP, S_FFN_DOWN, NUM_SLSTM };
+enum {
+    S_NORM,
+    S_CONV,
+    S_CONV_BIAS,
+    S_IGATE,
+    S_FGATE,
+    S_ZGATE,
+    S_OGATE,
+    S_RECURRENT,
+    S_BIAS,
+    S_GROUP_NORM,
+    S_NORM_FFN,
+    S_FFN_UP,
+    S_FFN_DOWN,
+    NUM_SLSTM
+};
 static const TensorDecl slstm_tensors[] = {
     {"xlstm_norm.weight", {DIM_D}, 0, INIT_ZERO},
     {"xlstm.conv1d.conv.weight", {DIM_D, DIM_ONE, DIM_FOUR}, 1, INIT_CONV},
@@ -221,7 +282,10 @@ static int table_add(TensorTable *t, const char *name, int block, int ndim, cons
     else format_into(s->name, sizeof s->name, "backbone.blocks.%d.%s", block, name);
     s->ndim = ndim;
     s->count = 1;
-    for (int k = 0; k < ndim; k++) { s->shape[k] = shape[k]; s->count *= (size_t)shape[k]; }
+    for (int k = 0; k < ndim; k++) {
+        s->shape[k] = shape[k];
+        s->count *= (size_t)shape[k];
+    }
     s->offset = t->total;
     s->block = block;
     t->total += s->count;
@@ -230,7 +294,10 @@ static int table_add(TensorTable *t, const char *name, int block, int ndim, cons
 
 static int table_add_decl(TensorTable *t, const ModelConfig *c, const TensorDecl *d, int block) {
     int shape[3], ndim = 0;
-    while (ndim < 3 && d->shape[ndim] != DIM_NONE) { shape[ndim] = model_dim(c, d->shape[ndim]); ndim++; }
+    while (ndim < 3 && d->shape[ndim] != DIM_NONE) {
+        shape[ndim] = model_dim(c, d->shape[ndim]);
+        ndim++;
+    }
     int index = table_add(t, d->name, block, ndim, shape);
     t->tensors[index].decay = d->decay;
     t->tensors[index].init = d->init;
@@ -285,7 +352,10 @@ static TensorTable model_state_table(const ModelConfig *c) {
 }
 
 MAYBE_UNUSED
-static void table_free(TensorTable *t) { free(t->tensors); memset(t, 0, sizeof *t); }
+static void table_free(TensorTable *t) {
+    free(t->tensors);
+    memset(t, 0, sizeof *t);
+}
 
 MAYBE_UNUSED
 static int table_find(const TensorTable *t, const char *name) {  // index, or -1
@@ -337,22 +407,14 @@ typedef struct {
 
 #define V1_7TO1_DEEP "3,5,7,40,42,44"
 static const Preset presets[] = {
-    {"demo", 256, 128, 4, 4, NULL},
-    {"114m", 50304, 640, 10, 5, NULL},
-    {"164m", 50304, 768, 12, 6, NULL},
-    {"207m", 50304, 896, 12, 7, NULL},
-    {"406m", 50304, 1024, 24, 4, NULL},
-    {"841m", 50304, 1536, 24, 6, NULL},
-    {"1.4b", 50304, 2048, 24, 8, NULL},
-    {"7b", 50304, 4096, 32, 8, NULL},
-    {"v1-125m", 50304, 768, 24, 4, ""},
-    {"v1-125m-7to1", 50304, 768, 24, 4, "3,20"},
-    {"v1-350m", 50304, 1024, 48, 4, ""},
-    {"v1-350m-7to1", 50304, 1024, 48, 4, V1_7TO1_DEEP},
-    {"v1-760m", 50304, 1536, 48, 4, ""},
-    {"v1-760m-7to1", 50304, 1536, 48, 4, V1_7TO1_DEEP},
-    {"v1-1.3b", 50304, 2048, 48, 4, ""},
-    {"v1-1.3b-7to1", 50304, 2048, 48, 4, V1_7TO1_DEEP},
+    {"demo", 256, 128, 4, 4, NULL},      {"114m", 50304, 640, 10, 5, NULL},
+    {"164m", 50304, 768, 12, 6, NULL},   {"207m", 50304, 896, 12, 7, NULL},
+    {"406m", 50304, 1024, 24, 4, NULL},  {"841m", 50304, 1536, 24, 6, NULL},
+    {"1.4b", 50304, 2048, 24, 8, NULL},  {"7b", 50304, 4096, 32, 8, NULL},
+    {"v1-125m", 50304, 768, 24, 4, ""},  {"v1-125m-7to1", 50304, 768, 24, 4, "3,20"},
+    {"v1-350m", 50304, 1024, 48, 4, ""}, {"v1-350m-7to1", 50304, 1024, 48, 4, V1_7TO1_DEEP},
+    {"v1-760m", 50304, 1536, 48, 4, ""}, {"v1-760m-7to1", 50304, 1536, 48, 4, V1_7TO1_DEEP},
+    {"v1-1.3b", 50304, 2048, 48, 4, ""}, {"v1-1.3b-7to1", 50304, 2048, 48, 4, V1_7TO1_DEEP},
 };
 enum { NUM_PRESETS = sizeof presets / sizeof presets[0] };
 
@@ -385,31 +447,47 @@ static int model_preset(const char *name, ModelConfig *c) {
 
 // Reads a block list: TYPE[*N] or (LIST)*N, comma-separated, N >= 1. Appends to *count blocks; returns where the
 // list ends, or NULL and a reason in `why`.
-static const char *parse_block_list(const char *s, unsigned char *types, int *count, char *why, size_t why_size) {
+static const char *parse_block_list(const char *s, unsigned char *types, int *count, int depth, char *why,
+                                    size_t why_size) {
+    if (depth > 16) {
+        snprintf(why, why_size, "more than 16 levels of '('");
+        return NULL;
+    }
     for (;;) {
         int first = *count, repeat = 1;
         if (*s == '(') {
-            s = parse_block_list(s + 1, types, count, why, why_size);
+            s = parse_block_list(s + 1, types, count, depth + 1, why, why_size);
             if (!s) return NULL;
-            if (*s != ')') { snprintf(why, why_size, "a ')' is missing"); return NULL; }
+            if (*s != ')') {
+                snprintf(why, why_size, "a ')' is missing");
+                return NULL;
+            }
             s++;
         } else {
             size_t len = strcspn(s, ",*()");
             int type = 0;
-            while (type < NUM_BLOCK_TYPES && !(strlen(block_type_names[type]) == len &&
-                                               strncmp(block_type_names[type], s, len) == 0)) type++;
+            while (type < NUM_BLOCK_TYPES &&
+                   !(strlen(block_type_names[type]) == len && strncmp(block_type_names[type], s, len) == 0))
+                type++;
             if (type == NUM_BLOCK_TYPES) {
-                snprintf(why, why_size, "unknown block type '%.*s' (mlstm, mlstm_v1, slstm)", (int)(len > 40 ? 40 : len), s);
+                snprintf(why, why_size, "unknown block type '%.*s' (mlstm, mlstm_v1, slstm)",
+                         (int)(len > 40 ? 40 : len), s);
                 return NULL;
             }
-            if (*count >= MAX_BLOCKS) { snprintf(why, why_size, "more than %d blocks", MAX_BLOCKS); return NULL; }
+            if (*count >= MAX_BLOCKS) {
+                snprintf(why, why_size, "more than %d blocks", MAX_BLOCKS);
+                return NULL;
+            }
             types[(*count)++] = (unsigned char)type;
             s += len;
         }
         if (*s == '*') {
             char *end;
             long n = s[1] >= '0' && s[1] <= '9' ? strtol(s + 1, &end, 10) : 0;
-            if (n < 1) { snprintf(why, why_size, "a repeat count of 1 or more must follow '*'"); return NULL; }
+            if (n < 1) {
+                snprintf(why, why_size, "a repeat count of 1 or more must follow '*'");
+                return NULL;
+            }
             int length = *count - first;
             if (n > MAX_BLOCKS || first + n * length > MAX_BLOCKS) {
                 snprintf(why, why_size, "more than %d blocks", MAX_BLOCKS);
@@ -429,9 +507,12 @@ static const char *parse_block_list(const char *s, unsigned char *types, int *co
 MAYBE_UNUSED
 static int model_parse_blocks(const char *text, ModelConfig *c, char *why, size_t why_size) {
     int count = 0;
-    const char *end = parse_block_list(text, c->block_types, &count, why, why_size);
+    const char *end = parse_block_list(text, c->block_types, &count, 0, why, why_size);
     if (!end) return 0;
-    if (*end) { snprintf(why, why_size, "unexpected '%.20s'", end); return 0; }
+    if (*end) {
+        snprintf(why, why_size, "unexpected '%.20s'", end);
+        return 0;
+    }
     c->num_blocks = count;
     return 1;
 }
@@ -442,18 +523,26 @@ static int model_parse_blocks(const char *text, ModelConfig *c, char *why, size_
 // 1 if the sizes make a model; else 0 and one line in `why` that names the flag.
 MAYBE_UNUSED
 static int model_check(const ModelConfig *c, char *why, size_t why_size) {
-    struct { const char *what; int value, low, high; } limits[] = {
-        {"--vocab", c->vocab_size, 2, 1 << 24}, {"--dim", c->hidden_size, 1, 1 << 16},
-        {"--heads", c->num_heads, 1, 1 << 12}, {"--blocks", c->num_blocks, 1, MAX_BLOCKS},
-        {"--ffn", c->ffn_dim, 1, 1 << 18}, {"--chunk", c->chunk_size, 1, 1 << 20}};
+    struct {
+        const char *what;
+        int value, low, high;
+    } limits[] = {{"--vocab", c->vocab_size, 2, 1 << 24}, {"--dim", c->hidden_size, 1, 1 << 16},
+                  {"--heads", c->num_heads, 1, 1 << 12},  {"--blocks", c->num_blocks, 1, MAX_BLOCKS},
+                  {"--ffn", c->ffn_dim, 1, 1 << 18},      {"--chunk", c->chunk_size, 1, 1 << 20}};
     for (size_t k = 0; k < sizeof limits / sizeof limits[0]; k++)
         if (limits[k].value < limits[k].low || limits[k].value > limits[k].high) {
-            snprintf(why, why_size, "%s %d is not in %d .. %d", limits[k].what, limits[k].value, limits[k].low, limits[k].high);
+            snprintf(why, why_size, "%s %d is not in %d .. %d", limits[k].what, limits[k].value, limits[k].low,
+                     limits[k].high);
             return 0;
         }
-    struct { BlockType type; Dim dim; const char *what; } widths[] = {
-        {BLOCK_MLSTM, DIM_DK, "q/k width"}, {BLOCK_MLSTM, DIM_DV, "v width"}, {BLOCK_MLSTM_V1, DIM_I, "inner width"},
-        {BLOCK_SLSTM, DIM_D, "--dim"}};
+    struct {
+        BlockType type;
+        Dim dim;
+        const char *what;
+    } widths[] = {{BLOCK_MLSTM, DIM_DK, "q/k width"},
+                  {BLOCK_MLSTM, DIM_DV, "v width"},
+                  {BLOCK_MLSTM_V1, DIM_I, "inner width"},
+                  {BLOCK_SLSTM, DIM_D, "--dim"}};
     for (size_t k = 0; k < sizeof widths / sizeof widths[0]; k++) {
         int width = model_dim(c, widths[k].dim);
         if (!model_has(c, widths[k].type)) continue;
@@ -473,7 +562,8 @@ static double model_flops_per_token(const ModelConfig *c, const TensorTable *t) 
     for (int b = 0; b < c->num_blocks; b++) {
         if (c->block_types[b] == BLOCK_SLSTM) continue;
         int v1 = c->block_types[b] == BLOCK_MLSTM_V1;
-        double dk = (double)model_dim(c, v1 ? DIM_I : DIM_DK) / c->num_heads, dv = (double)model_dim(c, v1 ? DIM_I : DIM_DV) / c->num_heads;
+        double dk = (double)model_dim(c, v1 ? DIM_I : DIM_DK) / c->num_heads,
+               dv = (double)model_dim(c, v1 ? DIM_I : DIM_DV) / c->num_heads;
         cell += c->num_heads * (4 * dk * dv + c->chunk_size * (dk + dv));
     }
     return 6 * weights + 3.47 * cell;

@@ -22,11 +22,15 @@ static void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
+    out[0] = c0;
+    out[1] = c1;
+    out[2] = c2;
+    out[3] = c3;
 }
 
 static void rng_block(uint64_t seed, int purpose, uint64_t a, uint64_t b, uint32_t out[4]) {
-    uint32_t counter[4] = {(uint32_t)b, (uint32_t)(b >> 32), (uint32_t)a, (uint32_t)(a >> 32) ^ ((uint32_t)purpose << 24)};
+    uint32_t counter[4] = {(uint32_t)b, (uint32_t)(b >> 32), (uint32_t)a,
+                           (uint32_t)(a >> 32) ^ ((uint32_t)purpose << 24)};
     uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
     philox4x32(counter, key, out);
 }

@@ -140,6 +140,11 @@ static void format_blocks(const ModelConfig *c, char *dst, size_t size) {
     }
 }
 
+static int flush_stdout(void) {
+    if (fflush(stdout) != 0) die(EXIT_USAGE, "standard output: %s", strerror(errno));
+    return 0;
+}
+
 static void list_models(void) {
     for (int k = 0; k < NUM_PRESETS; k++) {
         ModelConfig c;
@@ -180,6 +185,33 @@ static void check_flags(const Trainer *t) {
             f->batch, f->seq_len);
 }
 
+// The nearest directory above `path` that exists, in `parent` [4096]; "." for a relative path without one.
+static void nearest_parent(const char *path, char *parent) {
+    struct stat info;
+    format_into(parent, 4096, "%s", path);
+    do {
+        size_t len = strlen(parent);
+        while (len > 0 && parent[len - 1] == '/') len--;
+        while (len > 0 && parent[len - 1] != '/') len--;
+        parent[len] = 0;
+    } while (parent[0] && stat(parent, &info) != 0 && errno == ENOENT);
+    if (!parent[0]) strcpy(parent, ".");
+}
+
+// --dump: a file in a directory that is there and writable.
+static void check_dump(const char *path) {
+    struct stat info;
+    if (stat(path, &info) == 0) {
+        if (!S_ISREG(info.st_mode)) die(EXIT_USAGE, "--dump %s is not a regular file; name another", path);
+        return;
+    }
+    const char *slash = strrchr(path, '/');
+    char folder[4096];
+    format_into(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    if (access(folder, W_OK | X_OK) != 0)
+        die(EXIT_USAGE, "--dump %s cannot be written: %s: %s", path, folder, strerror(errno));
+}
+
 // S, the sequences an update reads: a multiple of the batch.
 static void resolve_batch(Trainer *t) {
     Flags *f = &t->flags;
@@ -216,15 +248,9 @@ static void check_out(const Trainer *t) {
     }
     if (errno != ENOENT) die(EXIT_USAGE, "--out %s: %s", out, strerror(errno));
     char parent[4096];
-    format_into(parent, sizeof parent, "%s", out);
-    do {  // the nearest directory that exists
-        size_t len = strlen(parent);
-        while (len > 0 && parent[len - 1] == '/') len--;
-        while (len > 0 && parent[len - 1] != '/') len--;
-        parent[len] = 0;
-    } while (parent[0] && stat(parent, &info) != 0 && errno == ENOENT);
-    if (access(parent[0] ? parent : ".", W_OK | X_OK) != 0)
-        die(EXIT_USAGE, "--out %s cannot be made: %s: %s", out, parent[0] ? parent : ".", strerror(errno));
+    nearest_parent(out, parent);
+    if (access(parent, W_OK | X_OK) != 0)
+        die(EXIT_USAGE, "--out %s cannot be made: %s: %s", out, parent, strerror(errno));
 }
 
 static void lock_out(Trainer *t) {
@@ -715,11 +741,21 @@ static void open_log(Trainer *t) {
     int64_t resumed = t->resume_dir[0] ? t->step : -1;
     int first = log_open_json(&t->log, f->out, resumed);
     log_open_events(&t->log, f->out, resumed);
+    Flags resolved = *f;  // the defaults that were worked out, too
+    if (f->load || f->blocks) resolved.model = "";
+    if (!f->precision) resolved.precision = strcmp(t->backend->name, "cpu") == 0 ? "fp32" : "bf16";
+    resolved.given[flag_index("precision")] = 1;
+    resolved.dim = c->hidden_size;
+    resolved.heads = c->num_heads;
+    resolved.vocab = c->vocab_size;
+    resolved.ffn = c->ffn_dim;
+    resolved.threads = num_threads(f);
+    resolved.chunk = f->chunk ? f->chunk : c->chunk_size;
     JsonWriter line;
     log_begin(&line);
     if (!first) json_write_int(&line, "resume", t->step);
     json_begin(&line, "config", '{');
-    flags_write_json(&line, f, 0);
+    flags_write_json(&line, &resolved, 0);
     json_end(&line, '}');
     format_blocks(c, blocks, sizeof blocks);
     json_begin(&line, "model", '{');
@@ -729,6 +765,14 @@ static void open_log(Trainer *t) {
     json_write_int(&line, "num_blocks", c->num_blocks);
     json_write_int(&line, "num_heads", c->num_heads);
     json_write_int(&line, "ffn_dim", c->ffn_dim);
+    json_write_int(&line, "chunk_size", c->chunk_size);
+    json_write_double(&line, "qk_dim_factor", c->qk_dim_factor);
+    json_write_double(&line, "v_dim_factor", c->v_dim_factor);
+    json_write_double(&line, "norm_eps", c->norm_eps);
+    json_write_double(&line, "eps", c->eps);
+    json_write_double(&line, "gate_soft_cap", c->gate_soft_cap);
+    json_write_double(&line, "output_logit_soft_cap", c->logit_soft_cap);
+    json_write_string(&line, "out_norm", c->layernorm_out ? "layernorm" : "rmsnorm");
     json_write_string(&line, "input_gate", c->sigmoid_gate ? "sigmoid" : "exp");
     json_write_int(&line, "parameters", (int64_t)t->table.total);
     json_end(&line, '}');
@@ -779,7 +823,7 @@ static void generate_text(Trainer *t) {
     double start = now_seconds();
     int64_t count = generate(t, stdout, t->flags.generate, 0);
     putchar('\n');
-    if (fflush(stdout) != 0) die(EXIT_USAGE, "standard output: %s", strerror(errno));
+    flush_stdout();
     double seconds = now_seconds() - start;
     fprintf(stderr, "%" PRId64 " tokens in %.2f s, %.1f tokens/s\n", count, seconds, (double)count / seconds);
 }
@@ -794,15 +838,16 @@ static int trainer_main(int argc, char **argv, const Backend *backend) {
     flags_parse(f, argc, argv);
     if (f->help) {
         flags_help(argv[0]);
-        return 0;
+        return flush_stdout();
     }
     if (f->list_models) {
         list_models();
-        return 0;
+        return flush_stdout();
     }
     signal(SIGXFSZ, SIG_IGN);  // a file that may not grow becomes a failed write, with its one line
     check_flags(t);
     resolve_batch(t);
+    if (f->dump) check_dump(f->dump);
     if (!f->generate && !f->dump) check_out(t);
     find_checkpoint(t);
     if (!f->generate) open_data(t);

@@ -27,16 +27,21 @@ enum { EXIT_RUN = 1, EXIT_USAGE = 2, EXIT_DAMAGED = 3 };
 // Run by die() before the process ends, so that half-written files do not stay behind. Set by whoever writes them.
 static void (*die_cleanup)(void) MAYBE_UNUSED = NULL;
 
-PRINTF_LIKE(2, 3) MAYBE_UNUSED
-static void die(int code, const char *fmt, ...) {
+PRINTF_LIKE(2, 3) MAYBE_UNUSED static void die(int code, const char *fmt, ...) {
+    char line[4096];
     va_list args;
     fflush(stdout);
-    fputs("error: ", stderr);
     va_start(args, fmt);
-    vfprintf(stderr, fmt, args);
+    vsnprintf(line, sizeof line, fmt, args);
     va_end(args);
-    fputc('\n', stderr);
-    if (die_cleanup) { void (*cleanup)(void) = die_cleanup; die_cleanup = NULL; cleanup(); }
+    for (char *c = line; *c; c++)
+        if ((unsigned char)*c < ' ') *c = '?';  // a file name may hold a line break; the error stays one line
+    fprintf(stderr, "error: %s\n", line);
+    if (die_cleanup) {
+        void (*cleanup)(void) = die_cleanup;
+        die_cleanup = NULL;
+        cleanup();
+    }
     exit(code);
 }
 
@@ -66,8 +71,7 @@ static char *xstrdup(const char *s) {
 }
 
 // Formats into a fixed buffer; a path or message that does not fit is refused instead of cut.
-PRINTF_LIKE(3, 4) MAYBE_UNUSED
-static void format_into(char *dst, size_t size, const char *fmt, ...) {
+PRINTF_LIKE(3, 4) MAYBE_UNUSED static void format_into(char *dst, size_t size, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
     int n = vsnprintf(dst, size, fmt, args);

@@ -2,7 +2,7 @@
 // checkpoint.h loose on them, each input in a process of its own with a time limit.
 //
 //     make build/fuzz_files && build/fuzz_files [INPUTS] [SEED] [FORMAT]       (default: 2000 inputs a format, seed 1)
-//     make SANITIZE=1 BUILD=/tmp/asan /tmp/asan/fuzz_files                     (with AddressSanitizer and UBSan)
+//     make SANITIZE=1 BUILD=build/sanitize build/sanitize/fuzz_files          (with AddressSanitizer and UBSan)
 //
 // An input may be accepted, or refused with exit code 2 or 3 and one line on stderr. A crash, a hang, any other end,
 // and a changed checkpoint that is accepted are failures; such an input is kept and its path printed. The last line is

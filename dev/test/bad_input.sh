@@ -41,6 +41,7 @@ le() { # le BYTES NUMBER...
     local bytes=$1 number k
     shift
     for number; do
+        # shellcheck disable=SC2059 # the format is the byte
         for ((k = 0; k < bytes; k++)); do printf "\\x$(printf %02x $((number >> (8 * k) & 255)))"; done
     done
 }

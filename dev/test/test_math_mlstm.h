@@ -477,10 +477,22 @@ static void test_mlstm_forms(void) {
         mlstm_compare_forms(&c, (ResetKind)o[4], IS_DOUBLE ? 1e-12 : 1e-5);
         mlstm_case_free(&c);
     }
+    MlstmCase c = mlstm_case(3, 70, 3, 5, 9, 16, 0, RESET_RANDOM, 1, 1, 1e-6);
+    MlstmResult one = mlstm_result(&c), three = mlstm_result(&c);
+    mlstm_chunkwise(&c, &one, 1);
+    use_three_threads(1);
+    mlstm_chunkwise(&c, &three, 1);
+    use_three_threads(0);
+    double different = differing(one.h, three.h, mlstm_count(&c, IN_V));
+    for (int k = 0; k < NUM_IN; k++) different += differing(one.d[k], three.d[k], mlstm_count(&c, k));
+    check(different, 0, "%s: the same bits with 3 threads", mlstm_describe(&c, RESET_RANDOM));
+    mlstm_result_free(&one);
+    mlstm_result_free(&three);
+    mlstm_case_free(&c);
     for (int k = 0; k < 6; k++) {
         static const int long_T[] = {1000, 2048, 4096}, long_chunk[] = {64, 100, 256};
         ResetKind resets = k < 4 ? RESET_NONE : RESET_ADJACENT;
-        MlstmCase c = mlstm_case(1, long_T[k % 3], 2, 8, 10, long_chunk[k % 3], k % 2, resets, k < 3, k >= 2, 1e-6);
+        c = mlstm_case(1, long_T[k % 3], 2, 8, 10, long_chunk[k % 3], k % 2, resets, k < 3, k >= 2, 1e-6);
         mlstm_compare_forms(&c, resets, IS_DOUBLE ? 1e-12 : 1e-4);
         mlstm_case_free(&c);
     }

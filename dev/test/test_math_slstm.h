@@ -249,7 +249,19 @@ static void test_slstm_forms(void) {
         slstm_against_reference(&c, (ResetKind)o[4], IS_DOUBLE ? 1e-12 : 1e-5, "");
         slstm_case_free(&c);
     }
-    SlstmCase c = slstm_case(2, 4096, 2, 5, RESET_NONE, 1, 1);
+    SlstmCase c = slstm_case(9, 70, 3, 5, RESET_RANDOM, 1, 1);
+    SlstmResult one = slstm_result(&c), three = slstm_result(&c);
+    slstm_cell(&c, &one, 1);
+    use_three_threads(1);
+    slstm_cell(&c, &three, 1);
+    use_three_threads(0);
+    double different = differing(one.y, three.y, slstm_outputs(&c));
+    for (int k = 0; k < NUM_SIN; k++) different += differing(one.d[k], three.d[k], slstm_count(&c, k));
+    check(different, 0, "%s: the same bits with 3 threads", slstm_describe(&c, RESET_RANDOM));
+    slstm_result_free(&one);
+    slstm_result_free(&three);
+    slstm_case_free(&c);
+    c = slstm_case(2, 4096, 2, 5, RESET_NONE, 1, 1);
     slstm_against_reference(&c, RESET_NONE, IS_DOUBLE ? 1e-12 : 1e-4, "");
     slstm_case_free(&c);
 }
