@@ -125,7 +125,7 @@ enum { VECTOR_BYTES = 16, MR = 6 };
 #endif
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 enum { VLEN = VECTOR_BYTES / sizeof(real), NR = 2 * VLEN };
-enum { KC = 256, MC = 20 * MR, NC = 512 };  // B panel KC x NR in L1, blocks KC x MC and KC x NC in L2
+enum { KC = 512, MC = 10 * MR, NC = 512 };  // blocks KC x MC of A and KC x NC of B in L2
 
 // c[rows, cols] (+)= a[K, MR]^T b[K, NR]; rows is a constant after inlining, so the accumulators become registers.
 static inline __attribute__((always_inline)) void micro_kernel(const int rows, int cols, int K, const real *a,
@@ -176,7 +176,7 @@ static void micro_kernel_rows(int rows, int cols, int K, const real *a, size_t a
         ROWS(5)
         ROWS(6)
 #if defined(__AVX512F__)
-            ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+        ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
 #endif
     }
 #undef ROWS
@@ -192,8 +192,9 @@ static void pack_panels(real *dst, const real *src, size_t step, size_t k_step, 
             for (int k = 0; k < K; k++)
                 for (int i = 0; i < n; i++) dst[(size_t)k * width + i] = s[k * k_step + i];
         } else {
-            for (int i = 0; i < n; i++)
-                for (int k = 0; k < K; k++) dst[(size_t)k * width + i] = s[i * step + k * k_step];
+            for (int k0 = 0; k0 < K; k0 += 16)  // a few lines of dst at a time, which then stay in L1
+                for (int i = 0; i < n; i++)
+                    for (int k = k0; k < imin(k0 + 16, K); k++) dst[(size_t)k * width + i] = s[i * step + k * k_step];
         }
     }
 }

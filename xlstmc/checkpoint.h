@@ -467,7 +467,7 @@ static int checkpoint_latest(const char *out, char *dir, size_t dir_size, int *s
             *step = steps[k];
             format_into(dir, dir_size, "%s", path);
         } else if (k + 1 < count) {
-            printf("note: %s; trying the checkpoint before it\n", why);
+            fprintf(stderr, "note: %s; trying the checkpoint before it\n", why);
         }
     }
     free(steps);

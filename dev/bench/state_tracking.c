@@ -3,7 +3,7 @@
 // to 256 of 1,000 fresh sequences, where only a model that keeps the state itself, not a lookup of lengths it has seen,
 // can be right. sLSTM has recurrent weights and can; mLSTM's memory is linear in its inputs and cannot.
 //
-//   make build/state_tracking && build/state_tracking            (a table: model x seed, accuracy; about 2 minutes)
+//   make build/state_tracking && build/state_tracking            (a table: model x seed, accuracy; some 5 minutes)
 
 #include "../../train_xlstm.c"
 
@@ -50,8 +50,8 @@ static double accuracy(const Backend *backend, uint64_t seed, int *inputs, int *
 
 int main(int argc, char **argv) {
     const char *blocks[] = {"slstm*2", "mlstm*2", "mlstm,slstm"};
-    int steps = argc > 1 ? atoi(argv[1]) : 1500, width = 32, heads = 2;
-    double lr = argc > 2 ? atof(argv[2]) : 1e-2;
+    int steps = argc > 1 ? atoi(argv[1]) : 2500, width = 32, heads = 2;
+    double lr = argc > 2 ? atof(argv[2]) : 8e-3;
     printf("| model (D %d, %d heads) | seed | accuracy at positions %d to %d |\n|---|---|---|\n", width, heads,
            EVAL_FROM + 1, EVAL_LEN);
     for (int k = 0; k < 3; k++)

@@ -167,7 +167,7 @@ bad 2 "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends 
     env CC=no-such-compiler PATH="$WORK/here/stub:$PATH" bash "$ROOT/scripts/install.sh"
 
 if command -v shellcheck >/dev/null; then
-    check "shellcheck" shellcheck "$ROOT"/scripts/*.sh "$ROOT"/data/*.sh "$ROOT"/dev/test/*.sh
+    check "shellcheck" shellcheck -S warning "$ROOT"/scripts/*.sh "$ROOT"/data/*.sh "$ROOT"/dev/test/*.sh
 fi
 echo "$PASSED passed, $FAILED failed"
 [ "$FAILED" = 0 ]

@@ -312,7 +312,7 @@ static void test_model_bits(void) {
         c.heads = 3;
         c.width = 66;  // large enough that all threads are used
         c.B = 3;
-        c.T = 49;
+        c.T = 70;
         c.state_rows = k % 2 ? c.B : 0;
         uint64_t first_draw = draw;
         ModelResult base = {0};
