@@ -48,10 +48,15 @@ static inline real sqrt_real(real x) { return sqrt(x); }
 #else
 static inline real exp_real(real x) {
     // x = n ln2 + r with |r| <= ln2/2; e^r by its series (the first term left out is below 6e-9), 2^n by its bits.
+    union {
+        float value;
+        uint32_t bits;
+    } shifted, scale;
     real y = x < -87.0f ? -87.0f : x;
-    y = y > 88.7f ? 88.7f : y;
-    real n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to the nearest integer
-    real r = (y - n * 0.693359375f) + n * 2.12194440e-4f;    // ln2 in two parts, the first exact in few bits
+    y = y > 88.37f ? 88.37f : y;
+    shifted.value = y * 1.44269504f + 12582912.0f;  // rounds to the nearest integer n, which is its low bits
+    real n = shifted.value - 12582912.0f;
+    real r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts, the first exact in few bits
     real p = 1.0f / 5040;
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
@@ -60,14 +65,10 @@ static inline real exp_real(real x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    union {
-        int32_t bits;
-        float value;
-    } scale;
-    scale.bits = ((int32_t)n + 127) << 23;
+    scale.bits = (shifted.bits + 127u) << 23;
     real e = p * scale.value;
     e = x < -87.0f ? 0.0f : e;
-    return x > 88.7f ? INFINITY : e;
+    return x > 88.37f ? INFINITY : e;  // 2^n would be out of range a little before e^x is
 }
 
 static inline real tanh_real(real x) {

@@ -489,6 +489,12 @@ static void test_mlstm_forms(void) {
     mlstm_result_free(&one);
     mlstm_result_free(&three);
     mlstm_case_free(&c);
+    for (int sigmoid = 0; sigmoid < 2; sigmoid++) {  // sums of log forget gates far larger than their differences
+        c = mlstm_case(1, 256, 2, 8, 10, 256, sigmoid, RESET_NONE, 1, 0, 1e-6);
+        for (size_t k = 0; k < mlstm_count(&c, IN_F); k++) c.in[IN_F][k] = k / c.NH < 32 ? -40 : c.in[IN_F][k] + 1;
+        mlstm_compare_forms(&c, RESET_NONE, IS_DOUBLE ? 1e-12 : 1e-5);
+        mlstm_case_free(&c);
+    }
     for (int k = 0; k < 6; k++) {
         static const int long_T[] = {1000, 2048, 4096}, long_chunk[] = {64, 100, 256};
         ResetKind resets = k < 4 ? RESET_NONE : RESET_ADJACENT;
