@@ -53,11 +53,11 @@ static void *xcalloc(size_t count, size_t size) {
     void *p = NULL;
     if (size && count > ((size_t)-1 - 64) / size) die(EXIT_RUN, "%zu x %zu bytes do not fit in memory", count, size);
     size_t bytes = count * size + 64;
-    if (posix_memalign(&p, bytes >= 4 * huge_page ? huge_page : 64, bytes) != 0)
+    if (posix_memalign(&p, bytes >= huge_page ? huge_page : 64, bytes) != 0)
         die(EXIT_RUN, "out of memory: %.1f MiB wanted; try a smaller --batch, --seq-len or model",
             (double)count * (double)size / 1048576.0);
 #ifdef MADV_HUGEPAGE
-    if (bytes >= 4 * huge_page) madvise(p, bytes, MADV_HUGEPAGE);  // a hint; without it everything works as well
+    if (bytes >= huge_page) madvise(p, bytes, MADV_HUGEPAGE);  // a hint; without it everything works as well
 #endif
     memset(p, 0, bytes);
     return p;
