@@ -3,6 +3,7 @@
 #   make              train_xlstm and data/tokenize; train_xlstmcu too where nvcc is
 #   make test         builds and runs every test; the last line is "N passed, N failed"
 #   make tests        builds the test programs only
+#   make test-gpu     builds and runs the tests that need a GPU
 #   make clean        removes what was built
 #
 #   V=1               shows the commands
@@ -10,6 +11,8 @@
 #   SANITIZE=1        address and undefined-behaviour sanitizers
 #   NO_OMP=1          without OpenMP (one thread)
 #   NO_OPENBLAS=1     the built-in matrix product even where OpenBLAS is
+#   SM=90a            CUDA code for one chip (80, 86, 89, 90a, ...); SM=all for all of them and newer ones. Default: the
+#                     chip of the GPU here, or all if there is none
 #   CC=clang CFLAGS=... LDFLAGS=...    as usual; CFLAGS come after our own
 #
 # Libraries are found by compiling and linking a program that uses them. A change of flags, compiler or libraries
@@ -90,7 +93,7 @@ all: train_xlstm data/tokenize $(CUDA_PROGRAMS) | summary
 .PHONY: summary
 summary:
 	@echo "compiler $(CC) | OpenMP $(if $(OMP),yes,no) | OpenBLAS $(if $(BLAS),yes,no: built-in matmul) |" \
-	    "nvcc $(or $(NVCC),no)$(if $(DEBUG), | DEBUG)$(if $(SANITIZE), | SANITIZE)"
+	    "nvcc $(if $(NVCC),$(NVCC) SM=$(SM),no)$(if $(DEBUG), | DEBUG)$(if $(SANITIZE), | SANITIZE)"
 
 # What everything depends on: rewritten only when it changes.
 $(BUILD)/flags: FORCE
@@ -124,6 +127,46 @@ $(foreach source,$(wildcard dev/test/*.c dev/fuzz/*.c),\
     $(eval $(call program,$(BUILD)/$(basename $(notdir $(source))),$(source),-DTESTING -O1)))
 $(foreach source,$(wildcard dev/bench/*.c),\
     $(eval $(call program,$(BUILD)/$(basename $(notdir $(source))),$(source),-DTESTING $(BLAS_CFLAGS),$(BLAS_LIBS))))
+
+# CUDA: one translation unit a program. The tests also hold the CPU trainer, compiled as C in dev/test/cuda/oracle_*.c.
+SM ?= $(or $(subst 90,90a,$(subst .,,$(firstword $(shell nvidia-smi --query-gpu=compute_cap \
+    --format=csv,noheader 2>/dev/null)))),all)
+ifeq ($(SM),all)
+GENCODE := $(foreach sm,80 86 89 90a,-gencode arch=compute_$(sm),code=sm_$(sm)) -gencode arch=compute_90,code=compute_90
+else
+GENCODE := -gencode arch=compute_$(SM),code=sm_$(SM)
+endif
+NVCC_FLAGS := -std=c++17 -O3 --threads 0 $(GENCODE) -Xcompiler -Wall,-Wno-unused-function $(NVCCFLAGS)
+CUDA_LIBS := -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt
+ABOUT_CUDA := -DBUILD_FLAGS='"$(NVCC_FLAGS)"' -DBUILD_GIT='"$(GIT)"'
+CUDA_SOURCES := train_xlstm.cu $(wildcard xlstmc/*)
+
+# rewritten only when it changes, as $(BUILD)/flags
+$(BUILD)/nvcc_flags: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(NVCC) $(NVCC_FLAGS)' | cmp -s - $@ || echo '$(NVCC) $(NVCC_FLAGS)' >$@
+
+train_xlstmcu: $(CUDA_SOURCES) $(BUILD)/nvcc_flags
+	@echo "  nvcc     train_xlstm.cu -> $@  (SM=$(SM))"
+	$(Q)$(NVCC) $(NVCC_FLAGS) $(ABOUT_CUDA) train_xlstm.cu -o $@ $(CUDA_LIBS)
+
+ORACLES := $(patsubst dev/test/cuda/%.c,$(BUILD)/obj/%.o,$(wildcard dev/test/cuda/oracle_*.c))
+$(BUILD)/obj/oracle_%.o: dev/test/cuda/oracle_%.c $(BUILD)/flags
+	@mkdir -p $(@D)
+	@echo "  compile  $<"
+	$(Q)$(CC) $(ALL_CFLAGS) -Wno-unused-function -DTESTING -MMD -MP -c $< -o $@
+$(BUILD)/test_xlstm_cu: test_xlstm.cu $(CUDA_SOURCES) $(wildcard dev/test/cuda/*.cuh) $(ORACLES) $(BUILD)/nvcc_flags
+	@echo "  nvcc     test_xlstm.cu -> $@  (SM=$(SM))"
+	$(Q)$(NVCC) $(NVCC_FLAGS) test_xlstm.cu $(ORACLES) -o $@ $(CUDA_LIBS) \
+	    $(addprefix -Xcompiler ,$(filter-out -l% -L%,$(OMP))) $(LIBS)
+$(BUILD)/bench_%: dev/bench/bench_%.cu $(CUDA_SOURCES) $(BUILD)/nvcc_flags
+	@echo "  nvcc     $< -> $@  (SM=$(SM))"
+	$(Q)$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUDA_LIBS)
+
+.PHONY: test-gpu
+test-gpu: all $(BUILD)/test_xlstm_cu $(BUILD)/compare
+	$(BUILD)/test_xlstm_cu
+	bash dev/test/gpu_runs.sh
 
 tests: all $(addprefix $(BUILD)/,$(TESTS) $(HELPERS))
 

@@ -23,6 +23,7 @@ typedef struct {
     int num_state_rows;      // rows of stored states (--carry-state), 0: none
     int training;            // 0: no gradients and moments are allocated (generation)
     int recompute;           // 1: keep only each block's input, run its forward again in the backward pass
+    int bf16;                // --precision bf16 (GPU)
     int threads;             // CPU threads
     int chunk;               // chunk length of the mLSTM kernel
 } RunConfig;

@@ -450,6 +450,7 @@ static void build_backend(Trainer *t, int max_batch, int max_len, int training) 
     run.num_state_rows = training && f->carry_state ? (int)t->sequences_per_step : 0;
     run.training = training;
     run.recompute = strcmp(f->recompute, "block") == 0;
+    run.bf16 = strcmp(t->backend->name, "cpu") != 0 && !(f->precision && strcmp(f->precision, "fp32") == 0);
     run.threads = num_threads(f);
     run.chunk = f->chunk ? (int)f->chunk : t->config.chunk_size;
     t->backend->build(&t->config, &t->table, &run);

@@ -98,7 +98,7 @@ static void build_model(const ModelCase *c) {
         exit(1);
     }
     TensorTable table = model_table(&config);
-    RunConfig run = {c->B, c->T, c->state_rows, 1, c->recompute, c->threads, c->chunk};
+    RunConfig run = {c->B, c->T, c->state_rows, 1, c->recompute, 0, c->threads, c->chunk};
     print_to_null(1);
     cpu_build(&config, &table, &run);
     print_to_null(0);

@@ -3,6 +3,7 @@
 # dev/test/fixtures (dev/reference/README.md), through --load and --dump as a user has them.
 #
 #   bash dev/test/test_parity.sh [NAME]        only the fixture NAME, with every tensor's distance
+#   PROGRAM=./train_xlstmcu bash dev/test/test_parity.sh        the CUDA trainer, in fp32
 #
 # Each fixture runs as its args.txt says, with another chunk length, with recomputation, and in a run of 2 threads.
 # Prints the worst distances (relative L2) of each run and, last, "N passed, N failed".
@@ -10,9 +11,10 @@ set -u
 export LC_ALL=C
 cd "$(dirname "$0")/../.." || exit 1
 FIXTURES=dev/test/fixtures
+PROGRAM=${PROGRAM:-./train_xlstm}
 
 build() {
-    mkdir -p build && make -s train_xlstm >/dev/null && ${CC:-cc} -std=gnu11 -O1 dev/test/compare.c -o build/compare -lm
+    mkdir -p build && make -s "${PROGRAM#./}" >/dev/null && ${CC:-cc} -std=gnu11 -O1 dev/test/compare.c -o build/compare -lm
 }
 if ! build; then
     echo "0 passed, 1 failed"
@@ -29,7 +31,7 @@ parity() {
     read -ra args <"$dir/args.txt"
     : >"$WORK/compare.log"
     args+=("$@" --load "$dir" --train "$dir/tokens.bin" --dump "$WORK/dump")
-    if ./train_xlstm "${args[@]}" >"$WORK/run.log" 2>&1 &&
+    if "$PROGRAM" "${args[@]}" >"$WORK/run.log" 2>&1 &&
         build/compare "$dir/expected.safetensors" "$WORK/dump" loss=1e-5 logits=1e-5 grad=1e-4 >"$WORK/compare.log" 2>&1
     then
         PASSED=$((PASSED + 1))
@@ -47,6 +49,11 @@ ONLY=${1:-}
 for dir in "$FIXTURES"/*/; do
     name=$(basename "$dir")
     [ -z "$ONLY" ] || [ "$ONLY" = "$name" ] || continue
+    if [ "$PROGRAM" != ./train_xlstm ]; then  # the chunk length and the threads are the CPU's
+        parity "$name" "" --precision fp32
+        parity "$name" "recompute" --precision fp32 --recompute block
+        continue
+    fi
     parity "$name" "" --threads 1
     parity "$name" "chunk 5" --threads 1 --chunk 5
     parity "$name" "recompute" --threads 1 --recompute block

@@ -1,0 +1,148 @@
+// test_slstm.cuh: the sLSTM kernels against the CPU: outputs, states, gradients, with resets and carried states, one
+// block a head and many, tasks in one pass and in several.
+#ifndef DEV_TEST_CUDA_TEST_SLSTM_CUH
+#define DEV_TEST_CUDA_TEST_SLSTM_CUH
+
+#include "../../../xlstmc/slstm.cuh"
+#include "harness.cuh"
+
+extern "C" void oracle_slstm(int B, int T, int NH, int d, const unsigned char *resets, const float *x, const float *R,
+                             const float *bias, float *const in[4], float *const out[4], const float *dy, float *y,
+                             float *y_prev, float *dx, float *dbias);
+
+typedef struct {
+    int B, T, NH, d, resets, carried;  // resets: one token in `resets` begins a document; 0: none
+} SlstmCase;
+
+typedef struct {
+    size_t state, cells, weights;
+    float *x, *R, *bias, *in[4], *dy;           // inputs, rounded to the format where the kernels want it
+    float *y, *y_prev, *final[4], *dx, *dbias;  // what the CPU makes of them
+    unsigned char *resets;
+    int *doc_start;
+} SlstmHost;
+
+template <typename F>
+static SlstmHost slstm_host(const SlstmCase *c) {
+    SlstmHost h;
+    h.state = (size_t)c->B * c->NH * c->d;
+    h.cells = h.state * c->T;
+    h.weights = (size_t)4 * c->NH * c->d * c->d;
+    size_t D = (size_t)c->NH * c->d, tokens = (size_t)c->B * c->T;
+    h.x = fill_random(4 * h.cells, 1, 1.0f);
+    h.R = fill_random(h.weights, 2, 0.7f / sqrtf((float)c->d));
+    h.bias = fill_random(4 * D, 3, 0.5f);
+    for (size_t k = 0; k < 4 * D; k++) h.bias[k] += k / c->d % 4 == 1 ? 2.0f : 0.0f;  // forget gates mostly open
+    const float scale[4] = {0.4f, 0.7f, 0.1f, 0.3f};
+    for (int k = 0; k < 4; k++) h.in[k] = fill_random(h.state, 4 + k, scale[k]);
+    for (size_t k = 0; k < h.state; k++) h.in[2][k] += 1.3f;
+    h.dy = fill_random(h.cells, 9, 1.0f);
+    round_to<F>(h.x, 4 * h.cells);
+    round_to<F>(h.R, h.weights);
+    round_to<F>(h.dy, h.cells);
+
+    h.resets = (unsigned char *)xcalloc(tokens, 1);
+    h.doc_start = (int *)xcalloc(tokens, sizeof(int));
+    for (size_t k = 0; k < tokens; k++) {
+        int t = (int)(k % c->T);
+        h.resets[k] = c->resets && (k * 7919 + k / c->T * 31) % c->resets == 0;
+        h.doc_start[k] = h.resets[k] ? t : t > 0 ? h.doc_start[k - 1] : NO_RESET;
+    }
+    h.y = (float *)xcalloc(h.cells, sizeof(float));
+    h.y_prev = (float *)xcalloc(h.cells, sizeof(float));
+    for (int k = 0; k < 4; k++) h.final[k] = (float *)xcalloc(h.state, sizeof(float));
+    h.dx = (float *)xcalloc(4 * h.cells, sizeof(float));
+    h.dbias = fill_random(4 * D, 10, 1.0f);
+    return h;
+}
+
+static void slstm_host_free(SlstmHost *h) {
+    void *all[] = {h->x, h->R, h->bias, h->dy, h->y, h->y_prev, h->dx, h->dbias, h->resets, h->doc_start};
+    for (size_t k = 0; k < sizeof all / sizeof *all; k++) free(all[k]);
+    for (int k = 0; k < 4; k++) {
+        free(h->in[k]);
+        free(h->final[k]);
+    }
+}
+
+template <typename F, typename X>
+static void check_slstm(const char *what, const SlstmCase *c, const X *got, const float *want, size_t n, double fp32,
+                        double bf16_tolerance) {
+    char name[128];
+    snprintf(name, sizeof name, "slstm %s B%d T%d NH%d d%d%s%s: %s", format_name<F>(), c->B, c->T, c->NH, c->d,
+             c->resets ? " resets" : "", c->carried ? " carried" : "", what);
+    float *host = to_host(got, n);
+    check_close(name, host, want, n, tolerance<F>(fp32, bf16_tolerance));
+    free(host);
+}
+
+// Runs the kernels twice on the same memory: what the first run left behind must not matter, and dx must be the same
+// in all bits.
+template <typename F>
+static void test_slstm_case(const SlstmCase *c) {
+    SlstmHost h = slstm_host<F>(c);
+    SlstmShape shape = {c->B, c->T, c->NH, c->d};
+    size_t D = (size_t)c->NH * c->d;
+    Arena arena = {NULL, 0};
+    SlstmSaved<F> saved;
+    SlstmScratch scratch;
+    for (int pass = 0; pass < 2; pass++) {
+        arena.used = 0;
+        slstm_take_saved(&arena, &shape, &saved);
+        slstm_take_scratch<F>(&arena, &shape, &scratch);
+        if (pass == 0) arena.base = (char *)device_poisoned<char>(arena.used);
+    }
+    F *x = to_device<F>(h.x, 4 * h.cells), *R = to_device<F>(h.R, h.weights), *dy = to_device<F>(h.dy, h.cells);
+    F *y = device_poisoned<F>(h.cells), *dx = device_poisoned<F>(4 * h.cells);
+    float *bias = to_device<float>(h.bias, 4 * D), *dbias = to_device<float>(h.dbias, 4 * D), *in[4], *out[4];
+    float *partial = device_poisoned<float>(slstm_partial_size(&shape));
+    int *doc_start = to_device_int(h.doc_start, (size_t)c->B * c->T);
+    for (int k = 0; k < 4; k++) {
+        in[k] = to_device<float>(h.in[k], h.state);
+        out[k] = device_poisoned<float>(h.state);
+    }
+    SlstmState none = {}, initial = {in[0], in[1], in[2], in[3], D}, final = {out[0], out[1], out[2], out[3], D};
+
+    float *first = NULL;
+    for (int run = 0; run < 2; run++) {
+        CUDA_CHECK(cudaMemcpy(dbias, h.dbias, 4 * D * sizeof(float), cudaMemcpyHostToDevice));
+        slstm_forward<F>(&shape, x, R, bias, doc_start, c->carried ? initial : none, final, y, &saved, &scratch, 0);
+        slstm_backward<F>(&shape, R, &saved, dy, doc_start, c->carried ? initial : none, dx, dbias, partial, &scratch,
+                          0);
+        if (first) check_slstm<F>("dx of two runs", c, dx, first, 4 * h.cells, 0, 0);
+        free(first);
+        first = to_host(dx, 4 * h.cells);
+    }
+    free(first);
+
+    oracle_slstm(c->B, c->T, c->NH, c->d, h.resets, h.x, h.R, h.bias, c->carried ? h.in : NULL, h.final, h.dy, h.y,
+                 h.y_prev, h.dx, h.dbias);
+    const char *const names[4] = {"final y", "final c", "final n", "final m"};
+    check_slstm<F>("y", c, y, h.y, h.cells, 1e-5, 1e-2);
+    check_slstm<F>("y_prev", c, saved.y_prev, h.y_prev, h.cells, 1e-5, 1e-2);
+    for (int k = 0; k < 4; k++) check_slstm<F>(names[k], c, out[k], h.final[k], h.state, 1e-5, 1e-2);
+    check_slstm<F>("dx", c, dx, h.dx, 4 * h.cells, 1e-4, 3e-2);
+    check_slstm<F>("dbias", c, dbias, h.dbias, 4 * D, 1e-4, 3e-2);
+
+    void *device[] = {arena.base, x,     R,     dy,    y,     dx,     bias,   dbias,  partial,
+                      doc_start,  in[0], in[1], in[2], in[3], out[0], out[1], out[2], out[3]};
+    for (size_t k = 0; k < sizeof device / sizeof *device; k++) CUDA_CHECK(cudaFree(device[k]));
+    slstm_host_free(&h);
+}
+
+static void test_slstm(void) {
+    // clang-format off
+    static const SlstmCase cases[] = {  // B, T, NH, d, a reset every so many tokens, carried states
+        {1, 1, 1, 1, 0, 0},    {3, 2, 2, 5, 0, 1},     {5, 37, 4, 16, 11, 1},  {20, 37, 1, 32, 7, 1},
+        {16, 200, 4, 64, 0, 0}, {3, 37, 2, 64, 5, 1},  {1, 2, 1, 100, 0, 1},   {5, 37, 4, 100, 9, 1},
+        {16, 200, 4, 192, 50, 1}, {16, 37, 4, 256, 13, 1}, {1, 200, 1, 256, 0, 0}, {20, 37, 2, 512, 17, 1},
+        {48, 9, 4, 512, 4, 1}, {300, 7, 4, 256, 3, 1}, {16, 20, 1, 768, 8, 0}, {9, 5, 1, 1024, 3, 1},
+    };
+    // clang-format on
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
+        test_slstm_case<float>(&cases[k]);
+        test_slstm_case<bf16>(&cases[k]);
+    }
+}
+
+#endif

@@ -1,0 +1,293 @@
+// test_xlstm.cu: the CUDA trainer against the CPU trainer, on the GPU. Each kernel alone on random inputs of odd and
+// usual sizes, then whole models: loss, logits and every gradient, states, generation, updates, and the same bits
+// again.
+//
+//   make test-gpu                     builds and runs it, and dev/test/gpu_runs.sh
+//   build/test_xlstm_cu [WORD]        only the tests whose name holds WORD
+//
+// The CPU side is train_xlstm.c, compiled as C in dev/test/cuda/oracle_*.c. Prints a line a check with the measured
+// relative L2 error, and "N passed, N failed" last.
+
+#define TESTING
+#include "train_xlstm.cu"
+
+#include "dev/test/cuda/harness.cuh"
+
+#include "dev/test/cuda/test_adamw.cuh"
+#include "dev/test/cuda/test_blocks4.cuh"
+#include "dev/test/cuda/test_classifier.cuh"
+#include "dev/test/cuda/test_conv.cuh"
+#include "dev/test/cuda/test_embedding.cuh"
+#include "dev/test/cuda/test_gated.cuh"
+#include "dev/test/cuda/test_head_norm.cuh"
+#include "dev/test/cuda/test_mlstm.cuh"
+#include "dev/test/cuda/test_mlstm_step.cuh"
+#include "dev/test/cuda/test_norm.cuh"
+#include "dev/test/cuda/test_slstm.cuh"
+
+extern "C" const Backend *oracle_backend(void);
+
+// ----------------------------------------------------------------------------------------------------------------
+// Matrix products
+
+template <typename F>
+static void test_matmul_format(void) {
+    const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {64, 24, 40}, {100, 130, 70}, {257, 768, 512}};
+    for (size_t k = 0; k < sizeof shapes / sizeof shapes[0]; k++) {
+        int rows = shapes[k][0], N = shapes[k][1], K = shapes[k][2];
+        size_t nx = (size_t)rows * K, nw = (size_t)N * K, no = (size_t)rows * N;
+        float *x = fill_random(nx, 1, 1), *w = fill_random(nw, 2, 1), *r = fill_random(no, 3, 1);
+        round_to<F>(x, nx), round_to<F>(w, nw), round_to<F>(r, no);
+        float *want = (float *)xcalloc(no, sizeof(float)), *want_dx = (float *)xcalloc(nx, sizeof(float));
+        float *want_dw = (float *)xcalloc(nw, sizeof(float));
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < N; j++) {
+                double sum = r[(size_t)i * N + j];
+                for (int a = 0; a < K; a++) sum += (double)x[(size_t)i * K + a] * w[(size_t)j * K + a];
+                want[(size_t)i * N + j] = (float)sum;
+                for (int a = 0; a < K; a++) {
+                    want_dx[(size_t)i * K + a] += r[(size_t)i * N + j] * w[(size_t)j * K + a];
+                    want_dw[(size_t)j * K + a] += r[(size_t)i * N + j] * x[(size_t)i * K + a];
+                }
+            }
+        F *dx_ = to_device<F>(x, nx), *dw_ = to_device<F>(w, nw), *dr = to_device<F>(r, no),
+          *out = device_poisoned<F>(no);
+        F *gx = device_poisoned<F>(nx);
+        float *gw = to_device<float>(want_dw, nw);  // added to: twice the value is expected
+        matmul_forward(out, N, dx_, K, dw_, dr, rows, N, K, (cudaStream_t)0);
+        matmul_backward(gx, K, 0, gw, dr, N, dx_, K, dw_, rows, N, K, (cudaStream_t)0);
+        char what[96];
+        for (size_t i = 0; i < nw; i++) want_dw[i] *= 2;
+        format_into(what, sizeof what, "matmul %s %d x %d x %d, out", format_name<F>(), rows, N, K);
+        check_close(what, to_host(out, no), want, no, tolerance<F>(1e-6, 5e-3));
+        format_into(what, sizeof what, "matmul %s %d x %d x %d, dx", format_name<F>(), rows, N, K);
+        check_close(what, to_host(gx, nx), want_dx, nx, tolerance<F>(1e-6, 5e-3));
+        format_into(what, sizeof what, "matmul %s %d x %d x %d, dw", format_name<F>(), rows, N, K);
+        check_close(what, to_host(gw, nw), want_dw, nw, 1e-6);
+    }
+}
+
+static void test_matmul(void) {
+    test_matmul_format<float>();
+    test_matmul_format<bf16>();
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Whole models
+
+typedef struct {
+    const char *blocks;
+    int D, heads, V, ffn, sigmoid, B, T, resets, states, recompute;
+} ModelCase;
+
+static const ModelCase model_cases[] = {
+    {"mlstm*2", 64, 2, 100, 0, 0, 2, 37, 0, 0, 0},
+    {"mlstm*2", 64, 2, 101, 0, 1, 2, 64, 1, 0, 0},
+    {"mlstm_v1*2", 48, 2, 64, 0, 0, 2, 37, 0, 0, 0},
+    {"mlstm_v1*2", 64, 4, 64, 0, 1, 2, 200, 1, 0, 1},
+    {"slstm*2", 48, 2, 64, 0, 0, 3, 37, 0, 0, 0},
+    {"slstm*2", 64, 4, 64, 0, 0, 2, 200, 1, 0, 1},
+    {"mlstm,mlstm_v1,slstm", 64, 4, 256, 0, 0, 2, 1, 0, 1, 0},
+    {"mlstm,mlstm_v1,slstm", 64, 4, 256, 0, 0, 3, 200, 1, 1, 0},
+    {"mlstm,slstm,mlstm_v1", 96, 3, 257, 0, 1, 2, 64, 1, 1, 0},
+    {"mlstm,slstm", 30, 3, 50, 20, 0, 2, 65, 1, 1, 0},
+    {"(mlstm,slstm)*2", 128, 4, 256, 0, 0, 4, 256, 0, 0, 0},
+    {"mlstm,mlstm_v1,slstm", 128, 2, 256, 0, 0, 1, 2048, 1, 0, 0},
+};
+
+static void release_models(void) {  // device memory of the last case
+    if (model_bf16.memory) CUDA_CHECK(cudaFree(model_bf16.memory));
+    if (model_fp32.memory) CUDA_CHECK(cudaFree(model_fp32.memory));
+    memset(&model_bf16, 0, sizeof model_bf16);
+    memset(&model_fp32, 0, sizeof model_fp32);
+}
+
+typedef struct {
+    ModelConfig config;
+    TensorTable table, states;
+    const Backend *backend[2];  // CPU, CUDA
+    Batch batch;
+    float *logits[2], *values[2];
+    size_t num_logits, largest;
+} Pair;
+
+static Pair build_pair(const ModelCase *c, int in_bf16) {
+    Pair p;
+    char why[200];
+    memset(&p, 0, sizeof p);
+    release_models();
+    model_defaults(&p.config);
+    p.config.vocab_size = c->V, p.config.hidden_size = c->D, p.config.num_heads = c->heads;
+    p.config.ffn_dim = c->ffn ? c->ffn : model_default_ffn(c->D);
+    p.config.sigmoid_gate = c->sigmoid;
+    if (!model_parse_blocks(c->blocks, &p.config, why, sizeof why) || !model_check(&p.config, why, sizeof why))
+        die(EXIT_USAGE, "%s", why);
+    p.table = model_table(&p.config);
+    p.states = model_state_table(&p.config);
+    RunConfig run = {c->B, c->T, c->states ? c->B : 0, 1, c->recompute, in_bf16, 4, 64};
+    p.backend[0] = oracle_backend();
+    p.backend[1] = &cuda_backend;
+    for (int k = 0; k < p.table.num_tensors; k++)
+        if (p.table.tensors[k].count > p.largest) p.largest = p.table.tensors[k].count;
+    if (p.states.total > p.largest) p.largest = p.states.total;
+    for (int side = 0; side < 2; side++) {
+        p.backend[side]->build(&p.config, &p.table, &run);
+        p.values[side] = (float *)xcalloc(p.largest, sizeof(float));
+    }
+    for (int k = 0; k < p.table.num_tensors; k++) {  // zeros would hide errors: noise on everything
+        tensor_init(&p.config, &p.table, k, 7, p.values[0]);
+        for (size_t i = 0; i < p.table.tensors[k].count; i++) {
+            p.values[0][i] += 0.05f * (float)rng_normal(8, RNG_TEST, (uint64_t)k, i);
+            if (p.table.tensors[k].init == INIT_IGATE_10) p.values[0][i] += 9;
+            if (in_bf16 && p.table.tensors[k].ndim > 1) p.values[0][i] = to_float(from_float<bf16>(p.values[0][i]));
+        }
+        for (int side = 0; side < 2; side++) p.backend[side]->write_tensor(KIND_WEIGHT, k, p.values[0]);
+    }
+    size_t rows = (size_t)c->B * c->T;
+    int *inputs = (int *)xcalloc(rows, sizeof(int)), *targets = (int *)xcalloc(rows, sizeof(int));
+    unsigned char *resets = (unsigned char *)xcalloc(rows, 1);
+    for (size_t r = 0; r < rows; r++) {
+        inputs[r] = (int)(rng_uniform(1, RNG_TEST, 1, r) * c->V);
+        targets[r] = rng_uniform(1, RNG_TEST, 2, r) < 0.1 ? -1 : (int)(rng_uniform(1, RNG_TEST, 3, r) * c->V);
+        resets[r] = rng_uniform(1, RNG_TEST, 4, r) < 0.04;
+    }
+    p.num_logits = rows * (size_t)c->V;
+    for (int side = 0; side < 2; side++) p.logits[side] = (float *)xcalloc(p.num_logits, sizeof(float));
+    Batch batch = {c->B, c->T, inputs, targets, c->resets ? resets : NULL, c->states ? 0 : -1, NULL};
+    p.batch = batch;
+    return p;
+}
+
+static double relative_error(const float *got, const float *want, size_t n) {
+    double error = 0, size = 0;
+    for (size_t k = 0; k < n; k++) {
+        error += ((double)got[k] - want[k]) * ((double)got[k] - want[k]);
+        size += (double)want[k] * want[k];
+    }
+    return size > 0 ? sqrt(error / size) : sqrt(error);
+}
+
+// The worst relative error over all tensors of a kind; its name is printed.
+static void check_tensors(const Pair *p, const char *what, int kind, double limit) {
+    double worst = 0;
+    int at = 0;
+    for (int k = 0; k < p->table.num_tensors; k++) {
+        for (int side = 0; side < 2; side++) p->backend[side]->read_tensor(kind, k, p->values[side]);
+        double error = relative_error(p->values[1], p->values[0], p->table.tensors[k].count);
+        if (!(error <= limit)) printf("     %-60s %.2e\n", p->table.tensors[k].name, error);
+        if (!(error <= worst)) worst = error, at = k;
+    }
+    char line[200];
+    format_into(line, sizeof line, "%s (worst %s)", what, p->table.tensors[at].name);
+    const float one = 1, got = 1 + (float)worst;
+    check_close(line, &got, &one, 1, limit);
+}
+
+static void check_values(const char *label, const char *what, const float *got, const float *want, size_t n,
+                         double limit) {
+    char line[200];
+    format_into(line, sizeof line, "%s: %s", label, what);
+    check_close(line, got, want, n, limit);
+}
+
+static void test_model_case(const ModelCase *c, int in_bf16) {
+    Pair p = build_pair(c, in_bf16);
+    char label[120], line[200];
+    double limit = in_bf16 ? 3e-2 : 1e-4, scale = 1.0 / ((double)c->B * c->T);
+    format_into(label, sizeof label, "%s %s%s D%d V%d B%d T%d%s%s", in_bf16 ? "bf16" : "fp32", c->blocks,
+                c->sigmoid ? " sig" : "", c->D, c->V, c->B, c->T, c->resets ? " resets" : "",
+                c->recompute ? " recompute" : "");
+    for (int step = 0; step < (c->states ? 2 : 1); step++) {  // the second one starts from the states of the first
+        float loss[2];
+        for (int side = 0; side < 2; side++) {
+            Batch batch = p.batch;
+            batch.logits = p.logits[side];
+            p.backend[side]->zero_grad();
+            loss[side] = (float)(p.backend[side]->forward_backward(&batch, scale) * scale);
+        }
+        check_values(label, "loss", &loss[1], &loss[0], 1, in_bf16 ? 5e-3 : 1e-5);
+        check_values(label, "logits", p.logits[1], p.logits[0], p.num_logits, limit);
+        format_into(line, sizeof line, "%s: gradients", label);
+        check_tensors(&p, line, KIND_GRAD, limit);
+    }
+    for (int row = 0; c->states && row < c->B; row++) {
+        for (int side = 0; side < 2; side++) p.backend[side]->read_state(row, p.values[side]);
+        check_values(label, "states", p.values[1], p.values[0], p.states.total, limit);
+    }
+    // The same bits: an ordinary run, then captured, then replayed.
+    float *first = (float *)xcalloc(p.largest, sizeof(float));
+    int same = 1;
+    double losses[3];
+    Batch plain = p.batch;
+    plain.state_row = -1;
+    for (int round = 0; round < 3; round++) {
+        cuda_backend.zero_grad();
+        losses[round] = cuda_backend.forward_backward(&plain, scale);
+        cuda_backend.read_tensor(KIND_GRAD, 0, round ? p.values[1] : first);
+        if (round) same &= memcmp(first, p.values[1], p.table.tensors[0].count * sizeof(float)) == 0;
+        same &= losses[round] == losses[0];
+    }
+    const float one = 1, equal = (float)same;
+    check_values(label, "graph replays give the same bits", &equal, &one, 1, 0);
+    // Generation
+    size_t V = (size_t)c->V;
+    for (int side = 0; side < 2; side++) {
+        p.backend[side]->decode_start();
+        for (int t = 0; t < 5; t++) p.backend[side]->decode_step(p.batch.inputs[t % c->T], p.values[side]);
+    }
+    check_values(label, "generation", p.values[1], p.values[0], V, limit);
+    // Updates
+    UpdateConfig update = {1, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5};
+    double norms[2];
+    for (int side = 0; side < 2; side++) {
+        p.backend[side]->zero_grad();
+        p.backend[side]->forward_backward(&plain, scale);
+        norms[side] = p.backend[side]->grad_norm();
+        p.backend[side]->update(&update);
+    }
+    const float got = (float)norms[1], want = (float)norms[0];
+    check_values(label, "gradient norm", &got, &want, 1, limit);
+    format_into(line, sizeof line, "%s: weights after an update", label);
+    check_tensors(&p, line, KIND_WEIGHT, in_bf16 ? 3e-2 : 1e-3);  // signs of tiny gradients decide at the first update
+}
+
+static void test_models_fp32(void) {
+    for (size_t k = 0; k < sizeof model_cases / sizeof model_cases[0]; k++) test_model_case(&model_cases[k], 0);
+}
+static void test_models_bf16(void) {
+    for (size_t k = 0; k < sizeof model_cases / sizeof model_cases[0]; k++) test_model_case(&model_cases[k], 1);
+}
+
+int main(int argc, char **argv) {
+    const struct {
+        const char *name;
+        void (*run)(void);
+    } tests[] = {{"matmul", test_matmul},
+                 {"norm", test_norm},
+                 {"head_norm", test_head_norm},
+                 {"gated", test_gated},
+                 {"conv", test_conv},
+                 {"blocks4", test_blocks4},
+                 {"embedding", test_embedding},
+                 {"classifier", test_classifier},
+                 {"adamw", test_adamw},
+                 {"mlstm", test_mlstm},
+                 {"mlstm_step", test_mlstm_step},
+                 {"slstm", test_slstm},
+                 {"models_fp32", test_models_fp32},
+                 {"models_bf16", test_models_bf16}};
+    use_bf16 = 0;
+    choose_device();
+    void *workspace;
+    CUDA_CHECK(cudaMalloc(&workspace, MATMUL_WORKSPACE));
+    matmul_init(workspace);
+    for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {
+        if (argc > 1 && !strstr(tests[k].name, argv[1])) continue;
+        double start = now_seconds();
+        tests[k].run();
+        printf("%s: %.1f s\n", tests[k].name, now_seconds() - start);
+        fflush(stdout);
+    }
+    printf("%d passed, %d failed\n", tests_passed, tests_failed);
+    return tests_failed != 0;
+}

@@ -1,0 +1,1039 @@
+// train_xlstm.cu: the CUDA trainer of xLSTM language models. The same model, flags, files and numbers as train_xlstm.c,
+// which is the text to read first; here the layers are kernels (xlstmc/*.cuh, one layer a file) and this file puts them
+// together: memory, the three block types, classifier, one CUDA graph a micro-step, and the backend that the training
+// loop (xlstmc/trainer.h) drives.
+//
+//   make && ./train_xlstmcu --model 164m --train 'shards/train_*.bin' --batch 16 --seq-len 2048 --out out/164m
+//
+// Formats: --precision bf16 (default) keeps activations and the weights that matmuls read in bf16; sums, gates,
+// normalisers, states, gradients of weights, master weights and moments are float. --precision fp32 keeps all in float,
+// without TF32. Notation: B sequences of T tokens, width D, NH heads; rows = B*T. F is the format of activations.
+//
+// Results do not depend on timing: every sum has a fixed order, so the same command gives the same bits.
+
+#include "xlstmc/adamw.cuh"
+#include "xlstmc/blocks4.cuh"
+#include "xlstmc/classifier.cuh"
+#include "xlstmc/conv.cuh"
+#include "xlstmc/cuda_util.cuh"
+#include "xlstmc/embedding.cuh"
+#include "xlstmc/gated.cuh"
+#include "xlstmc/head_norm.cuh"
+#include "xlstmc/matmul.cuh"
+#include "xlstmc/mlstm.cuh"
+#include "xlstmc/norm.cuh"
+#include "xlstmc/slstm.cuh"
+#include "xlstmc/trainer.h"
+
+enum { MAX_HEAD_DIM = 1024 };    // of the cell kernels
+enum { LOGIT_BYTES = 1 << 29 };  // the classifier works on as many rows at once as fill this
+enum { ALIGN = 64 };             // elements; where tensors and states begin
+static int align_up(int n, int to) { return (n + to - 1) / to * to; }
+static int imin(int a, int b) { return a < b ? a : b; }
+static int imax(int a, int b) { return a > b ? a : b; }
+
+// ----------------------------------------------------------------------------------------------------------------
+// Where tensors and states lie in device memory. Tensors that one matmul reads stand without a gap behind each other,
+// as in the table; every other tensor begins at a multiple of ALIGN. Gate weights end with zero rows, so that their
+// number is a multiple of 8: matmuls want that, and the gradient of a zero row stays zero.
+
+static int gate_rows(int heads) { return align_up(2 * heads, 8); }
+
+static int joins_previous(BlockType type, int slot) {
+    if (type == BLOCK_MLSTM) return (slot > M_Q && slot <= M_FGATE) || slot == M_FGATE_BIAS || slot == M_FFN_UP;
+    if (type == BLOCK_MLSTM_V1) return slot == V1_FGATE || slot == V1_FGATE_BIAS;
+    return 0;
+}
+
+// offsets[tensor], in elements; returns the size of one copy of all tensors.
+static size_t device_layout(const ModelConfig *c, const TensorTable *t, size_t *offsets) {
+    size_t at = 0;
+    for (int k = 0; k < t->num_tensors; k++) {
+        const TensorSpec *s = &t->tensors[k];
+        BlockType type = s->block >= 0 ? (BlockType)c->block_types[s->block] : NUM_BLOCK_TYPES;
+        int slot = s->block >= 0 ? k - t->block_first[s->block] : 0;
+        if (!joins_previous(type, slot)) at = (at + ALIGN - 1) / ALIGN * ALIGN;
+        offsets[k] = at;
+        at += s->count;
+        if ((type == BLOCK_MLSTM && slot == M_FGATE) || (type == BLOCK_MLSTM_V1 && slot == V1_FGATE))
+            at = offsets[k - 1] + (size_t)gate_rows(c->num_heads) * (size_t)s->shape[1];
+    }
+    return (at + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+// States of one sequence: all small ones first, then the matrices C, which generation updates in place.
+static size_t state_layout(const TensorTable *states, size_t *offsets, size_t *small) {
+    size_t at = 0;
+    for (int matrices = 0; matrices < 2; matrices++) {
+        for (int k = 0; k < states->num_tensors; k++) {
+            if ((states->tensors[k].ndim == 3) != matrices) continue;
+            offsets[k] = at;
+            at += (states->tensors[k].count + ALIGN - 1) / ALIGN * ALIGN;
+        }
+        if (!matrices) *small = at;
+    }
+    return at;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// The model
+
+template <typename F>
+struct FfnActs {
+    F *u;          // [rows, D] normed input
+    float *stats;  // [rows, 2]
+    F *gate_up;    // [rows, 2U]
+    F *act;        // [rows, U]
+};
+
+template <typename F>
+struct BlockActs {    // what a block keeps for its backward pass
+    F *u;             // [rows, D] normed input
+    float *stats;     // [rows, 2]
+    F *proj;          // mlstm [rows, 2Dk+2Dv]: q k v ogate;  mlstm_v1 [rows, 2I]: branch, z
+    F *conv, *ca;     // [rows, I or D] convolution before and after SiLU
+    F *qkv;           // mlstm_v1 [rows, 3I]
+    float *gates;     // [rows, G] igate, fgate before bias and cap; G = gate_rows(NH)
+    F *h;             // [rows, Dv or I or D] cell output
+    float *hn_stats;  // [rows, NH, 2]
+    F *y;             // [rows, Dv or I] gated, input of the last projection
+    MlstmSaved<F> mlstm;
+    SlstmSaved<F> slstm;
+    F *x_mid;  // [rows, D] residual stream between the cell and the FFN
+    FfnActs<F> ffn;
+};
+
+// What may differ from one micro-step to the next and yet be the same CUDA graph is read from device memory.
+typedef struct {
+    int B, T, training, stateful, want_logits;
+} GraphKey;
+
+enum { MAX_GRAPHS = 8 };
+typedef struct {
+    GraphKey key;
+    int runs;  // the first run is an ordinary one: it asks cuBLASLt for its algorithms
+    cudaGraphExec_t exec;
+} Graph;
+
+template <typename F>
+struct Model {
+    ModelConfig config;
+    TensorTable table, states;
+    RunConfig run;
+    char *memory;  // the one allocation
+    cudaStream_t stream;
+    size_t *offsets, total;  // of tensors; elements of one copy
+    size_t *state_offsets, state_size, state_small;
+    float *params, *grads, *m, *v;  // [total]
+    F *weights;                     // [total] params in format F (the same memory if F is float)
+    UpdateChunk *chunks;            // device
+    int num_chunks;
+    float *stored;                      // [num_state_rows][state_size]
+    float *state_in, *state_out;        // [max_batch][state_size]
+    float *decode_state, *decode_in;    // [state_size], [state_small]
+    int *inputs, *targets, *doc_start;  // [rows] device
+    int *decode_token;                  // [1] device
+    float *scale;                       // [1] device
+    double *sums, *norm_partial;        // [2] loss, squared norm; [GRAD_NORM_BLOCKS]
+    void *staging;                      // pinned host memory: inputs, targets, doc_start, scale, sums, logits [V]
+    F **x;                              // [N+1][rows, D] host array: input of each block, last one's output
+    BlockActs<F> *acts;                 // [N]; with recomputation all share the same memory
+    F *out;                             // [rows, D] final norm
+    float *out_stats, *losses;          // [rows, 2], [rows]
+    F *logits;                          // [logit_rows, Vp] one tile of the classifier; Vp = V up to 8
+    float *logits_out;                  // [V] decode
+    int logit_rows;
+    F *dx;                                // [rows, D] gradient of the residual stream
+    F *d_wide, *d_mid, *d_mid2, *d_mid3;  // [rows, widest]
+    float *dgates32, *dh_dot_h;           // [rows, 2NH], [rows, NH]
+    MlstmScratch<F> mlstm_scratch[2];     // of mlstm and of mlstm_v1 blocks
+    SlstmScratch slstm_scratch;
+    F *slstm_x;      // [rows, 4D] pre-activations of an sLSTM
+    float *partial;  // sums over rows
+    int *embedding_scratch;
+    Graph graphs[MAX_GRAPHS];
+    int num_graphs;
+    cudaGraphExec_t decode_graph;
+    int decode_runs;
+};
+
+typedef struct {  // a batch as the layers see it; the token arrays lie in device memory
+    int B, T;
+    const int *doc_start;   // [B, T]
+    const float *state_in;  // [B][state_size] states before the first token; NULL: fresh
+    float *state_out;       // [B][state_size] states after the last; NULL: not wanted
+    int decode;             // one token of generation: the mLSTM's recurrent step
+} Sequence;
+
+template <typename F>
+static int dim(const Model<F> *m, Dim d) {
+    return model_dim(&m->config, d);
+}
+template <typename F>
+static size_t offset_of(const Model<F> *m, int block, int slot) {
+    return m->offsets[m->table.block_first[block] + slot];
+}
+template <typename F>
+static const float *param(const Model<F> *m, int block, int slot) {
+    return m->params + offset_of(m, block, slot);
+}
+template <typename F>
+static const F *weight(const Model<F> *m, int block, int slot) {
+    return m->weights + offset_of(m, block, slot);
+}
+template <typename F>
+static float *grad(const Model<F> *m, int block, int slot) {
+    return m->grads + offset_of(m, block, slot);
+}
+template <typename F>
+static float *state_at(const Model<F> *m, int block, int slot, const float *base) {  // NULL stays NULL
+    return base ? (float *)base + m->state_offsets[m->states.block_first[block] + slot] : NULL;
+}
+
+template <typename F>
+static NormShape layernorm_v1(const Model<F> *m) {
+    NormShape n = {1, 1, dim(m, DIM_D), 1e-5f};
+    return n;
+}
+template <typename F>
+static NormShape rmsnorm(const Model<F> *m) {
+    NormShape n = {0, 0, dim(m, DIM_D), (float)m->config.norm_eps};
+    return n;
+}
+template <typename F>
+static HeadNormShape head_norm(const Model<F> *m, int width, int v1) {
+    HeadNormShape n = {1, v1, m->config.num_heads, width / m->config.num_heads, v1 ? 1e-5f : (float)m->config.norm_eps};
+    return n;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Gated FFN with its norm and residual: out = x + down(act(gate(u)) * up(u)), u = norm(x)
+
+template <typename F>
+static void ffn_forward(Model<F> *m, F *out, const F *x, const FfnActs<F> *a, NormShape norm, const float *w_norm,
+                        const F *w_up, const F *w_down, int rows, int U, int use_gelu) {
+    int D = norm.width;
+    norm_forward(a->u, a->stats, x, w_norm, norm, rows, m->stream);
+    matmul_forward<F, F>(a->gate_up, 2 * (size_t)U, a->u, D, w_up, NULL, rows, 2 * U, D, m->stream);
+    gated_forward(a->act, a->gate_up, rows, U, use_gelu, m->stream);
+    matmul_forward(out, D, a->act, U, w_down, x, rows, D, U, m->stream);
+}
+
+// m->dx: on entry the gradient of out, on return that of x
+template <typename F>
+static void ffn_backward(Model<F> *m, const F *x, const FfnActs<F> *a, NormShape norm, const float *w_norm,
+                         float *dw_norm, const F *w_up, float *dw_up, const F *w_down, float *dw_down, int rows, int U,
+                         int use_gelu) {
+    int D = norm.width;
+    matmul_backward(m->d_mid, U, 0, dw_down, m->dx, D, a->act, U, w_down, rows, D, U, m->stream);
+    gated_backward(m->d_wide, (F *)NULL, m->d_mid, a->gate_up, rows, U, use_gelu, m->stream);
+    matmul_backward(m->d_mid2, D, 0, dw_up, m->d_wide, 2 * (size_t)U, a->u, D, w_up, rows, 2 * U, D, m->stream);
+    norm_backward(m->dx, 1, dw_norm, m->d_mid2, x, a->stats, w_norm, norm, rows, m->partial, m->stream);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// The mLSTM cell in its block: shapes, states, input
+
+template <typename F>
+static MlstmShape mlstm_shape(const Model<F> *m, int B, int T, int v1) {
+    int NH = m->config.num_heads;
+    MlstmShape s = {B,
+                    T,
+                    NH,
+                    dim(m, v1 ? DIM_I : DIM_DK) / NH,
+                    dim(m, v1 ? DIM_I : DIM_DV) / NH,
+                    m->config.sigmoid_gate,
+                    (float)m->config.eps};
+    return s;
+}
+
+template <typename F>
+static MlstmState mlstm_state(const Model<F> *m, int b, const float *base) {
+    MlstmState s = {state_at(m, b, STATE_C, base), state_at(m, b, STATE_N, base), state_at(m, b, STATE_M, base),
+                    m->state_size};
+    return s;
+}
+
+template <typename F>
+static MlstmInput<F> mlstm_input(const Model<F> *m, int b, const BlockActs<F> *a, const Sequence *s) {
+    int v1 = m->config.block_types[b] == BLOCK_MLSTM_V1, Dk = dim(m, v1 ? DIM_I : DIM_DK), Dv = dim(m, DIM_DV);
+    const F *q = v1 ? a->qkv : a->proj;
+    MlstmInput<F> in = {q,
+                        q + Dk,
+                        q + 2 * Dk,
+                        (size_t)(v1 ? 3 * Dk : 2 * Dk + 2 * Dv),
+                        a->gates,
+                        (size_t)gate_rows(m->config.num_heads),
+                        param(m, b, v1 ? V1_IGATE_BIAS : M_IGATE_BIAS),
+                        v1 ? 0.0f : (float)m->config.gate_soft_cap,
+                        s->doc_start};
+    return in;
+}
+
+template <typename F>
+static void mlstm_cell(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a) {
+    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    MlstmInput<F> in = mlstm_input(m, b, a, s);
+    MlstmState final = mlstm_state(m, b, s->state_out);
+    if (s->decode) mlstm_step(shape, in, final, a->h, m->stream);
+    else mlstm_forward(shape, in, mlstm_state(m, b, s->state_in), final, a->h, &a->mlstm, m->stream);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Block: mlstm (xLSTM 7B)
+
+template <typename F>
+static void mlstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *x, F *out, BlockActs<F> *a) {
+    int rows = s->B * s->T, D = dim(m, DIM_D), Dk = dim(m, DIM_DK), Dv = dim(m, DIM_DV), P = 2 * Dk + 2 * Dv;
+    int G = gate_rows(m->config.num_heads);
+    NormShape norm = rmsnorm(m);
+    norm_forward(a->u, a->stats, x, param(m, b, M_NORM), norm, rows, m->stream);
+    matmul_forward<F, F>(a->proj, P, a->u, D, weight(m, b, M_Q), NULL, rows, P, D, m->stream);
+    // Gates leave in float: their rounding would be felt over long sequences.
+    matmul_forward<F, float>(a->gates, G, a->u, D, weight(m, b, M_IGATE), NULL, rows, G, D, m->stream);
+    mlstm_cell(m, b, s, a);
+    head_norm_gate_forward(a->y, a->hn_stats, a->h, param(m, b, M_HEAD_NORM), a->proj + 2 * Dk + Dv, (size_t)P,
+                           head_norm(m, Dv, 0), rows, m->stream);
+    matmul_forward(a->x_mid, D, a->y, Dv, weight(m, b, M_OUT_PROJ), x, rows, D, Dv, m->stream);
+    ffn_forward(m, out, a->x_mid, &a->ffn, norm, param(m, b, M_NORM_FFN), weight(m, b, M_FFN_GATE),
+                weight(m, b, M_FFN_DOWN), rows, dim(m, DIM_U), 0);
+}
+
+template <typename F>
+static void mlstm_block_backward(Model<F> *m, int b, const Sequence *s, const F *x, BlockActs<F> *a) {
+    int rows = s->B * s->T, D = dim(m, DIM_D), Dk = dim(m, DIM_DK), Dv = dim(m, DIM_DV), NH = m->config.num_heads;
+    int P = 2 * Dk + 2 * Dv, G = gate_rows(NH);
+    size_t ld = (size_t)(P + G);  // d_wide: gradients of q k v ogate, and of the gates behind them
+    NormShape norm = rmsnorm(m);
+    MlstmShape shape = mlstm_shape(m, s->B, s->T, 0);
+    F *dproj = m->d_wide, *dh = m->d_mid2;
+    ffn_backward(m, a->x_mid, &a->ffn, norm, param(m, b, M_NORM_FFN), grad(m, b, M_NORM_FFN), weight(m, b, M_FFN_GATE),
+                 grad(m, b, M_FFN_GATE), weight(m, b, M_FFN_DOWN), grad(m, b, M_FFN_DOWN), rows, dim(m, DIM_U), 0);
+    matmul_backward(m->d_mid, Dv, 0, grad(m, b, M_OUT_PROJ), m->dx, D, a->y, Dv, weight(m, b, M_OUT_PROJ), rows, D, Dv,
+                    m->stream);
+    head_norm_gate_backward(dh, dproj + 2 * Dk + Dv, ld, grad(m, b, M_HEAD_NORM), m->dh_dot_h, m->d_mid, a->h,
+                            a->hn_stats, param(m, b, M_HEAD_NORM), a->proj + 2 * Dk + Dv, (size_t)P,
+                            head_norm(m, Dv, 0), rows, m->partial, m->stream);
+    if (G > 2 * NH)
+        CUDA_CHECK(cudaMemset2DAsync(dproj + P + 2 * NH, ld * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
+    mlstm_backward(shape, mlstm_input(m, b, a, s), mlstm_state(m, b, s->state_in), dh, m->dh_dot_h, dproj, dproj + Dk,
+                   dproj + 2 * Dk, ld, dproj + P, ld, m->dgates32, grad(m, b, M_IGATE_BIAS), &a->mlstm,
+                   &m->mlstm_scratch[0], m->stream);
+    matmul_backward(m->d_mid, D, 0, grad(m, b, M_Q), dproj, ld, a->u, D, weight(m, b, M_Q), rows, (int)ld, D,
+                    m->stream);
+    norm_backward(m->dx, 1, grad(m, b, M_NORM), m->d_mid, x, a->stats, param(m, b, M_NORM), norm, rows, m->partial,
+                  m->stream);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Block: mlstm_v1 (first paper)
+
+// The window of inputs before the first token, where there is one; a copy, since its place receives the next one.
+template <typename F>
+static const float *conv_window(const Model<F> *m, int b, int slot, const Sequence *s) {
+    return state_at(m, b, slot, s->state_in);
+}
+
+template <typename F>
+static void mlstm_v1_block_forward(Model<F> *m, int b, const Sequence *s, const F *x, F *out, BlockActs<F> *a) {
+    int rows = s->B * s->T, D = dim(m, DIM_D), I = dim(m, DIM_I), G = gate_rows(m->config.num_heads);
+    size_t ld_up = 2 * (size_t)I;
+    norm_forward(a->u, a->stats, x, param(m, b, V1_NORM), layernorm_v1(m), rows, m->stream);
+    matmul_forward<F, F>(a->proj, ld_up, a->u, D, weight(m, b, V1_UP), NULL, rows, 2 * I, D, m->stream);
+    conv_forward(a->conv, a->ca, a->proj, ld_up, param(m, b, V1_CONV), param(m, b, V1_CONV_BIAS), s->doc_start,
+                 conv_window(m, b, STATE_CONV, s), state_at(m, b, STATE_CONV, s->state_out), m->state_size, s->B, s->T,
+                 I, m->stream);
+    blocks4_qkv_forward(a->qkv, a->ca, a->proj, ld_up, param(m, b, V1_Q), param(m, b, V1_K), param(m, b, V1_V), rows, I,
+                        m->stream);
+    matmul_forward<F, float>(a->gates, G, a->qkv, 3 * (size_t)I, weight(m, b, V1_IGATE), NULL, rows, G, 3 * I,
+                             m->stream);
+    mlstm_cell(m, b, s, a);
+    head_norm_skip_forward(a->y, a->hn_stats, a->h, param(m, b, V1_HEAD_NORM), a->ca, param(m, b, V1_SKIP), a->proj + I,
+                           ld_up, head_norm(m, I, 1), rows, m->stream);
+    matmul_forward(out, D, a->y, I, weight(m, b, V1_DOWN), x, rows, D, I, m->stream);
+}
+
+template <typename F>
+static void mlstm_v1_block_backward(Model<F> *m, int b, const Sequence *s, const F *x, BlockActs<F> *a) {
+    int rows = s->B * s->T, D = dim(m, DIM_D), I = dim(m, DIM_I), NH = m->config.num_heads, G = gate_rows(NH);
+    size_t ld_up = 2 * (size_t)I, ld_qkv = 3 * (size_t)I;
+    MlstmShape shape = mlstm_shape(m, s->B, s->T, 1);
+    // Scratch: d_wide holds dup [rows, 2I], dqkv [rows, 3I] and dgates [rows, G]; d_mid, d_mid2, d_mid3 are [rows, I].
+    F *dup = m->d_wide, *dqkv = dup + (size_t)rows * ld_up, *dgates = dqkv + (size_t)rows * ld_qkv;
+    F *dh = m->d_mid2, *dca = m->d_mid3;
+    matmul_backward(m->d_mid, I, 0, grad(m, b, V1_DOWN), m->dx, D, a->y, I, weight(m, b, V1_DOWN), rows, D, I,
+                    m->stream);
+    head_norm_skip_backward(dh, dup + I, ld_up, dca, grad(m, b, V1_HEAD_NORM), grad(m, b, V1_SKIP), m->dh_dot_h,
+                            m->d_mid, a->h, a->hn_stats, param(m, b, V1_HEAD_NORM), a->ca, param(m, b, V1_SKIP),
+                            a->proj + I, ld_up, head_norm(m, I, 1), rows, m->partial, m->stream);
+    if (G > 2 * NH)
+        CUDA_CHECK(cudaMemset2DAsync(dgates + 2 * NH, G * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
+    mlstm_backward(shape, mlstm_input(m, b, a, s), mlstm_state(m, b, s->state_in), dh, m->dh_dot_h, dqkv, dqkv + I,
+                   dqkv + 2 * I, ld_qkv, dgates, (size_t)G, m->dgates32, grad(m, b, V1_IGATE_BIAS), &a->mlstm,
+                   &m->mlstm_scratch[1], m->stream);
+    matmul_backward(dqkv, ld_qkv, 1, grad(m, b, V1_IGATE), dgates, G, a->qkv, ld_qkv, weight(m, b, V1_IGATE), rows, G,
+                    3 * I, m->stream);
+    blocks4_qkv_backward(dca, dup, ld_up, grad(m, b, V1_Q), grad(m, b, V1_K), grad(m, b, V1_V), dqkv, a->ca, a->proj,
+                         ld_up, param(m, b, V1_Q), param(m, b, V1_K), param(m, b, V1_V), rows, I, m->partial,
+                         m->stream);
+    conv_backward(dup, ld_up, grad(m, b, V1_CONV), grad(m, b, V1_CONV_BIAS), dca, a->conv, a->proj, ld_up,
+                  param(m, b, V1_CONV), s->doc_start, conv_window(m, b, STATE_CONV, s), m->state_size, s->B, s->T, I,
+                  m->partial, m->stream);
+    matmul_backward(m->d_mid, D, 0, grad(m, b, V1_UP), dup, ld_up, a->u, D, weight(m, b, V1_UP), rows, 2 * I, D,
+                    m->stream);
+    norm_backward(m->dx, 1, grad(m, b, V1_NORM), m->d_mid, x, a->stats, param(m, b, V1_NORM), layernorm_v1(m), rows,
+                  m->partial, m->stream);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Block: slstm (first paper)
+
+template <typename F>
+static SlstmState slstm_state(const Model<F> *m, int b, const float *base) {
+    SlstmState s = {state_at(m, b, STATE_SY, base), state_at(m, b, STATE_SC, base), state_at(m, b, STATE_SN, base),
+                    state_at(m, b, STATE_SM, base), m->state_size};
+    return s;
+}
+
+template <typename F>
+static void slstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *x, F *out, BlockActs<F> *a) {
+    int rows = s->B * s->T, D = dim(m, DIM_D), NH = m->config.num_heads, d = D / NH;
+    SlstmShape shape = {s->B, s->T, NH, d};
+    norm_forward(a->u, a->stats, x, param(m, b, S_NORM), layernorm_v1(m), rows, m->stream);
+    conv_forward(a->conv, a->ca, a->u, (size_t)D, param(m, b, S_CONV), param(m, b, S_CONV_BIAS), s->doc_start,
+                 conv_window(m, b, STATE_SCONV, s), state_at(m, b, STATE_SCONV, s->state_out), m->state_size, s->B,
+                 s->T, D, m->stream);
+    for (int gate = 0; gate < 4; gate++) {  // a d x d matrix a head: one batch of products
+        Matrix in = {gate < 2 ? a->ca : a->u, (size_t)D, 0, d};
+        Matrix w = {weight(m, b, S_IGATE + gate), (size_t)d, 1, (long long)d * d};
+        matmul_general<F, F>(m->slstm_x + (size_t)gate * d, 4 * (size_t)D, 4LL * d, in, w, (F *)NULL, 0, rows, d, d, NH,
+                             m->stream);
+    }
+    slstm_forward(&shape, m->slstm_x, weight(m, b, S_RECURRENT), param(m, b, S_BIAS), s->doc_start,
+                  slstm_state(m, b, s->state_in), slstm_state(m, b, s->state_out), a->h, &a->slstm, &m->slstm_scratch,
+                  m->stream);
+    head_norm_add_forward(a->x_mid, a->hn_stats, a->h, param(m, b, S_GROUP_NORM), x, head_norm(m, D, 1), rows,
+                          m->stream);
+    ffn_forward(m, out, a->x_mid, &a->ffn, layernorm_v1(m), param(m, b, S_NORM_FFN), weight(m, b, S_FFN_UP),
+                weight(m, b, S_FFN_DOWN), rows, dim(m, DIM_US), 1);
+}
+
+template <typename F>
+static void slstm_block_backward(Model<F> *m, int b, const Sequence *s, const F *x, BlockActs<F> *a) {
+    int rows = s->B * s->T, D = dim(m, DIM_D), NH = m->config.num_heads, d = D / NH;
+    SlstmShape shape = {s->B, s->T, NH, d};
+    F *dgates = m->d_wide, *dh = m->d_mid, *dca = m->d_mid2, *du = m->d_mid3;
+    ffn_backward(m, a->x_mid, &a->ffn, layernorm_v1(m), param(m, b, S_NORM_FFN), grad(m, b, S_NORM_FFN),
+                 weight(m, b, S_FFN_UP), grad(m, b, S_FFN_UP), weight(m, b, S_FFN_DOWN), grad(m, b, S_FFN_DOWN), rows,
+                 dim(m, DIM_US), 1);
+    head_norm_backward(dh, grad(m, b, S_GROUP_NORM), m->dx, a->h, a->hn_stats, param(m, b, S_GROUP_NORM),
+                       head_norm(m, D, 1), rows, m->partial, m->stream);
+    slstm_backward(&shape, weight(m, b, S_RECURRENT), &a->slstm, dh, s->doc_start, slstm_state(m, b, s->state_in),
+                   dgates, grad(m, b, S_BIAS), m->partial, &m->slstm_scratch, m->stream);
+    Matrix y_prev = {a->slstm.y_prev, (size_t)D, 1, d}, dr = {dgates, 4 * (size_t)D, 0, 4LL * d};
+    float *dR = grad(m, b, S_RECURRENT);  // [NH, d, 4d] += sum over tokens of y_prev^T dr
+    matmul_general<F, float>(dR, 4 * (size_t)d, 4LL * d * d, y_prev, dr, dR, 4 * (size_t)d, d, 4 * d, rows, NH,
+                             m->stream);
+    for (int gate = 0; gate < 4; gate++) {
+        F *dinput = gate < 2 ? dca : du;
+        float *dw = grad(m, b, S_IGATE + gate);
+        Matrix in = {gate < 2 ? a->ca : a->u, (size_t)D, 0, d},
+               w = {weight(m, b, S_IGATE + gate), (size_t)d, 0, (long long)d * d};
+        Matrix dg = {dgates + (size_t)gate * d, 4 * (size_t)D, 0, 4LL * d}, dg_t = dg;
+        dg_t.trans = 1;
+        matmul_general<F, F>(dinput, (size_t)D, d, dg, w, gate % 2 ? dinput : NULL, (size_t)D, rows, d, d, NH,
+                             m->stream);
+        matmul_general<F, float>(dw, (size_t)d, (long long)d * d, dg_t, in, dw, (size_t)d, d, d, rows, NH, m->stream);
+    }
+    conv_backward(du, (size_t)D, grad(m, b, S_CONV), grad(m, b, S_CONV_BIAS), dca, a->conv, a->u, (size_t)D,
+                  param(m, b, S_CONV), s->doc_start, conv_window(m, b, STATE_SCONV, s), m->state_size, s->B, s->T, D,
+                  m->partial, m->stream);
+    norm_backward(m->dx, 1, grad(m, b, S_NORM), du, x, a->stats, param(m, b, S_NORM), layernorm_v1(m), rows, m->partial,
+                  m->stream);
+}
+
+template <typename F>
+static void block_forward(Model<F> *m, int b, const Sequence *s) {
+    void (*forward[])(Model<F> *, int, const Sequence *, const F *, F *, BlockActs<F> *) = {
+        mlstm_block_forward<F>, mlstm_v1_block_forward<F>, slstm_block_forward<F>};
+    forward[m->config.block_types[b]](m, b, s, m->x[b], m->x[b + 1], &m->acts[b]);
+}
+
+template <typename F>
+static void block_backward(Model<F> *m, int b, const Sequence *s) {
+    void (*backward[])(Model<F> *, int, const Sequence *, const F *, BlockActs<F> *) = {
+        mlstm_block_backward<F>, mlstm_v1_block_backward<F>, slstm_block_backward<F>};
+    if (m->run.recompute) block_forward(m, b, s);
+    backward[m->config.block_types[b]](m, b, s, m->x[b], &m->acts[b]);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Classifier, forward, backward. Everything below model_forward is enqueued without waiting.
+
+// Losses of all rows; with gradients m->d_mid becomes the gradient of the final norm's output. The logits exist only a
+// tile of rows at a time and in format F. logits_out [rows, V]: in float, or NULL.
+template <typename F>
+static void classifier(Model<F> *m, int rows, int training, const int *targets, float *logits_out) {
+    int D = dim(m, DIM_D), V = dim(m, DIM_V), Vp = align_up(V, 8);
+    size_t head = m->offsets[m->table.shell[SHELL_HEAD]];
+    for (int r0 = 0; r0 < rows; r0 += m->logit_rows) {
+        int n = imin(m->logit_rows, rows - r0);
+        const F *out = m->out + (size_t)r0 * D;
+        matmul_forward<F, F>(m->logits, Vp, out, D, m->weights + head, NULL, n, V, D, m->stream);
+        classifier_loss(m->logits, (size_t)Vp, m->losses + r0, targets ? targets + r0 : NULL,
+                        logits_out ? logits_out + (size_t)r0 * V : NULL, n, V, (float)m->config.logit_soft_cap,
+                        m->scale, training, m->stream);
+        if (training)
+            matmul_backward(m->d_mid + (size_t)r0 * D, D, 0, m->grads + head, m->logits, Vp, out, D, m->weights + head,
+                            n, V, D, m->stream);
+    }
+}
+
+template <typename F>
+static NormShape out_norm(const Model<F> *m) {
+    return m->config.layernorm_out ? layernorm_v1(m) : rmsnorm(m);
+}
+
+template <typename F>
+static void model_forward(Model<F> *m, const Sequence *s, const int *tokens) {
+    int rows = s->B * s->T, last = m->config.num_blocks;
+    embedding_forward(m->x[0], tokens, m->params + m->offsets[m->table.shell[SHELL_EMBEDDING]], rows, dim(m, DIM_D),
+                      m->stream);
+    for (int b = 0; b < last; b++) block_forward(m, b, s);
+    norm_forward(m->out, m->out_stats, m->x[last], m->params + m->offsets[m->table.shell[SHELL_OUT_NORM]], out_norm(m),
+                 rows, m->stream);
+}
+
+template <typename F>
+static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
+    int rows = s->B * s->T, last = m->config.num_blocks;
+    size_t norm = m->offsets[m->table.shell[SHELL_OUT_NORM]];
+    norm_backward(m->dx, 0, m->grads + norm, m->d_mid, m->x[last], m->out_stats, m->params + norm, out_norm(m), rows,
+                  m->partial, m->stream);
+    for (int b = last - 1; b >= 0; b--) block_backward(m, b, s);
+    embedding_backward(m->grads + m->offsets[m->table.shell[SHELL_EMBEDDING]], m->dx, tokens, rows, dim(m, DIM_D),
+                       dim(m, DIM_V), m->embedding_scratch, m->stream);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// A micro-step: its arrays go to the device through pinned memory, then one graph runs all its kernels.
+
+typedef struct {  // pinned host memory
+    int *inputs, *targets, *doc_start;
+    float *scale, *logits;
+    double *sums;
+} Staging;
+
+template <typename F>
+static Staging staging(const Model<F> *m, size_t *bytes) {
+    Arena arena = {(char *)m->staging, 0};
+    size_t rows = (size_t)m->run.max_batch * m->run.max_len;
+    Staging s;
+    s.inputs = take<int>(&arena, rows);
+    s.targets = take<int>(&arena, rows);
+    s.doc_start = take<int>(&arena, rows);
+    s.scale = take<float>(&arena, 1);
+    s.logits = take<float>(&arena, dim(m, DIM_V));
+    s.sums = take<double>(&arena, 2);
+    if (bytes) *bytes = arena.used;
+    return s;
+}
+
+template <typename F>
+static void enqueue_step(Model<F> *m, const GraphKey *k, float *logits_out) {
+    Sequence s = {k->B, k->T, m->doc_start, k->stateful ? m->state_in : NULL, k->stateful ? m->state_out : NULL, 0};
+    model_forward(m, &s, m->inputs);
+    classifier(m, k->B * k->T, k->training, m->targets, logits_out);
+    loss_sum(m->sums, m->losses, k->B * k->T, m->stream);
+    if (k->training) model_backward(m, &s, m->inputs);
+}
+
+// Runs `enqueue` eagerly the first time, as a captured graph from the second on.
+template <typename F, typename Enqueue>
+static void run_as_graph(Model<F> *m, cudaGraphExec_t *exec, int *runs, Enqueue enqueue) {
+    if ((*runs)++ == 0) {
+        enqueue();
+        return;
+    }
+    if (!*exec) {
+        cudaGraph_t graph;
+        CUDA_CHECK(cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeThreadLocal));
+        enqueue();
+        CUDA_CHECK(cudaStreamEndCapture(m->stream, &graph));
+        CUDA_CHECK(cudaGraphInstantiate(exec, graph, 0));
+        CUDA_CHECK(cudaGraphDestroy(graph));
+    }
+    CUDA_CHECK(cudaGraphLaunch(*exec, m->stream));
+}
+
+template <typename F>
+static Graph *find_graph(Model<F> *m, const GraphKey *key) {
+    for (int k = 0; k < m->num_graphs; k++)
+        if (memcmp(&m->graphs[k].key, key, sizeof *key) == 0) return &m->graphs[k];
+    if (m->num_graphs == MAX_GRAPHS) return NULL;
+    Graph *graph = &m->graphs[m->num_graphs++];
+    graph->key = *key;
+    return graph;
+}
+
+// The sum of the token losses.
+template <typename F>
+static double run_batch(Model<F> *m, const Batch *batch, int training, double scale) {
+    int B = batch->B, T = batch->T;
+    size_t rows = (size_t)B * T, row_bytes = m->state_size * sizeof(float);
+    Staging host = staging(m, NULL);
+    int stateful = batch->state_row >= 0 && m->run.num_state_rows > 0;
+    GraphKey key = {B, T, training, stateful, batch->logits != NULL};
+    memcpy(host.inputs, batch->inputs, rows * sizeof(int));
+    memcpy(host.targets, batch->targets, rows * sizeof(int));
+    for (int b = 0; b < B; b++)
+        for (int t = 0, start = NO_RESET; t < T; t++) {
+            if (batch->resets && batch->resets[(size_t)b * T + t]) start = t;
+            host.doc_start[(size_t)b * T + t] = start;
+        }
+    *host.scale = (float)scale;
+    const struct {
+        void *device;
+        const void *host;
+        size_t bytes;
+    } copies[] = {{m->inputs, host.inputs, rows * sizeof(int)},
+                  {m->targets, host.targets, rows * sizeof(int)},
+                  {m->doc_start, host.doc_start, rows * sizeof(int)},
+                  {m->scale, host.scale, sizeof(float)}};
+    for (size_t k = 0; k < sizeof copies / sizeof copies[0]; k++)
+        CUDA_CHECK(
+            cudaMemcpyAsync(copies[k].device, copies[k].host, copies[k].bytes, cudaMemcpyHostToDevice, m->stream));
+    float *stored = stateful ? m->stored + (size_t)batch->state_row * m->state_size : NULL;
+    if (stateful) CUDA_CHECK(cudaMemcpyAsync(m->state_in, stored, B * row_bytes, cudaMemcpyDeviceToDevice, m->stream));
+    Graph *graph = batch->logits ? NULL : find_graph(m, &key);
+    if (graph) {
+        run_as_graph(m, &graph->exec, &graph->runs, [&] { enqueue_step(m, &key, NULL); });
+    } else {  // a dump, or one shape too many
+        float *logits = NULL;
+        size_t bytes = rows * dim(m, DIM_V) * sizeof(float);
+        if (batch->logits) CUDA_CHECK(cudaMalloc((void **)&logits, bytes));
+        enqueue_step(m, &key, logits);
+        if (batch->logits) {
+            CUDA_CHECK(cudaMemcpyAsync(batch->logits, logits, bytes, cudaMemcpyDeviceToHost, m->stream));
+            CUDA_CHECK(cudaStreamSynchronize(m->stream));
+            CUDA_CHECK(cudaFree(logits));
+        }
+    }
+    if (stateful) CUDA_CHECK(cudaMemcpyAsync(stored, m->state_out, B * row_bytes, cudaMemcpyDeviceToDevice, m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    return host.sums[0];
+}
+
+template <typename F>
+static void decode_token(Model<F> *m, int token, float *logits) {
+    Staging host = staging(m, NULL);
+    *host.inputs = token;
+    CUDA_CHECK(cudaMemcpyAsync(m->decode_token, host.inputs, sizeof(int), cudaMemcpyHostToDevice, m->stream));
+    run_as_graph(m, &m->decode_graph, &m->decode_runs, [&] {
+        // The small states are read from a copy, for their place receives the next ones; the matrices change in place.
+        CUDA_CHECK(cudaMemcpyAsync(m->decode_in, m->decode_state, m->state_small * sizeof(float),
+                                   cudaMemcpyDeviceToDevice, m->stream));
+        Sequence s = {1, 1, m->doc_start, m->decode_in, m->decode_state, 1};
+        model_forward(m, &s, m->decode_token);
+        classifier(m, 1, 0, (const int *)NULL, m->logits_out);
+    });
+    size_t bytes = (size_t)dim(m, DIM_V) * sizeof(float);
+    CUDA_CHECK(cudaMemcpyAsync(host.logits, m->logits_out, bytes, cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    memcpy(logits, host.logits, bytes);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Memory: one arena; its size is known before anything is allocated
+
+template <typename F>
+static void take_ffn(Arena *a, FfnActs<F> *f, size_t rows, size_t D, size_t U) {
+    f->u = take<F>(a, rows * D);
+    f->stats = take<float>(a, rows * 2);
+    f->gate_up = take<F>(a, rows * 2 * U);
+    f->act = take<F>(a, rows * U);
+}
+
+template <typename F>
+static void take_block(Arena *a, const Model<F> *m, int b, BlockActs<F> *acts) {
+    size_t rows = (size_t)m->run.max_batch * m->run.max_len, D = dim(m, DIM_D), I = dim(m, DIM_I);
+    size_t Dk = dim(m, DIM_DK), Dv = dim(m, DIM_DV), NH = m->config.num_heads;
+    int type = m->config.block_types[b], v1 = type == BLOCK_MLSTM_V1;
+    size_t inner = type == BLOCK_MLSTM ? Dv : v1 ? I : D;
+    acts->u = take<F>(a, rows * D);
+    acts->stats = take<float>(a, rows * 2);
+    acts->h = take<F>(a, rows * inner);
+    acts->hn_stats = take<float>(a, rows * NH * 2);
+    if (type != BLOCK_SLSTM) {
+        MlstmShape shape = mlstm_shape(m, m->run.max_batch, m->run.max_len, v1);
+        acts->proj = take<F>(a, rows * (v1 ? 2 * I : 2 * Dk + 2 * Dv));
+        acts->gates = take<float>(a, rows * gate_rows(m->config.num_heads));
+        acts->y = take<F>(a, rows * inner);
+        mlstm_take_saved(a, &shape, &acts->mlstm);
+    }
+    if (type != BLOCK_MLSTM) {
+        acts->conv = take<F>(a, rows * inner);
+        acts->ca = take<F>(a, rows * inner);
+    }
+    if (v1) {
+        acts->qkv = take<F>(a, rows * 3 * I);
+        return;  // no FFN
+    }
+    acts->x_mid = take<F>(a, rows * D);
+    take_ffn(a, &acts->ffn, rows, D, dim(m, type == BLOCK_MLSTM ? DIM_U : DIM_US));
+    if (type == BLOCK_SLSTM) {
+        SlstmShape shape = {m->run.max_batch, m->run.max_len, (int)NH, (int)(D / NH)};
+        slstm_take_saved(a, &shape, &acts->slstm);
+    }
+}
+
+// Widths of the backward pass's scratch: of d_wide, and of d_mid and its siblings.
+template <typename F>
+static void scratch_widths(const Model<F> *m, size_t *wide, size_t *mid) {
+    size_t D = dim(m, DIM_D), I = dim(m, DIM_I), U = dim(m, DIM_U), Us = dim(m, DIM_US);
+    size_t Dk = dim(m, DIM_DK), Dv = dim(m, DIM_DV), G = gate_rows(m->config.num_heads), P = 2 * Dk + 2 * Dv + G;
+    size_t wides[NUM_BLOCK_TYPES] = {P > 2 * U ? P : 2 * U, 5 * I + G, 4 * D > 2 * Us ? 4 * D : 2 * Us};
+    size_t mids[NUM_BLOCK_TYPES] = {U > Dv ? U : Dv, I, Us};
+    *wide = 0;
+    *mid = D;
+    for (int type = 0; type < NUM_BLOCK_TYPES; type++) {
+        if (!model_has(&m->config, (BlockType)type)) continue;
+        if (wides[type] > *wide) *wide = wides[type];
+        if (mids[type] > *mid) *mid = mids[type];
+    }
+}
+
+// Scratch for sums over rows, the most that any layer asks for.
+template <typename F>
+static size_t partial_floats(const Model<F> *m) {
+    int D = dim(m, DIM_D), I = dim(m, DIM_I), widest = imax(imax(D, I), dim(m, DIM_DV)), NH = m->config.num_heads;
+    size_t most = (size_t)NORM_PARTS * D, heads = 2 * (size_t)imax(HEAD_NORM_PARTS, NH) * (widest / NH);
+    SlstmShape shape = {m->run.max_batch, m->run.max_len, NH, D / NH};
+    const size_t others[] = {heads, blocks4_partial_floats(I), conv_partial_floats(imax(D, I)),
+                             slstm_partial_size(&shape)};
+    for (size_t k = 0; k < sizeof others / sizeof others[0]; k++)
+        if (others[k] > most) most = others[k];
+    return most;
+}
+
+template <typename F>
+static void take_activations(Arena *a, Model<F> *m) {
+    int N = m->config.num_blocks, B = m->run.max_batch, T = m->run.max_len, V = dim(m, DIM_V);
+    size_t rows = (size_t)B * T, D = dim(m, DIM_D), NH = m->config.num_heads, wide, mid, shared = a->used,
+           end = a->used;
+    for (int b = 0; b < N; b++) {
+        if (m->run.recompute) a->used = shared;
+        take_block(a, m, b, &m->acts[b]);
+        if (a->used > end) end = a->used;
+    }
+    a->used = end;
+    for (int b = 0; b <= N; b++) m->x[b] = take<F>(a, rows * D);
+    m->out = take<F>(a, rows * D);
+    m->out_stats = take<float>(a, rows * 2);
+    m->losses = take<float>(a, rows);
+    m->logits = take<F>(a, (size_t)m->logit_rows * align_up(V, 8));
+    m->logits_out = take<float>(a, V);
+    m->inputs = take<int>(a, rows);
+    m->targets = take<int>(a, rows);
+    m->doc_start = take<int>(a, rows);
+    m->decode_token = take<int>(a, 1);
+    m->scale = take<float>(a, 1);
+    m->sums = take<double>(a, 2);
+    if (model_has(&m->config, BLOCK_SLSTM)) {
+        SlstmShape shape = {B, T, (int)NH, (int)(D / NH)};
+        m->slstm_x = take<F>(a, rows * 4 * D);
+        slstm_take_scratch<F>(a, &shape, &m->slstm_scratch);
+    }
+    if (!m->run.training) return;
+    scratch_widths(m, &wide, &mid);
+    m->dx = take<F>(a, rows * D);
+    m->d_wide = take<F>(a, rows * wide);
+    m->d_mid = take<F>(a, rows * mid);
+    m->d_mid2 = take<F>(a, rows * mid);
+    m->d_mid3 = take<F>(a, rows * mid);
+    m->dgates32 = take<float>(a, rows * 2 * NH);
+    m->dh_dot_h = take<float>(a, rows * NH);
+    for (int v1 = 0; v1 < 2; v1++)
+        if (model_has(&m->config, v1 ? BLOCK_MLSTM_V1 : BLOCK_MLSTM)) {
+            MlstmShape shape = mlstm_shape(m, B, T, v1);
+            mlstm_take_scratch(a, &shape, &m->mlstm_scratch[v1]);
+        }
+    m->partial = take<float>(a, partial_floats(m));
+    m->embedding_scratch = take<int>(a, embedding_scratch_size((int)rows, (int)D));
+    m->norm_partial = take<double>(a, GRAD_NORM_BLOCKS);
+}
+
+// Everything but the activations: tensors, moments, states.
+template <typename F>
+static void take_tensors(Arena *a, Model<F> *m) {
+    size_t rows = (size_t)m->run.max_batch, training = m->run.training != 0;
+    m->params = take<float>(a, m->total);
+    m->weights = sizeof(F) == 4 ? (F *)m->params : take<F>(a, m->total);
+    m->grads = take<float>(a, training * m->total);
+    m->m = take<float>(a, training * m->total);
+    m->v = take<float>(a, training * m->total);
+    m->chunks = take<UpdateChunk>(a, (size_t)m->num_chunks);
+    m->stored = take<float>(a, (size_t)m->run.num_state_rows * m->state_size);
+    m->state_in = take<float>(a, m->run.num_state_rows ? rows * m->state_size : 0);
+    m->state_out = take<float>(a, m->run.num_state_rows ? rows * m->state_size : 0);
+    m->decode_state = take<float>(a, m->state_size);
+    m->decode_in = take<float>(a, m->state_small);
+}
+
+template <typename F>
+static size_t planned_bytes(Model<F> *m, size_t *tensors) {
+    Arena arena = {NULL, 0};
+    take_tensors(&arena, m);
+    if (tensors) *tensors = arena.used;
+    take_activations(&arena, m);
+    return arena.used + MATMUL_WORKSPACE;
+}
+
+// Ends the program if the plan is larger than what is free, and says which sequence length would fit.
+template <typename F>
+static void check_memory(Model<F> *m, size_t bytes, size_t available) {
+    const double gib = 1073741824.0;
+    if (bytes <= available) return;
+    int wanted = m->run.max_len, low = 0, high = wanted;
+    while (high - low > 1) {  // planned_bytes grows with T
+        m->run.max_len = low + (high - low) / 2;
+        if (planned_bytes(m, NULL) <= available) low = m->run.max_len;
+        else high = m->run.max_len;
+    }
+    if (low == 0)
+        die(EXIT_USAGE, "--batch %d needs %.1f GiB on the GPU, %.1f GiB are free; choose a smaller --batch%s or model",
+            m->run.max_batch, (double)bytes / gib, (double)available / gib,
+            m->run.recompute ? "" : ", --recompute block");
+    die(EXIT_USAGE, "--seq-len %d needs %.1f GiB on the GPU, %.1f GiB are free; at --batch %d --seq-len %d would fit%s",
+        wanted, (double)bytes / gib, (double)available / gib, m->run.max_batch, low,
+        m->run.recompute ? "" : "; --recompute block needs less");
+}
+
+// The pieces that the optimiser works on; returns their number, `chunks` may be NULL.
+static int update_chunks(const TensorTable *t, const size_t *offsets, UpdateChunk *chunks) {
+    const size_t PIECE = 16384;
+    int count = 0;
+    for (int k = 0; k < t->num_tensors; k++)
+        for (size_t at = 0; at < t->tensors[k].count; at += PIECE, count++) {
+            size_t left = t->tensors[k].count - at;
+            UpdateChunk chunk = {offsets[k] + at, (unsigned)(left < PIECE ? left : PIECE), (float)t->tensors[k].decay};
+            if (chunks) chunks[count] = chunk;
+        }
+    return count;
+}
+
+static char cuda_device[200];
+
+template <typename F>
+static void model_build(Model<F> *m, const ModelConfig *config, const TensorTable *table, const RunConfig *run) {
+    const double mib = 1048576.0;
+    size_t tensors, free_bytes, all_bytes, pinned;
+    m->config = *config;
+    m->table = *table;
+    m->states = model_state_table(config);
+    m->run = *run;
+    m->offsets = (size_t *)xcalloc((size_t)table->num_tensors, sizeof(size_t));
+    m->state_offsets = (size_t *)xcalloc((size_t)m->states.num_tensors, sizeof(size_t));
+    m->total = device_layout(config, table, m->offsets);
+    m->state_size = state_layout(&m->states, m->state_offsets, &m->state_small);
+    m->num_chunks = update_chunks(table, m->offsets, NULL);
+    m->x = (F **)xcalloc((size_t)config->num_blocks + 1, sizeof(F *));
+    m->acts = (BlockActs<F> *)xcalloc((size_t)config->num_blocks, sizeof(BlockActs<F>));
+    size_t rows = (size_t)run->max_batch * run->max_len, fit = LOGIT_BYTES / sizeof(F) / (size_t)dim(m, DIM_V);
+    m->logit_rows = (int)(rows < fit ? rows : fit < 128 ? 128 : fit / 128 * 128);
+    size_t bytes = planned_bytes(m, &tensors);
+    CUDA_CHECK(cudaMemGetInfo(&free_bytes, &all_bytes));
+    fprintf(run->training ? stdout : stderr,
+            "memory      weights%s and states %.1f MiB, activations %.1f MiB of %.1f MiB free\n",
+            run->training ? ", gradients, moments" : "", (double)tensors / mib, (double)(bytes - tensors) / mib,
+            (double)free_bytes / mib);
+    check_memory(m, bytes + ((size_t)64 << 20), free_bytes);  // some for graphs and the driver
+    CUDA_CHECK(cudaMalloc((void **)&m->memory, bytes));
+    Arena arena = {m->memory + MATMUL_WORKSPACE, 0};
+    take_tensors(&arena, m);
+    CUDA_CHECK(cudaMemset(m->memory, 0, MATMUL_WORKSPACE + arena.used));
+    take_activations(&arena, m);
+    matmul_init(m->memory);
+    CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
+    m->staging = NULL;
+    staging(m, &pinned);
+    CUDA_CHECK(cudaMallocHost(&m->staging, pinned));
+    UpdateChunk *chunks = (UpdateChunk *)xcalloc((size_t)m->num_chunks, sizeof(UpdateChunk));
+    update_chunks(table, m->offsets, chunks);
+    CUDA_CHECK(cudaMemcpy(m->chunks, chunks, (size_t)m->num_chunks * sizeof(UpdateChunk), cudaMemcpyHostToDevice));
+    free(chunks);
+    CUDA_CHECK(cudaMemset(m->scale, 0, sizeof(float)));
+    CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Optimiser, and what crosses the backend's border
+
+template <typename F>
+static double model_grad_norm(Model<F> *m) {
+    Staging host = staging(m, NULL);
+    grad_norm_squared(m->sums + 1, m->norm_partial, m->grads, m->total, m->stream);
+    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums + 1, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    return sqrt(host.sums[0]);
+}
+
+template <typename F>
+static void model_update(Model<F> *m, const UpdateConfig *u) {
+    AdamwArgs args = {(float)u->lr,
+                      (float)u->beta1,
+                      (float)u->beta2,
+                      (float)u->eps,
+                      (float)u->weight_decay,
+                      (float)(1 / (1 - pow(u->beta1, u->step))),
+                      (float)(1 / (1 - pow(u->beta2, u->step))),
+                      (float)u->grad_scale};
+    adamw_update(m->params, sizeof(F) == 2 ? (bf16 *)m->weights : NULL, m->m, m->v, m->grads, m->chunks, m->num_chunks,
+                 args, m->stream);
+}
+
+template <typename F>
+static float *kind_base(const Model<F> *m, int kind) {
+    float *bases[] = {m->params, m->grads, m->m, m->v};
+    return bases[kind];
+}
+
+template <typename F>
+static void model_read_tensor(Model<F> *m, int kind, int index, float *dst) {
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    CUDA_CHECK(cudaMemcpy(dst, kind_base(m, kind) + m->offsets[index], m->table.tensors[index].count * sizeof(float),
+                          cudaMemcpyDeviceToHost));
+}
+
+template <typename F>
+static void model_write_tensor(Model<F> *m, int kind, int index, const float *src) {
+    size_t count = m->table.tensors[index].count, at = m->offsets[index];
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    CUDA_CHECK(cudaMemcpy(kind_base(m, kind) + at, src, count * sizeof(float), cudaMemcpyHostToDevice));
+    if (kind == KIND_WEIGHT && sizeof(F) == 2)
+        convert_weights((bf16 *)m->weights + at, m->params + at, count, m->stream);
+}
+
+template <typename F>
+static void model_move_state(Model<F> *m, int row, float *dst, const float *src) {  // one of dst and src is given
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    for (int k = 0; k < m->states.num_tensors; k++) {
+        const TensorSpec *s = &m->states.tensors[k];
+        float *device = m->stored + (size_t)row * m->state_size + m->state_offsets[k];
+        size_t bytes = s->count * sizeof(float);
+        if (dst) CUDA_CHECK(cudaMemcpy(dst + s->offset, device, bytes, cudaMemcpyDeviceToHost));
+        else CUDA_CHECK(cudaMemcpy(device, src + s->offset, bytes, cudaMemcpyHostToDevice));
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// The backend: one model, in one of the two formats
+
+static Model<bf16> model_bf16;
+static Model<float> model_fp32;
+static int use_bf16;
+#define WITH_MODEL(call) (use_bf16 ? call(&model_bf16) : call(&model_fp32))
+
+// A GPU that this build has code for, or one line and exit code 2.
+static void choose_device(void) {
+    int count = 0;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaErrorInsufficientDriver)
+        die(EXIT_USAGE, "the GPU driver is older than CUDA %d.%d, which this program was built with; update the driver",
+            CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    if (status != cudaSuccess || count == 0)
+        die(EXIT_USAGE, "no GPU found (%s); ./train_xlstm trains on the CPU",
+            status == cudaSuccess ? "CUDA sees no device" : cudaGetErrorString(status));
+    CUDA_CHECK(cudaSetDevice(0));
+    cudaDeviceProp p;
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
+    if (cudaFuncGetAttributes(&attributes, add_partials_kernel) != cudaSuccess)
+        die(EXIT_USAGE, "this build has no code for %s (sm_%d%d); build with: make clean && make SM=%d%d", p.name,
+            p.major, p.minor, p.major, p.minor);
+    format_into(cuda_device, sizeof cuda_device, "%s, sm_%d%d, %s", p.name, p.major, p.minor,
+                use_bf16 ? "bf16" : "fp32");
+}
+
+// What the kernels do not take, in one line that names the flag.
+static void check_head_dims(const ModelConfig *c) {
+    const struct {
+        BlockType type;
+        Dim dim;
+    } widths[] = {{BLOCK_MLSTM, DIM_DK}, {BLOCK_MLSTM, DIM_DV}, {BLOCK_MLSTM_V1, DIM_I}, {BLOCK_SLSTM, DIM_D}};
+    for (size_t k = 0; k < sizeof widths / sizeof widths[0]; k++) {
+        int width = model_dim(c, widths[k].dim) / c->num_heads;
+        if (model_has(c, widths[k].type) && width > MAX_HEAD_DIM)
+            die(EXIT_USAGE,
+                "--heads %d makes heads of width %d in %s blocks; the GPU kernels take at most %d: use more --heads",
+                c->num_heads, width, block_type_names[widths[k].type], MAX_HEAD_DIM);
+    }
+}
+
+static void cuda_build(const ModelConfig *config, const TensorTable *table, const RunConfig *run) {
+    use_bf16 = run->bf16;
+    check_head_dims(config);
+    choose_device();
+    if (use_bf16) model_build(&model_bf16, config, table, run);
+    else model_build(&model_fp32, config, table, run);
+}
+
+static double cuda_forward_backward(const Batch *batch, double scale) {
+    return use_bf16 ? run_batch(&model_bf16, batch, 1, scale) : run_batch(&model_fp32, batch, 1, scale);
+}
+static double cuda_evaluate(const Batch *batch) {
+    return use_bf16 ? run_batch(&model_bf16, batch, 0, 0) : run_batch(&model_fp32, batch, 0, 0);
+}
+template <typename F>
+static void model_zero_grad(Model<F> *m) {
+    CUDA_CHECK(cudaMemsetAsync(m->grads, 0, m->total * sizeof(float), m->stream));
+}
+static void cuda_zero_grad(void) { WITH_MODEL(model_zero_grad); }
+static double cuda_grad_norm(void) { return WITH_MODEL(model_grad_norm); }
+static void cuda_update(const UpdateConfig *u) {
+    if (use_bf16) model_update(&model_bf16, u);
+    else model_update(&model_fp32, u);
+}
+template <typename F>
+static void model_decode_start(Model<F> *m) {
+    CUDA_CHECK(cudaMemsetAsync(m->decode_state, 0, m->state_size * sizeof(float), m->stream));
+    static const int no_reset = NO_RESET;
+    CUDA_CHECK(cudaMemcpyAsync(m->doc_start, &no_reset, sizeof(int), cudaMemcpyHostToDevice, m->stream));
+}
+static void cuda_decode_start(void) { WITH_MODEL(model_decode_start); }
+static void cuda_decode_step(int token, float *logits) {
+    if (use_bf16) decode_token(&model_bf16, token, logits);
+    else decode_token(&model_fp32, token, logits);
+}
+static void cuda_read_tensor(int kind, int index, float *dst) {
+    if (use_bf16) model_read_tensor(&model_bf16, kind, index, dst);
+    else model_read_tensor(&model_fp32, kind, index, dst);
+}
+static void cuda_write_tensor(int kind, int index, const float *src) {
+    if (use_bf16) model_write_tensor(&model_bf16, kind, index, src);
+    else model_write_tensor(&model_fp32, kind, index, src);
+}
+template <typename F>
+static void model_fresh_state(Model<F> *m, int row) {
+    CUDA_CHECK(cudaMemsetAsync(m->stored + (size_t)row * m->state_size, 0, m->state_size * sizeof(float), m->stream));
+}
+static void cuda_read_state(int row, float *dst) {
+    if (use_bf16) model_move_state(&model_bf16, row, dst, NULL);
+    else model_move_state(&model_fp32, row, dst, NULL);
+}
+static void cuda_write_state(int row, const float *src) {
+    if (!src && use_bf16) model_fresh_state(&model_bf16, row);
+    else if (!src) model_fresh_state(&model_fp32, row);
+    else if (use_bf16) model_move_state(&model_bf16, row, NULL, src);
+    else model_move_state(&model_fp32, row, NULL, src);
+}
+
+static const Backend cuda_backend = {
+    "cuda",           cuda_device,       cuda_build,      cuda_forward_backward, cuda_evaluate,
+    cuda_zero_grad,   cuda_grad_norm,    cuda_update,     cuda_decode_start,     cuda_decode_step,
+    cuda_read_tensor, cuda_write_tensor, cuda_read_state, cuda_write_state};
+
+#ifndef TESTING  // the tests include this file and bring their own main
+int main(int argc, char **argv) { return trainer_main(argc, argv, &cuda_backend); }
+#endif

@@ -1,0 +1,118 @@
+// adamw.cuh: what happens to all parameters at once: AdamW, the norm of the gradients, the copy in bf16.
+#ifndef XLSTMC_ADAMW_CUH
+#define XLSTMC_ADAMW_CUH
+
+#include "quads.cuh"
+
+// The update of one tensor is cut into pieces of at most UPDATE_CHUNK elements, a block each.
+enum { UPDATE_CHUNK = 16384, UPDATE_THREADS = 256, GRAD_NORM_BLOCKS = 1024, GRAD_NORM_THREADS = 256 };
+
+typedef struct {
+    size_t offset;   // of the first element in the flat buffers
+    unsigned count;  // elements
+    float decay;     // 1: weight decay applies, 0: it does not
+} UpdateChunk;
+
+typedef struct {
+    float lr, beta1, beta2, eps, weight_decay;
+    float correct1, correct2;  // 1 / (1 - beta^step)
+    float grad_scale;          // gradients are multiplied by this first
+} AdamwArgs;
+
+__device__ inline void adamw(float &w, float &m, float &v, float g, float decay, const AdamwArgs &a) {
+    g *= a.grad_scale;
+    m = a.beta1 * m + (1 - a.beta1) * g;
+    v = a.beta2 * v + (1 - a.beta2) * g * g;
+    w -= a.lr * (m * a.correct1 / (sqrtf(v * a.correct2) + a.eps) + decay * w);
+}
+
+// N elements from i on
+template <int N>
+__device__ inline void adamw_elements(float *w, bf16 *w16, float *m, float *v, const float *grads, size_t i,
+                                      float decay, const AdamwArgs &args) {
+    float we[N], me[N], ve[N], ge[N];
+    load_group<N == 4>(ge, grads + i);
+    load_group<N == 4>(me, m + i);
+    load_group<N == 4>(ve, v + i);
+    load_group<N == 4>(we, w + i);
+#pragma unroll
+    for (int k = 0; k < N; k++) adamw(we[k], me[k], ve[k], ge[k], decay, args);
+    store_group<N == 4>(m + i, me);
+    store_group<N == 4>(v + i, ve);
+    store_group<N == 4>(w + i, we);
+    if (w16) store_group<N == 4>(w16 + i, we);
+}
+
+// Costs 28 bytes a parameter, 30 with the copy in bf16.
+static __global__ void __launch_bounds__(UPDATE_THREADS)
+    adamw_kernel(float *__restrict__ w, bf16 *__restrict__ w16, float *__restrict__ m, float *__restrict__ v,
+                 const float *__restrict__ grads, const UpdateChunk *__restrict__ chunks, AdamwArgs args) {
+    UpdateChunk chunk = chunks[blockIdx.x];
+    unsigned quads = chunk.offset % 4 == 0 ? chunk.count / 4 : 0;  // only small tensors have other offsets
+    float decay = chunk.decay * args.weight_decay;
+#pragma unroll 2
+    for (unsigned k = threadIdx.x; k < quads; k += UPDATE_THREADS)
+        adamw_elements<4>(w, w16, m, v, grads, chunk.offset + 4 * k, decay, args);
+    for (unsigned k = 4 * quads + threadIdx.x; k < chunk.count; k += UPDATE_THREADS)
+        adamw_elements<1>(w, w16, m, v, grads, chunk.offset + k, decay, args);
+}
+
+// w, m, v, grads: flat buffers of all parameters, aligned to 16 bytes; w16: the weights in bf16, or NULL;
+// chunks [num_chunks] on the device.
+MAYBE_UNUSED
+static void adamw_update(float *w, bf16 *w16, float *m, float *v, const float *grads, const UpdateChunk *chunks,
+                         int num_chunks, AdamwArgs args, cudaStream_t stream) {
+    adamw_kernel<<<num_chunks, UPDATE_THREADS, 0, stream>>>(w, w16, m, v, grads, chunks, args);
+    LAUNCH_CHECK();
+}
+
+// Costs 4 bytes an element. The number of blocks is fixed, so the order of the sum is too, on every device.
+static __global__ void __launch_bounds__(GRAD_NORM_THREADS)
+    grad_norm_kernel(double *partial, const float *__restrict__ grads, size_t total) {
+    size_t quads = total / 4, step = (size_t)GRAD_NORM_BLOCKS * GRAD_NORM_THREADS;
+    size_t first = (size_t)blockIdx.x * GRAD_NORM_THREADS + threadIdx.x;
+    double sum = 0;
+#pragma unroll 4
+    for (size_t k = first; k < quads; k += step) {
+        float g[4];
+        load_group<true>(g, grads + 4 * k);
+        sum += (double)g[0] * g[0] + (double)g[1] * g[1] + (double)g[2] * g[2] + (double)g[3] * g[3];
+    }
+    if (4 * quads + first < total) sum += (double)grads[4 * quads + first] * grads[4 * quads + first];
+    sum = block_sum_double(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+static __global__ void __launch_bounds__(GRAD_NORM_BLOCKS) grad_norm_add_kernel(double *result, const double *partial) {
+    double sum = block_sum_double(partial[threadIdx.x]);
+    if (threadIdx.x == 0) *result = sum;
+}
+// result [1] = the sum of squares of grads [total], which is aligned to 16 bytes; partial [GRAD_NORM_BLOCKS]
+MAYBE_UNUSED
+static void grad_norm_squared(double *result, double *partial, const float *grads, size_t total, cudaStream_t stream) {
+    grad_norm_kernel<<<GRAD_NORM_BLOCKS, GRAD_NORM_THREADS, 0, stream>>>(partial, grads, total);
+    LAUNCH_CHECK();
+    grad_norm_add_kernel<<<1, GRAD_NORM_BLOCKS, 0, stream>>>(result, partial);
+    LAUNCH_CHECK();
+}
+
+// Costs 6 bytes an element.
+static __global__ void __launch_bounds__(256)
+    convert_weights_kernel(bf16 *__restrict__ dst, const float *__restrict__ src, size_t n, bool quads) {
+    size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4, end = min(i + 4, n);
+    if (quads && i + 4 <= n) {
+        float x[4];
+        load_group<true>(x, src + i);
+        store_group<true>(dst + i, x);
+    } else {
+        for (; i < end; i++) dst[i] = from_float<bf16>(src[i]);
+    }
+}
+// dst [n] = src [n] rounded
+MAYBE_UNUSED
+static void convert_weights(bf16 *dst, const float *src, size_t n, cudaStream_t stream) {
+    bool quads = quads_aligned(dst, 4) && quads_aligned(src, 4);
+    convert_weights_kernel<<<ceil_div(n, 1024), 256, 0, stream>>>(dst, src, n, quads);
+    LAUNCH_CHECK();
+}
+
+#endif

@@ -1,0 +1,160 @@
+// cuda_util.cuh: what all CUDA kernels share: checked calls, the two number formats, 16-byte vectors, sums over a warp
+// and a block, and the arena that device memory is planned with.
+//
+// Kernels are templates on F, the format of activations: float, or bf16 with all arithmetic in float. A launcher stands
+// below its kernel, takes the stream last, and checks the launch.
+#ifndef XLSTMC_CUDA_UTIL_CUH
+#define XLSTMC_CUDA_UTIL_CUH
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "util.h"
+
+typedef __nv_bfloat16 bf16;
+
+// ----------------------------------------------------------------------------------------------------------------
+// Checked calls
+
+static void cuda_check_(cudaError_t status, const char *call, const char *file, int line) {
+    if (status == cudaSuccess) return;
+    die(EXIT_RUN, "%s:%d: %s: %s", file, line, call, cudaGetErrorString(status));
+}
+#define CUDA_CHECK(call) cuda_check_((call), #call, __FILE__, __LINE__)
+#define LAUNCH_CHECK() cuda_check_(cudaGetLastError(), "kernel launch", __FILE__, __LINE__)
+
+static void cublas_check_(cublasStatus_t status, const char *call, const char *file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    die(EXIT_RUN, "%s:%d: %s: cuBLAS status %d", file, line, call, (int)status);
+}
+#define CUBLAS_CHECK(call) cublas_check_((call), #call, __FILE__, __LINE__)
+
+enum { NO_RESET = -(1 << 30) };  // doc_start of a token before which no document began in this window
+
+MAYBE_UNUSED
+static int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
+
+// ----------------------------------------------------------------------------------------------------------------
+// Number formats
+
+static __host__ __device__ inline float to_float(float x) { return x; }
+static __host__ __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+template <typename F>
+__host__ __device__ inline F from_float(float x);
+template <>
+__host__ __device__ inline float from_float<float>(float x) {
+    return x;
+}
+template <>
+__host__ __device__ inline bf16 from_float<bf16>(float x) {
+    return __float2bfloat16(x);
+}
+
+// VEC<F> elements are 16 bytes: the widest load and store of a thread.
+template <typename F>
+constexpr int VEC = 16 / (int)sizeof(F);
+
+template <typename F>
+struct alignas(16) Vec {
+    F x[VEC<F>];
+    __device__ float operator[](int k) const { return to_float(x[k]); }
+    __device__ void set(int k, float value) { x[k] = from_float<F>(value); }
+};
+template <typename F>
+__device__ inline Vec<F> load_vec(const F *p) {  // p must be aligned to 16 bytes
+    union {
+        uint4 bits;
+        Vec<F> vec;
+    } u = {*(const uint4 *)p};
+    return u.vec;
+}
+template <typename F>
+__device__ inline void store_vec(F *p, const Vec<F> &v) {
+    *(uint4 *)p = *(const uint4 *)&v;
+}
+
+// 1 if rows of the given stride (in elements) can be read in 16-byte vectors from p on.
+template <typename F>
+static inline bool vector_aligned(const F *p, size_t stride) {
+    return (uintptr_t)p % 16 == 0 && stride % VEC<F> == 0;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Sums. Fixed order: the same inputs give the same bits.
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+    for (int k = 16; k > 0; k /= 2) x += __shfl_xor_sync(0xffffffffu, x, k);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+    for (int k = 16; k > 0; k /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, k));
+    return x;
+}
+// Sum over the block, in all threads. Every thread must call it; blockDim.x is a multiple of 32, at most 1024.
+__device__ inline float block_sum(float x) {
+    __shared__ float sums[32];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    x = warp_sum(x);
+    __syncthreads();  // the sums of the last call have been read
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? sums[lane] : 0.0f);
+}
+__device__ inline float block_max(float x) {
+    __shared__ float tops[32];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) tops[warp] = x;
+    __syncthreads();
+    return warp_max(lane < warps ? tops[lane] : -INFINITY);
+}
+
+// The fast division errs by 2 ulp; a division rounded to the last bit would be a branch an element.
+__device__ inline float sigmoidf(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ inline float siluf(float x) { return x * sigmoidf(x); }
+__device__ inline float silu_gradf(float x) {
+    float s = sigmoidf(x);
+    return s * (1.0f + x * (1.0f - s));
+}
+
+// dst[c] += sum over parts of partial[part, c], in a fixed order. Kernels that sum over rows (gradients of scales
+// and biases) let each block of a fixed number of blocks, `parts`, write the sums of its own rows.
+static __global__ void __launch_bounds__(1024)
+    add_partials_kernel(float *dst, const float *partial, int parts, size_t width) {  // 32 columns by 32 parts a block
+    __shared__ float sums[32][33];
+    size_t c = (size_t)blockIdx.x * 32 + threadIdx.x;
+    float sum = 0;
+    for (int p = threadIdx.y; p < parts && c < width; p += 32) sum += partial[p * width + c];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y || c >= width) return;
+    for (int k = 1; k < 32; k++) sum += sums[k][threadIdx.x];
+    dst[c] += sum;
+}
+MAYBE_UNUSED
+static void add_partials(float *dst, const float *partial, int parts, size_t width, cudaStream_t stream) {
+    add_partials_kernel<<<ceil_div(width, 32), dim3(32, 32), 0, stream>>>(dst, partial, parts, width);
+    LAUNCH_CHECK();
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Device memory: every buffer is taken from an arena, first with no memory behind it to learn the size, then for real
+
+typedef struct {
+    char *base;  // NULL: only count
+    size_t used;
+} Arena;
+
+template <typename X>
+static X *take(Arena *a, size_t count) {  // aligned to 256 bytes
+    X *p = a->base ? (X *)(a->base + a->used) : NULL;
+    a->used += (count * sizeof(X) + 255) / 256 * 256;
+    return p;
+}
+
+#endif

@@ -1,0 +1,144 @@
+// matmul.cuh: matrix products by cuBLASLt, written for row-major matrices. For every shape the library's heuristic is
+// asked once and its first answer is kept: it depends on the shape and the GPU only, so the same run gives the same
+// bits (trying candidates by the clock would not).
+#ifndef XLSTMC_MATMUL_CUH
+#define XLSTMC_MATMUL_CUH
+
+#include "cuda_util.cuh"
+
+typedef struct {
+    const void *p;     // the first element
+    size_t ld;         // elements from one row to the next, as stored
+    int trans;         // 1: stored transposed
+    long long stride;  // elements from one matrix of a batch to the next
+} Matrix;
+
+typedef struct {  // all that the choice of an algorithm depends on; zeroed before it is filled, compared as bytes
+    int M, N, K, batch, trans_a, trans_b, type_ab, type_d, has_c;
+    int align_a, align_b, align_c, align_d;
+    long long ld_a, ld_b, ld_c, ld_d, stride_a, stride_b, stride_c, stride_d;
+} MatmulKey;
+
+typedef struct {
+    MatmulKey key;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, c, d;
+    cublasLtMatmulAlgo_t algo;
+} MatmulPlan;
+
+enum { MAX_MATMUL_PLANS = 1024 };
+static const size_t MATMUL_WORKSPACE = (size_t)64 << 20;  // bytes; Hopper's kernels want 32 MiB
+
+static struct {
+    cublasLtHandle_t handle;
+    void *workspace;
+    int num_plans;
+    MatmulPlan *plans;
+} matmul_state;
+
+static void matmul_init(void *workspace) {
+    matmul_state.workspace = workspace;
+    if (matmul_state.handle) return;
+    CUBLAS_CHECK(cublasLtCreate(&matmul_state.handle));
+    matmul_state.plans = (MatmulPlan *)xcalloc(MAX_MATMUL_PLANS, sizeof(MatmulPlan));
+}
+
+static int pointer_alignment(const void *p) {
+    uintptr_t bits = (uintptr_t)p | 256;
+    return (int)(bits & (~bits + 1));  // the lowest bit that is set
+}
+
+static cublasLtMatrixLayout_t matmul_layout(int type, int rows, int cols, long long ld, int batch, long long stride) {
+    cublasLtMatrixLayout_t layout;  // column-major: rows and cols change places
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, (cudaDataType_t)type, cols, rows, ld));
+    CUBLAS_CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch));
+    int64_t step = stride;
+    CUBLAS_CHECK(
+        cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step, sizeof step));
+    return layout;
+}
+
+// Row-major C = A B is column-major C^T = B^T A^T: the library gets B first.
+static void matmul_plan(MatmulPlan *plan) {
+    const MatmulKey *k = &plan->key;
+    cublasOperation_t op_b = k->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N, op_a = k->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    CUBLAS_CHECK(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_b, sizeof op_b));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_a, sizeof op_a));
+    plan->a =
+        matmul_layout(k->type_ab, k->trans_a ? k->K : k->M, k->trans_a ? k->M : k->K, k->ld_a, k->batch, k->stride_a);
+    plan->b =
+        matmul_layout(k->type_ab, k->trans_b ? k->N : k->K, k->trans_b ? k->K : k->N, k->ld_b, k->batch, k->stride_b);
+    plan->c = matmul_layout(k->type_d, k->M, k->N, k->ld_c, k->batch, k->stride_c);
+    plan->d = matmul_layout(k->type_d, k->M, k->N, k->ld_d, k->batch, k->stride_d);
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulHeuristicResult_t result;
+    int found = 0;
+    const cublasLtMatmulPreferenceAttributes_t names[4] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    const uint32_t aligned[4] = {(uint32_t)k->align_b, (uint32_t)k->align_a, (uint32_t)k->align_c,
+                                 (uint32_t)k->align_d};
+    CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                      &MATMUL_WORKSPACE, sizeof MATMUL_WORKSPACE));
+    for (int i = 0; i < 4; i++)
+        CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, names[i], &aligned[i], sizeof aligned[i]));
+    cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, plan->operation, plan->b, plan->a, plan->c, plan->d, preference,
+                                   1, &result, &found);
+    CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
+    if (!found)
+        die(EXIT_RUN, "cuBLASLt has no algorithm for a product of %d x %d by %d x %d (leading dimensions %lld, %lld)",
+            k->M, k->K, k->K, k->N, k->ld_a, k->ld_b);
+    plan->algo = result.algo;
+}
+
+// d[M, N] = op(a)[M, K] op(b)[K, N] (+ c). c may be d. Sums in float whatever the formats.
+template <typename FA, typename FD>
+static void matmul_general(FD *d, size_t ld_d, long long stride_d, Matrix a, Matrix b, const FD *c, size_t ld_c, int M,
+                           int N, int K, int batch, cudaStream_t stream) {
+    MatmulKey key;
+    memset(&key, 0, sizeof key);
+    key.M = M, key.N = N, key.K = K, key.batch = batch;
+    key.trans_a = a.trans, key.trans_b = b.trans, key.has_c = c != NULL;
+    key.type_ab = sizeof(FA) == 4 ? CUDA_R_32F : CUDA_R_16BF;
+    key.type_d = sizeof(FD) == 4 ? CUDA_R_32F : CUDA_R_16BF;
+    key.align_a = pointer_alignment(a.p), key.align_b = pointer_alignment(b.p), key.align_d = pointer_alignment(d);
+    key.align_c = c ? pointer_alignment(c) : key.align_d;
+    key.ld_a = (long long)a.ld, key.ld_b = (long long)b.ld, key.ld_d = (long long)ld_d;
+    key.ld_c = c ? (long long)ld_c : key.ld_d;
+    key.stride_a = a.stride, key.stride_b = b.stride, key.stride_c = key.stride_d = stride_d;
+    int at = 0;
+    while (at < matmul_state.num_plans && memcmp(&matmul_state.plans[at].key, &key, sizeof key) != 0) at++;
+    MatmulPlan *plan = &matmul_state.plans[at];
+    if (at == matmul_state.num_plans) {
+        if (at == MAX_MATMUL_PLANS) die(EXIT_RUN, "more than %d shapes of matrix products", MAX_MATMUL_PLANS);
+        plan->key = key;
+        matmul_plan(plan);
+        matmul_state.num_plans++;
+    }
+    const float one = 1, zero = 0;
+    CUBLAS_CHECK(cublasLtMatmul(matmul_state.handle, plan->operation, &one, b.p, plan->b, a.p, plan->a,
+                                c ? &one : &zero, c ? c : d, plan->c, d, plan->d, &plan->algo, matmul_state.workspace,
+                                MATMUL_WORKSPACE, stream));
+}
+
+// out[rows, N] = x[rows, K] w[N, K]^T (+ residual[rows, N], which has the row stride of out)
+template <typename F, typename FOut>
+static void matmul_forward(FOut *out, size_t ld_out, const F *x, size_t ld_x, const F *w, const FOut *residual,
+                           int rows, int N, int K, cudaStream_t stream) {
+    Matrix a = {x, ld_x, 0, 0}, b = {w, (size_t)K, 1, 0};
+    matmul_general<F, FOut>(out, ld_out, 0, a, b, residual, ld_out, rows, N, K, 1, stream);
+}
+
+// dx[rows, K] (+)= dout[rows, N] w[N, K];  dw[N, K] += dout^T x[rows, K]
+template <typename F>
+static void matmul_backward(F *dx, size_t ld_dx, int accumulate_dx, float *dw, const F *dout, size_t ld_dout,
+                            const F *x, size_t ld_x, const F *w, int rows, int N, int K, cudaStream_t stream) {
+    Matrix dy = {dout, ld_dout, 0, 0}, dy_t = {dout, ld_dout, 1, 0}, weight = {w, (size_t)K, 0, 0},
+           in = {x, ld_x, 0, 0};
+    matmul_general<F, F>(dx, ld_dx, 0, dy, weight, accumulate_dx ? dx : NULL, ld_dx, rows, K, N, 1, stream);
+    matmul_general<F, float>(dw, (size_t)K, 0, dy_t, in, dw, (size_t)K, N, K, rows, 1, stream);
+}
+
+#endif

@@ -1,0 +1,792 @@
+// mlstm.cuh: the chunkwise mLSTM on the GPU, forward and backward (TFLA, arXiv 2503.14376; formulas: doc/math.md 3.4,
+// 4).
+//
+// The sequence is cut into chunks of 128 tokens. Three steps, none of which looks at more than one chunk but the
+// second:
+//   1. gates (mlstm_gates.cuh): all decays and scales are functions of the scalar gates, so they are known before any
+//      matrix product; no kernel below needs a running maximum
+//   2. states: C and n are carried from chunk to chunk in float registers and saved in format F where a chunk begins
+//   3. attend: every chunk at once. A tile of 64 rows asks the state that enters its chunk, then looks at the tiles of
+//      its own chunk. Backward is the same kernel three more times, with the roles exchanged:
+//
+//        output   rows Y   keys Z   values   state               weights P of a pair (l, j), j <= l
+//        H_l      Q        K        V        C entering          s D q.k
+//        dQ_l     dH       V        K        C entering, ^T      s D (inv_den_l dh.v + ds_l)
+//        dK_j     V        dH       Q        dC leaving, ^T      s D (inv_den_l dh.v + ds_l)
+//        dV_j     K        Q        dH       dC leaving          s D q.k inv_den_l
+//
+//      and dC is the states kernel with Q, dH for K, V and time reversed.
+// Gate gradients come from row sums <q, dq> and <k, dk>, taken from the float accumulators before they are rounded.
+//
+// Matrix products: mma.sync m16n8k16 for bf16, FFMA in the same register layout for float. A block has 8 warps.
+#ifndef XLSTMC_MLSTM_CUH
+#define XLSTMC_MLSTM_CUH
+
+#include "mlstm_gates.cuh"
+
+// ----------------------------------------------------------------------------------------------------------------
+// Tiles in shared memory: panels of 64 columns; the 16-byte pieces of a row change places with the row, so that eight
+// rows of a column never share a bank.
+
+enum { TILE_ROWS = 64, MLSTM_THREADS = 256 };
+
+template <typename F, int ROWS>
+__device__ inline int tile_at(int r, int c) {
+    constexpr int V = VEC<F>;
+    return c / 64 * (ROWS * 64) + r * 64 + ((c % 64 / V) ^ (r & 7)) * V + c % V;
+}
+
+template <int BYTES>
+__device__ inline void copy_async(void *shared, const void *global, bool valid) {  // zeros if not valid
+    unsigned dst = (unsigned)__cvta_generic_to_shared(shared);
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(global), "r"(valid ? 16 : 0));
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(global), "r"(valid ? 4 : 0));
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;"); }
+template <int PENDING>
+__device__ inline void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
+}
+
+// tile[ROWS, COLS] = src[rows, cols] with row stride ld, zeros beyond. aligned: everything is a multiple of 16 bytes.
+template <typename F, int ROWS, int COLS>
+__device__ inline void load_tile(F *tile, const F *src, size_t ld, int rows, int cols, bool aligned) {
+    constexpr int V = VEC<F>, PIECES = COLS / V;
+    for (int i = threadIdx.x; i < ROWS * PIECES; i += MLSTM_THREADS) {
+        int r = i / PIECES, c = i % PIECES * V;
+        F *dst = tile + tile_at<F, ROWS>(r, c);
+        const F *from = src + (size_t)r * ld + c;
+        if (aligned) {
+            bool valid = r < rows && c < cols;
+            copy_async<16>(dst, valid ? from : src, valid);
+        } else {
+            for (int k = 0; k < V; k++) dst[k] = r < rows && c + k < cols ? from[k] : from_float<F>(0.0f);
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Products of a warp: 16 rows times NT tiles of 8 columns. A thread holds, for each of these tiles, the elements
+// (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1) with g = lane / 4, t = lane % 4.
+
+__device__ inline void ldmatrix(unsigned (&r)[4], const bf16 *p) {
+    unsigned address = (unsigned)__cvta_generic_to_shared(p);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+__device__ inline void ldmatrix_trans(unsigned (&r)[4], const bf16 *p) {
+    unsigned address = (unsigned)__cvta_generic_to_shared(p);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The B operand of one k16 step for two neighbouring tiles of 8 columns: b[0], b[1] the first, b[2], b[3] the second.
+// By columns (BY_ROWS = false) the tile is stored [n][k], else [k][n].
+template <bool BY_ROWS, int B_ROWS>
+__device__ inline void load_b(unsigned (&b)[4], const bf16 *tile, int k, int n) {
+    int lane = threadIdx.x % 32, i = lane / 8, j = lane % 8;
+    if (BY_ROWS) ldmatrix_trans(b, tile + tile_at<bf16, B_ROWS>(k + i % 2 * 8 + j, n + i / 2 * 8));
+    else ldmatrix(b, tile + tile_at<bf16, B_ROWS>(n + i / 2 * 8 + j, k + i % 2 * 8));
+}
+
+// acc += A[m0 .. m0+15, 0 .. 63] B[0 .. 63, n0 ..]; A is a tile of 64 rows, stored [m][k]
+template <typename F, int NT, bool BY_ROWS, int B_ROWS>
+__device__ inline void multiply(float (&acc)[NT][4], const F *A, int m0, const F *B, int n0) {
+    int lane = threadIdx.x % 32;
+    if constexpr (sizeof(F) == 2) {
+#pragma unroll
+        for (int k = 0; k < 64; k += 16) {
+            unsigned a[4], b[4];
+            ldmatrix(a, A + tile_at<F, TILE_ROWS>(m0 + lane % 16, k + lane / 16 * 8));
+#pragma unroll
+            for (int nt = 0; nt < NT; nt += 2) {
+                load_b<BY_ROWS, B_ROWS>(b, B, k, n0 + 8 * nt);
+                mma(acc[nt], a, b[0], b[1]);
+                mma(acc[nt + 1], a, b[2], b[3]);
+            }
+        }
+    } else {
+        int g = lane / 4, t = lane % 4;
+        for (int k = 0; k < 64; k++) {
+            float a0 = A[tile_at<F, TILE_ROWS>(m0 + g, k)], a1 = A[tile_at<F, TILE_ROWS>(m0 + g + 8, k)];
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    int n = n0 + 8 * nt + 2 * t + c;
+                    float b = BY_ROWS ? B[tile_at<F, B_ROWS>(k, n)] : B[tile_at<F, B_ROWS>(n, k)];
+                    acc[nt][c] += a0 * b;
+                    acc[nt][2 + c] += a1 * b;
+                }
+        }
+    }
+}
+
+// acc += (scale[k] X[k, m0 ..])^T Y[k, n0 ..] over 64 tokens k; X is scaled in float and rounded once
+template <typename F, int NT>
+__device__ inline void multiply_scaled_transposed(float (&acc)[NT][4], const F *X, int m0, const float *scale,
+                                                  const F *Y, int n0) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    if constexpr (sizeof(F) == 2) {
+#pragma unroll
+        for (int k = 0; k < 64; k += 16) {
+            unsigned a[4], b[4];
+            int i = lane / 8, j = lane % 8;
+            ldmatrix_trans(a, X + tile_at<F, TILE_ROWS>(k + i / 2 * 8 + j, m0 + i % 2 * 8));
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                __nv_bfloat162 pair = *(__nv_bfloat162 *)&a[r];
+                float2 x = __bfloat1622float2(pair), s = *(const float2 *)(scale + k + r / 2 * 8 + 2 * t);
+                pair = __floats2bfloat162_rn(x.x * s.x, x.y * s.y);
+                a[r] = *(unsigned *)&pair;
+            }
+#pragma unroll
+            for (int nt = 0; nt < NT; nt += 2) {
+                load_b<true, TILE_ROWS>(b, Y, k, n0 + 8 * nt);
+                mma(acc[nt], a, b[0], b[1]);
+                mma(acc[nt + 1], a, b[2], b[3]);
+            }
+        }
+    } else {
+        for (int k = 0; k < 64; k++) {
+            float a0 = scale[k] * X[tile_at<F, TILE_ROWS>(k, m0 + g)];
+            float a1 = scale[k] * X[tile_at<F, TILE_ROWS>(k, m0 + g + 8)];
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    float b = Y[tile_at<F, TILE_ROWS>(k, n0 + 8 * nt + 2 * t + c)];
+                    acc[nt][c] += a0 * b;
+                    acc[nt][2 + c] += a1 * b;
+                }
+        }
+    }
+}
+
+// Two neighbouring elements from and to memory; `count` of them exist (<= 0: none). pair: both lie in one word.
+template <typename F>
+__device__ inline float2 load_two(const F *p, int count, bool pair) {
+    if (count >= 2 && pair && sizeof(F) == 2) return __bfloat1622float2(*(const __nv_bfloat162 *)p);
+    return make_float2(count > 0 ? to_float(p[0]) : 0.0f, count > 1 ? to_float(p[1]) : 0.0f);
+}
+template <typename F>
+__device__ inline void store_two(F *p, float x, float y, int count, bool pair) {
+    if (count >= 2 && pair && sizeof(F) == 2) {
+        *(__nv_bfloat162 *)p = __floats2bfloat162_rn(x, y);
+        return;
+    }
+    if (count > 0) p[0] = from_float<F>(x);
+    if (count > 1) p[1] = from_float<F>(y);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// States. Forward: C' = decay C + sum_j kscale_j k_j v_j^T, n' = decay n + sum_j kscale_j k_j; saved: those entering.
+// Reverse: dC' = decay dC + sum_l qscale_l q_l e_l^T with e = inv_den dh, dn' = decay dn + sum_l qscale_l ds_l q_l;
+// saved: those leaving a chunk. A block holds 64 x N of a head's [dk, dv] in registers and walks through the sequence.
+// Bytes: X and Y once for each tile of the other one (mostly from L2), 2 dk dv a chunk written.
+
+template <typename F>
+struct StatesArgs {
+    MlstmShape s;
+    const F *x, *y;     // forward K, V; reverse Q, dH: [B, T, NH, dk], [B, T, NH, dv]
+    size_t ld_x, ld_y;  // row strides
+    bool aligned;
+    const float *scale;         // [B, NH, T] kscale or qscale
+    const float *inv_den, *ds;  // [B, NH, T] reverse only
+    const float *decay;         // [B, NH, NC]
+    MlstmState initial, final;  // forward only; C == NULL: zeros, not wanted
+    F *C;                       // [B, NH, NC, dk, pitch] saved
+    float *n;                   // [B, NH, NC, dk] saved
+    size_t pitch;               // dv up to a multiple of 8
+    const F *entering;          // reverse: C and n as the forward pass saved them
+    const float *n_entering;
+    float *anchor;  // reverse: [tiles][B, NH, NC] this tile's share of <C', dC'> + <n', dn'>
+};
+
+template <typename F>
+constexpr int STATE_STAGES = sizeof(F) == 2 ? 3 : 2;
+
+template <typename F, int N>
+constexpr size_t states_shared_bytes() {
+    return STATE_STAGES<F> * (sizeof(F) * 64 * (64 + N) + sizeof(float) * 3 * 64) + sizeof(float) * 256;
+}
+
+template <typename F, int N, bool REVERSE>
+static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(StatesArgs<F> p) {
+    constexpr int NT = N / 16, STAGES = STATE_STAGES<F>, STAGE = 64 * (64 + N);
+    extern __shared__ __align__(128) unsigned char shared[];
+    F *tiles = (F *)shared;
+    float *scales = (float *)(tiles + STAGES * STAGE);  // [STAGES][3][64]
+    float *n_sum = scales + STAGES * 3 * 64;            // [4][64]
+    const MlstmShape s = p.s;
+    int dv_tiles = (s.dv + N - 1) / N, a0 = blockIdx.x / dv_tiles * 64, v0 = blockIdx.x % dv_tiles * N;
+    int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + MLSTM_CHUNK - 1) / MLSTM_CHUNK, T = s.T;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, m0 = warp % 4 * 16,
+        n0 = warp / 4 * (N / 2);
+    int num_tiles = (T + 63) / 64, rows = s.dk - a0, cols = s.dv - v0;
+    const F *X = p.x + (size_t)b * T * p.ld_x + (size_t)head * s.dk + a0;
+    const F *Y = p.y + (size_t)b * T * p.ld_y + (size_t)head * s.dv + v0;
+    const float *decay = p.decay + (size_t)bh * NC;
+    size_t at_gate = (size_t)bh * T, state_size = (size_t)s.dk * p.pitch;
+    F *C = p.C + (size_t)bh * NC * state_size;
+    const F *entering = REVERSE ? p.entering + (size_t)bh * NC * state_size : NULL;
+    bool keeps_n = v0 == 0;
+    float acc[NT][4], n_part = 0;  // n_part: column threadIdx % 64, tokens of quarter threadIdx / 64
+    float2 next[NT][2];            // reverse: C entering the chunk that was done last
+    int n_col = threadIdx.x % 64, quarter = threadIdx.x / 64;
+
+    auto tile_of = [&](int step) { return REVERSE ? num_tiles - 1 - step : step; };
+    auto load = [&](int step) {
+        if (step < num_tiles) {
+            int t0 = tile_of(step) * 64, slot = step % STAGES;
+            F *tile = tiles + slot * STAGE;
+            load_tile<F, 64, 64>(tile, X + (size_t)t0 * p.ld_x, p.ld_x, T - t0, rows, p.aligned);
+            load_tile<F, 64, N>(tile + 64 * 64, Y + (size_t)t0 * p.ld_y, p.ld_y, T - t0, cols, p.aligned);
+            if (threadIdx.x < (REVERSE ? 192 : 64)) {
+                int which = threadIdx.x / 64, l = threadIdx.x % 64;
+                const float *from = which == 0 ? p.scale : which == 1 ? p.inv_den : p.ds;
+                bool valid = t0 + l < T;
+                copy_async<4>(scales + (slot * 3 + which) * 64 + l, from + at_gate + (valid ? t0 + l : 0), valid);
+            }
+        }
+        copy_commit();
+    };
+    // element (i, j) of the block's tile that a thread's acc[nt][2h], acc[nt][2h+1] begin at
+    auto row_of = [&](int h) { return a0 + m0 + g + 8 * h; };
+    auto col_of = [&](int nt) { return v0 + n0 + 8 * nt + 2 * t; };
+
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            acc[nt][2 * h] = acc[nt][2 * h + 1] = 0;
+            next[nt][h] = make_float2(0, 0);
+            if (!REVERSE && p.initial.C && row_of(h) < s.dk) {
+                const float *from = p.initial.C + b * p.initial.row + ((size_t)head * s.dk + row_of(h)) * s.dv;
+                if (col_of(nt) < s.dv) acc[nt][2 * h] = from[col_of(nt)];
+                if (col_of(nt) + 1 < s.dv) acc[nt][2 * h + 1] = from[col_of(nt) + 1];
+            }
+        }
+    if (!REVERSE && p.initial.C && quarter == 0 && n_col < rows)
+        n_part = p.initial.n[b * p.initial.row + (size_t)head * s.dk + a0 + n_col];
+    float next_decay = decay[REVERSE ? NC - 1 : 0];
+    for (int step = 0; step < STAGES - 1; step++) load(step);
+
+    for (int step = 0; step < num_tiles; step++) {
+        int tile = tile_of(step), c = tile / 2;
+        bool begins = REVERSE ? tile % 2 == 1 || tile == num_tiles - 1 : tile % 2 == 0;
+        copy_wait<STAGES - 2>();
+        __syncthreads();
+        load(step + STAGES - 1);
+        if (begins) {
+            float share = 0, keep = next_decay;
+            int c_next = REVERSE ? c - 1 : c + 1;
+            if (c_next >= 0 && c_next < NC) next_decay = decay[c_next];
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    int count = row_of(h) < s.dk ? s.dv - col_of(nt) : 0;
+                    size_t at = (size_t)row_of(h) * p.pitch + col_of(nt);
+                    float *x = &acc[nt][2 * h];
+                    if (REVERSE) {
+                        share += x[0] * next[nt][h].x + x[1] * next[nt][h].y;
+                        next[nt][h] = load_two(entering + c * state_size + at, count, true);
+                    }
+                    store_two(C + c * state_size + at, x[0], x[1], count, true);
+                    x[0] *= keep;
+                    x[1] *= keep;
+                }
+            if (keeps_n) n_sum[threadIdx.x] = n_part;
+            n_part *= keep;
+            __syncthreads();
+            if (keeps_n && threadIdx.x < 64 && n_col < rows) {
+                float n = n_sum[n_col] + n_sum[64 + n_col] + n_sum[128 + n_col] + n_sum[192 + n_col];
+                size_t at = ((size_t)bh * NC + c) * s.dk + a0 + n_col;
+                p.n[at] = n;
+                if (REVERSE && c + 1 < NC) share += n * p.n_entering[at + s.dk];
+            }
+            if (REVERSE) {
+                share = block_sum(share);
+                if (threadIdx.x == 0)
+                    p.anchor[(size_t)blockIdx.x * gridDim.y * NC + (size_t)bh * NC + c] = c + 1 < NC ? share : 0;
+            }
+        }
+        const F *x_tile = tiles + step % STAGES * STAGE, *y_tile = x_tile + 64 * 64;
+        float *scale = scales + step % STAGES * 3 * 64;
+        if (REVERSE) {  // scale becomes qscale inv_den, and where inv_den stood qscale ds
+            if (threadIdx.x < 64) {
+                float q = scale[threadIdx.x];
+                scale[threadIdx.x] = q * scale[64 + threadIdx.x];
+                scale[64 + threadIdx.x] = q * scale[128 + threadIdx.x];
+            }
+            __syncthreads();
+        }
+        multiply_scaled_transposed<F, NT>(acc, x_tile, m0, scale, y_tile, n0);
+        if (keeps_n) {
+            const float *scale_n = REVERSE ? scale + 64 : scale;
+            for (int k = quarter * 16; k < quarter * 16 + 16; k++)
+                n_part += scale_n[k] * to_float(x_tile[tile_at<F, 64>(k, n_col)]);
+        }
+    }
+
+    if constexpr (!REVERSE) {
+        if (!p.final.C) return;
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                if (row_of(h) < s.dk) {
+                    float *to = p.final.C + b * p.final.row + ((size_t)head * s.dk + row_of(h)) * s.dv;
+                    if (col_of(nt) < s.dv) to[col_of(nt)] = acc[nt][2 * h];
+                    if (col_of(nt) + 1 < s.dv) to[col_of(nt) + 1] = acc[nt][2 * h + 1];
+                }
+        __syncthreads();
+        n_sum[threadIdx.x] = n_part;
+        __syncthreads();
+        if (keeps_n && threadIdx.x < 64 && n_col < rows)
+            p.final.n[b * p.final.row + (size_t)head * s.dk + a0 + n_col] =
+                n_sum[n_col] + n_sum[64 + n_col] + n_sum[128 + n_col] + n_sum[192 + n_col];
+    }
+}
+
+template <typename F, int N, bool REVERSE>
+static void launch_states(const StatesArgs<F> &p, cudaStream_t stream) {
+    constexpr size_t bytes = states_shared_bytes<F, N>();
+    dim3 grid((unsigned)(ceil_div(p.s.dk, 64) * ceil_div(p.s.dv, N)), (unsigned)(p.s.B * p.s.NH));
+    CUDA_CHECK(cudaFuncSetAttribute(mlstm_states_kernel<F, N, REVERSE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)bytes));
+    mlstm_states_kernel<F, N, REVERSE><<<grid, MLSTM_THREADS, bytes, stream>>>(p);
+    LAUNCH_CHECK();
+}
+
+// Columns of a block's tile: narrow ones where wide ones would leave multiprocessors idle.
+template <typename F>
+static int states_columns(const MlstmShape *s) {
+    int wide = ceil_div(s->dk, 64) * ceil_div(s->dv, 128) * s->B * s->NH;
+    return sizeof(F) == 4 || s->dv <= 64 || wide < 132 ? 64 : 128;
+}
+template <typename F>
+static int states_tiles(const MlstmShape *s) {
+    return ceil_div(s->dk, 64) * ceil_div(s->dv, states_columns<F>(s));
+}
+
+template <typename F, bool REVERSE>
+static void mlstm_states(const StatesArgs<F> &p, cudaStream_t stream) {
+    if constexpr (sizeof(F) == 2)
+        if (states_columns<F>(&p.s) == 128) {
+            launch_states<F, 128, REVERSE>(p, stream);
+            return;
+        }
+    launch_states<F, 64, REVERSE>(p, stream);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Attend: see the table at the top of the file. A block computes 64 rows times COLS columns of one head's output.
+// Bytes: Y, Z, values and state once for each block that needs them (from L2 but the first time), the output once.
+
+enum { ATTEND_H, ATTEND_DQ, ATTEND_DK, ATTEND_DV };
+
+template <typename F>
+struct AttendArgs {
+    MlstmShape s;
+    const F *y, *z, *val;  // [B, T, NH, contracted], the same, [B, T, NH, out]
+    size_t ld_y, ld_z, ld_val;
+    bool aligned;
+    const F *state;  // [B, NH, NC, dk, pitch]
+    const float *n;  // [B, NH, NC, dk]
+    size_t pitch;
+    int zero_chunk;  // the chunk whose state is zero, -1: none
+    MlstmGates gates;
+    const float *inv_den, *ds;  // [B, NH, T], backward
+    const int *doc_start;       // [B, T]
+    F *out;                     // [B, T, NH, out]
+    size_t ld_out;
+    const F *dot;  // dQ: Q, dK: K, as laid out there; the row sums of their products with the output:
+    size_t ld_dot;
+    float *dot_out;  // [column tiles][B, NH, T]
+};
+
+struct ChunkGates {  // of the 128 tokens of a chunk
+    float2 u[MLSTM_CHUNK], r[MLSTM_CHUNK];
+    float inv_den[MLSTM_CHUNK], ds[MLSTM_CHUNK];
+    int doc_start[MLSTM_CHUNK];
+};
+
+// The weight of the pair of tokens l (looks back) and j in the chunk that begins at t0, times what S holds for it.
+template <int MODE>
+__device__ inline float attend_weight(const ChunkGates &c, float S, int l, int j, int t0, int T, float scale) {
+    if (j > l || t0 + l >= T || c.doc_start[l] > t0 + j) return 0;
+    float D = scale * exp2f((c.u[j].x - c.r[l].x) + (c.u[j].y - c.r[l].y));
+    if (MODE == ATTEND_H) return D * S;
+    if (MODE == ATTEND_DV) return D * S * c.inv_den[l];
+    return D * (c.inv_den[l] * S + c.ds[l]);
+}
+
+template <typename F, int COLS>
+constexpr size_t attend_shared_bytes() {
+    return sizeof(F) * (2 * (64 * 64 + 64 * 64 * ((COLS + 63) / 64)) + 64 * 64);
+}
+
+template <typename F, int MODE, int COLS>
+static __global__ void __launch_bounds__(MLSTM_THREADS, sizeof(F) == 2 ? 2 : 1) mlstm_attend_kernel(AttendArgs<F> p) {
+    constexpr bool FORWARD = MODE == ATTEND_H || MODE == ATTEND_DQ;      // rows look back
+    constexpr bool TRANSPOSED = MODE == ATTEND_DQ || MODE == ATTEND_DK;  // contracted dv, output dk
+    constexpr int NT = COLS / 16, PANELS = (COLS + 63) / 64, STAGE = 64 * 64 + 64 * 64 * PANELS;
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ ChunkGates gates;
+    __shared__ float row_sums[2][64], q_n[64];
+    F *stages = (F *)shared, *P = stages + 2 * STAGE;
+    const MlstmShape s = p.s;
+    int contracted = TRANSPOSED ? s.dv : s.dk, out_width = TRANSPOSED ? s.dk : s.dv, T = s.T,
+        NC = (T + MLSTM_CHUNK - 1) / MLSTM_CHUNK;
+    int tile = blockIdx.x, c = tile / 2, t0 = c * MLSTM_CHUNK, row0 = tile * 64, col0 = blockIdx.y * COLS;
+    int bh = blockIdx.z, b = bh / s.NH, head = bh % s.NH, tiles_here = min(2, (T - t0 + 63) / 64), mine = tile % 2;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, m0 = warp % 4 * 16,
+        n0 = warp / 4 * (COLS / 2);
+    int K = (contracted + 63) / 64, cols = out_width - col0;
+    float scale = rsqrtf((float)s.dk);
+    size_t at_gate = (size_t)bh * T;
+    const F *Y = p.y + ((size_t)b * T + row0) * p.ld_y + (size_t)head * contracted;
+    const F *Z = p.z + ((size_t)b * T + t0) * p.ld_z + (size_t)head * contracted;
+    const F *val = p.val + ((size_t)b * T + t0) * p.ld_val + (size_t)head * out_width + col0;
+    const F *state = p.state + ((size_t)bh * NC + c) * s.dk * p.pitch;
+    const float *n = p.n + ((size_t)bh * NC + c) * s.dk;
+    int first_key = FORWARD ? 0 : mine, keys = FORWARD ? mine + 1 : tiles_here - mine;
+    int state_steps = c == p.zero_chunk ? 0 : K, steps = state_steps + keys * (K + 1);
+
+    for (int i = threadIdx.x; i < MLSTM_CHUNK; i += MLSTM_THREADS) {
+        bool valid = t0 + i < T;
+        size_t at = at_gate + (valid ? t0 + i : 0);
+        gates.u[i] = valid ? p.gates.u[at] : make_float2(0, 0);
+        gates.r[i] = valid ? p.gates.r[at] : make_float2(0, 0);
+        gates.inv_den[i] = valid && MODE != ATTEND_H ? p.inv_den[at] : 0;
+        gates.ds[i] = valid && MODE != ATTEND_H ? p.ds[at] : 0;
+        gates.doc_start[i] = valid ? p.doc_start[(size_t)b * T + t0 + i] : 0;
+    }
+
+    // The steps: state_steps pieces Y, state; then for each key tile K pieces Y, Z and one of values.
+    auto load = [&](int step) {
+        if (step < steps) {
+            F *A = stages + step % 2 * STAGE, *B = A + 64 * 64;
+            int in_key = (step - state_steps) % (K + 1), key = first_key + (step - state_steps) / (K + 1);
+            if (step < state_steps) {
+                int k = step * 64;
+                load_tile<F, 64, 64>(A, Y + k, p.ld_y, T - row0, contracted - k, p.aligned);
+                if (TRANSPOSED)
+                    load_tile<F, COLS, 64>(B, state + (size_t)col0 * p.pitch + k, p.pitch, cols, contracted - k,
+                                           p.aligned);
+                else
+                    load_tile<F, 64, COLS>(B, state + (size_t)k * p.pitch + col0, p.pitch, contracted - k, cols,
+                                           p.aligned);
+            } else if (in_key < K) {
+                int k = in_key * 64;
+                load_tile<F, 64, 64>(A, Y + k, p.ld_y, T - row0, contracted - k, p.aligned);
+                load_tile<F, 64, 64>(B, Z + (size_t)key * 64 * p.ld_z + k, p.ld_z, T - t0 - key * 64, contracted - k,
+                                     p.aligned);
+            } else {
+                load_tile<F, 64, COLS>(B, val + (size_t)key * 64 * p.ld_val, p.ld_val, T - t0 - key * 64, cols,
+                                       p.aligned);
+            }
+        }
+        copy_commit();
+    };
+    // rows g and g + 8 of the warp's 16; local: in the chunk
+    auto row_local = [&](int h) { return mine * 64 + m0 + g + 8 * h; };
+
+    float acc[NT][4], S[4][4], row_sum[2] = {0, 0}, q_n_part = 0;
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) acc[nt][k] = 0;
+    load(0);
+    for (int step = 0; step < steps; step++) {
+        load(step + 1);
+        copy_wait<1>();
+        __syncthreads();
+        const F *A = stages + step % 2 * STAGE, *B = A + 64 * 64;
+        int in_key = (step - state_steps) % (K + 1), key = first_key + (step - state_steps) / (K + 1);
+        if (step < state_steps) {
+            multiply<F, NT, !TRANSPOSED, TRANSPOSED ? COLS : 64>(acc, A, m0, B, n0);
+            if (MODE == ATTEND_H) {  // <q, n>: four threads a row
+                int row = threadIdx.x / 4, k0 = threadIdx.x % 4 * 16;
+                for (int k = k0; k < k0 + 16 && step * 64 + k < s.dk; k++)
+                    q_n_part += to_float(A[tile_at<F, 64>(row, k)]) * n[step * 64 + k];
+            }
+            if (step == state_steps - 1)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    int i = row_local(h);
+                    float factor = t0 + i >= T ? 0 : (FORWARD ? p.gates.qscale : p.gates.kscale)[at_gate + t0 + i];
+                    if (MODE == ATTEND_DQ) factor *= gates.inv_den[i];
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) {
+                        acc[nt][2 * h] *= factor;
+                        acc[nt][2 * h + 1] *= factor;
+                    }
+                }
+        } else if (in_key < K) {
+            if (in_key == 0)
+#pragma unroll
+                for (int nt = 0; nt < 4; nt++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++) S[nt][k] = 0;
+            multiply<F, 4, false, 64>(S, A, m0, B, warp / 4 * 32);
+            if (in_key == K - 1)
+#pragma unroll
+                for (int nt = 0; nt < 4; nt++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        int i = row_local(h), col = warp / 4 * 32 + 8 * nt + 2 * t, j = key * 64 + col;
+                        float w[2];
+#pragma unroll
+                        for (int k = 0; k < 2; k++)
+                            w[k] = attend_weight<MODE>(gates, S[nt][2 * h + k], FORWARD ? i : j + k,
+                                                       FORWARD ? j + k : i, t0, T, scale);
+                        row_sum[h] += w[0] + w[1];
+                        store_two(P + tile_at<F, 64>(m0 + g + 8 * h, col), w[0], w[1], 2, true);
+                    }
+        } else {
+            multiply<F, NT, true, 64>(acc, P, m0, B, n0);
+        }
+        __syncthreads();
+    }
+
+    if (MODE == ATTEND_H) {  // the denominator: sums over the four threads of a row, then over the two warps
+#pragma unroll
+        for (int k = 1; k < 4; k *= 2) {
+            row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], k);
+            row_sum[1] += __shfl_xor_sync(0xffffffffu, row_sum[1], k);
+            q_n_part += __shfl_xor_sync(0xffffffffu, q_n_part, k);
+        }
+        if (t == 0) {
+            row_sums[warp / 4][m0 + g] = row_sum[0];
+            row_sums[warp / 4][m0 + g + 8] = row_sum[1];
+        }
+        if (threadIdx.x % 4 == 0) q_n[threadIdx.x / 4] = q_n_part;
+        __syncthreads();
+    }
+    float dot_sum[2] = {0, 0};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int row = m0 + g + 8 * h, time = row0 + row;
+        if (time >= T) continue;
+        size_t gate = at_gate + time, token = (size_t)b * T + time;
+        float factor = 1, border = 0;  // border: what multiplies n or dn
+        if (MODE == ATTEND_H) {
+            float sig = row_sums[0][row] + row_sums[1][row] + p.gates.qscale[gate] * q_n[row];
+            if (!s.sigmoid_gate) factor = 1 / (fmaxf(fabsf(sig), p.gates.floor[gate]) + s.eps);
+            if (col0 == 0 && warp / 4 == 0 && t == 0) p.gates.sig[gate] = sig;
+        }
+        if (MODE == ATTEND_DQ && state_steps) border = p.gates.qscale[gate] * p.ds[gate];
+        if (MODE == ATTEND_DK && state_steps) border = p.gates.kscale[gate];
+        F *out = p.out + token * p.ld_out + (size_t)head * out_width + col0;
+        const F *dot = TRANSPOSED ? p.dot + token * p.ld_dot + (size_t)head * out_width + col0 : NULL;
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            int col = n0 + 8 * nt + 2 * t, count = cols - col;
+            float x = acc[nt][2 * h] * factor, y = acc[nt][2 * h + 1] * factor;
+            if (TRANSPOSED) {
+                if (border != 0 && count > 0) x += border * n[col0 + col];
+                if (border != 0 && count > 1) y += border * n[col0 + col + 1];
+                float2 with = load_two(dot + col, count, p.aligned);
+                dot_sum[h] += with.x * x + with.y * y;
+            }
+            store_two(out + col, x, y, count, p.aligned);
+        }
+    }
+    if (TRANSPOSED) {
+#pragma unroll
+        for (int k = 1; k < 4; k *= 2) {
+            dot_sum[0] += __shfl_xor_sync(0xffffffffu, dot_sum[0], k);
+            dot_sum[1] += __shfl_xor_sync(0xffffffffu, dot_sum[1], k);
+        }
+        if (t == 0) {
+            row_sums[warp / 4][m0 + g] = dot_sum[0];
+            row_sums[warp / 4][m0 + g + 8] = dot_sum[1];
+        }
+        __syncthreads();
+        if (threadIdx.x < 64 && row0 + threadIdx.x < T)
+            p.dot_out[(size_t)blockIdx.y * gridDim.z * T + at_gate + row0 + threadIdx.x] =
+                row_sums[0][threadIdx.x] + row_sums[1][threadIdx.x];
+    }
+}
+
+template <typename F, int MODE, int COLS>
+static void launch_attend(const AttendArgs<F> &p, int width, cudaStream_t stream) {
+    constexpr size_t bytes = attend_shared_bytes<F, COLS>();
+    dim3 grid((unsigned)ceil_div(p.s.T, 64), (unsigned)ceil_div(width, COLS), (unsigned)(p.s.B * p.s.NH));
+    CUDA_CHECK(cudaFuncSetAttribute(mlstm_attend_kernel<F, MODE, COLS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)bytes));
+    mlstm_attend_kernel<F, MODE, COLS><<<grid, MLSTM_THREADS, bytes, stream>>>(p);
+    LAUNCH_CHECK();
+}
+
+// Columns of a block's output: all of a head's where they fit, since each block computes S again.
+template <typename F>
+static int attend_columns(int width) {
+    if (sizeof(F) == 4 || width <= 64) return 64;
+    const int choices[] = {96, 128, 192, 256};
+    for (int k = 0; k < 4; k++)
+        if (width <= choices[k]) return choices[k];
+    return width <= 384 ? 192 : 256;
+}
+
+template <typename F, int MODE>
+static void mlstm_attend(const AttendArgs<F> &p, cudaStream_t stream) {
+    int width = MODE == ATTEND_DQ || MODE == ATTEND_DK ? p.s.dk : p.s.dv;
+    if constexpr (sizeof(F) == 2) {
+        switch (attend_columns<F>(width)) {
+            case 96: launch_attend<F, MODE, 96>(p, width, stream); return;
+            case 128: launch_attend<F, MODE, 128>(p, width, stream); return;
+            case 192: launch_attend<F, MODE, 192>(p, width, stream); return;
+            case 256: launch_attend<F, MODE, 256>(p, width, stream); return;
+        }
+    }
+    launch_attend<F, MODE, 64>(p, width, stream);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// The cell
+
+template <typename F>
+struct MlstmSaved {  // what forward keeps for backward
+    MlstmGates gates;
+    F *C;      // [B, NH, NC, dk, pitch] entering each chunk
+    float *n;  // [B, NH, NC, dk]
+};
+
+template <typename F>
+struct MlstmScratch {     // of backward
+    F *dC;                // [B, NH, NC, dk, pitch] leaving each chunk
+    float *dn;            // [B, NH, NC, dk]
+    float *inv_den, *ds;  // [B, NH, T]
+    float *q_dq, *k_dk;   // [column tiles][B, NH, T]
+    float *anchor;        // [state tiles][B, NH, NC]
+    float *partial;       // sums of the bias gradient
+};
+
+static size_t mlstm_pitch(const MlstmShape *s) { return (size_t)(s->dv + 7) / 8 * 8; }
+static size_t mlstm_states_elements(const MlstmShape *s) {
+    return (size_t)s->B * s->NH * mlstm_chunks(s) * s->dk * mlstm_pitch(s);
+}
+
+template <typename F>
+static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved) {
+    mlstm_take_gates(a, s, &saved->gates);
+    saved->C = take<F>(a, mlstm_states_elements(s));
+    saved->n = take<float>(a, (size_t)s->B * s->NH * mlstm_chunks(s) * s->dk);
+}
+
+template <typename F>
+static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *scratch) {
+    size_t tokens = (size_t)s->B * s->NH * s->T, chunks = (size_t)s->B * s->NH * mlstm_chunks(s);
+    size_t tiles = (size_t)ceil_div(s->dk, attend_columns<F>(s->dk));
+    scratch->dC = take<F>(a, mlstm_states_elements(s));
+    scratch->dn = take<float>(a, chunks * s->dk);
+    scratch->inv_den = take<float>(a, tokens);
+    scratch->ds = take<float>(a, tokens);
+    scratch->q_dq = take<float>(a, tiles * tokens);
+    scratch->k_dk = take<float>(a, tiles * tokens);
+    // Fewer sequences than planned may have narrower tiles, that is more of them; but then fewer chunks.
+    scratch->anchor = take<float>(a, (size_t)ceil_div(s->dk, 64) * ceil_div(s->dv, 64) * chunks);
+    scratch->partial = take<float>(a, mlstm_gates_partial_floats(s));
+}
+
+template <typename F>
+static bool mlstm_aligned(const MlstmShape *s, const MlstmInput<F> *in) {
+    return vector_aligned(in->q, in->ld) && vector_aligned(in->k, in->ld) && vector_aligned(in->v, in->ld) &&
+           s->dk % VEC<F> == 0 && s->dv % VEC<F> == 0;
+}
+
+// h [B, T, NH, dv]. Initial and final states in float, C == NULL: zeros, not wanted; they must not overlap.
+template <typename F>
+static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, F *h,
+                          const MlstmSaved<F> *saved, cudaStream_t stream) {
+    size_t ld_h = (size_t)s.NH * s.dv;
+    bool aligned = mlstm_aligned(&s, &in) && vector_aligned(h, ld_h);
+    mlstm_gates_forward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, initial.C ? initial.m : NULL,
+                        initial.C ? initial.row : final.row, final.C ? final.m : NULL, &saved->gates, stream);
+    StatesArgs<F> states = {};
+    states.s = s, states.pitch = mlstm_pitch(&s), states.aligned = aligned;
+    states.x = in.k, states.ld_x = in.ld;
+    states.y = in.v, states.ld_y = in.ld;
+    states.scale = saved->gates.kscale, states.decay = saved->gates.decay;
+    states.initial = initial, states.final = final;
+    states.C = saved->C, states.n = saved->n;
+    mlstm_states<F, false>(states, stream);
+    AttendArgs<F> attend = {};
+    attend.s = s, attend.pitch = mlstm_pitch(&s), attend.aligned = aligned;
+    attend.gates = saved->gates, attend.doc_start = in.doc_start;
+    attend.y = in.q, attend.ld_y = in.ld;
+    attend.z = in.k, attend.ld_z = in.ld;
+    attend.val = in.v, attend.ld_val = in.ld;
+    attend.state = saved->C, attend.n = saved->n, attend.zero_chunk = initial.C ? -1 : 0;
+    attend.out = h, attend.ld_out = ld_h;
+    mlstm_attend<F, ATTEND_H>(attend, stream);
+}
+
+// Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
+// constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
+// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row; dgates [B, T, 2NH]: of the raw pre-activations.
+template <typename F>
+static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
+                           F *dq, F *dk, F *dv, size_t ld_grad, F *dgates, size_t ld_dgates, float *dgates32,
+                           float *dbias, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
+                           cudaStream_t stream) {
+    size_t ld_h = (size_t)s.NH * s.dv;
+    bool aligned = mlstm_aligned(&s, &in) && vector_aligned(dh, ld_h) && vector_aligned(dq, ld_grad) &&
+                   vector_aligned(dk, ld_grad) && vector_aligned(dv, ld_grad);
+    const MlstmGates *gates = &saved->gates;
+    mlstm_row_factors(&s, dh_dot_h, gates, scratch->inv_den, scratch->ds, stream);
+    StatesArgs<F> states = {};
+    states.s = s, states.pitch = mlstm_pitch(&s), states.aligned = aligned;
+    states.x = in.q, states.ld_x = in.ld;
+    states.y = dh, states.ld_y = ld_h;
+    states.scale = gates->qscale, states.inv_den = scratch->inv_den, states.ds = scratch->ds;
+    states.decay = gates->decay;
+    states.C = scratch->dC, states.n = scratch->dn;
+    states.entering = saved->C, states.n_entering = saved->n, states.anchor = scratch->anchor;
+    mlstm_states<F, true>(states, stream);
+
+    AttendArgs<F> attend = {};
+    attend.s = s, attend.pitch = mlstm_pitch(&s), attend.aligned = aligned;
+    attend.gates = *gates, attend.doc_start = in.doc_start;
+    attend.inv_den = scratch->inv_den, attend.ds = scratch->ds;
+    attend.ld_out = ld_grad, attend.ld_dot = in.ld;
+
+    attend.y = dh, attend.ld_y = ld_h;
+    attend.z = in.v, attend.ld_z = in.ld;
+    attend.val = in.k, attend.ld_val = in.ld;
+    attend.state = saved->C, attend.n = saved->n, attend.zero_chunk = initial.C ? -1 : 0;
+    attend.out = dq, attend.dot = in.q, attend.dot_out = scratch->q_dq;
+    mlstm_attend<F, ATTEND_DQ>(attend, stream);
+
+    attend.state = scratch->dC, attend.n = scratch->dn, attend.zero_chunk = mlstm_chunks(&s) - 1;
+    attend.y = in.v, attend.ld_y = in.ld;
+    attend.z = dh, attend.ld_z = ld_h;
+    attend.val = in.q, attend.ld_val = in.ld;
+    attend.out = dk, attend.dot = in.k, attend.dot_out = scratch->k_dk;
+    mlstm_attend<F, ATTEND_DK>(attend, stream);
+
+    attend.y = in.k, attend.ld_y = in.ld;
+    attend.z = in.q, attend.ld_z = in.ld;
+    attend.val = dh, attend.ld_val = ld_h;
+    attend.out = dv;
+    mlstm_attend<F, ATTEND_DV>(attend, stream);
+
+    mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
+                         ceil_div(s.dk, attend_columns<F>(s.dk)), scratch->anchor, states_tiles<F>(&s), dgates,
+                         ld_dgates, dgates32, dbias, scratch->partial, stream);
+}
+
+#endif

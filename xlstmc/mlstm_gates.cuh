@@ -1,0 +1,467 @@
+// mlstm_gates.cuh: the gates of the chunkwise mLSTM: their running sums and maxima in the forward pass, the factors of
+// the rows between the passes, the gradient of the gates, and the recurrent step of generation.
+#ifndef XLSTMC_MLSTM_GATES_CUH
+#define XLSTMC_MLSTM_GATES_CUH
+
+#include "cuda_util.cuh"
+#include "floats.cuh"
+
+enum { MLSTM_CHUNK = 128 };  // tokens a chunk
+
+typedef struct {
+    int B, T, NH, dk, dv, sigmoid_gate;
+    float eps;
+} MlstmShape;
+
+MAYBE_UNUSED
+static int mlstm_chunks(const MlstmShape *s) { return ceil_div(s->T, MLSTM_CHUNK); }
+
+template <typename F>
+struct MlstmInput {
+    const F *q, *k, *v;  // [B, T, NH, dk or dv], row stride ld
+    size_t ld;
+    const float *gates;  // [B, T, 2NH] row stride ld_gates: igate then fgate of all heads, before bias and cap
+    size_t ld_gates;
+    const float *bias;     // [2NH]
+    float cap;             // the gate is cap * tanh((pre + bias) / cap); 0: pre + bias
+    const int *doc_start;  // [B, T]
+};
+
+typedef struct {  // [B] rows of stride row: C [NH, dk, dv], n [NH, dk], m [NH]. C == NULL: zeros, or not wanted
+    float *C, *n, *m;
+    size_t row;
+} MlstmState;
+
+typedef struct {    // [B, NH, T] unless said
+    float2 *u, *r;  // (hi, lo) in units of log 2: D_lj = exp2f((u.x - r.x) + (u.y - r.y)), u of j, r of l
+    float *floor, *qscale, *kscale, *sig;  // e^{-M_l}; s exp(m_c - r_l) or 0; exp(u_j - r_L) or 0; s q_l . n_l
+    float *decay;                          // [B, NH, NC] exp(m_c - r_L) or 0
+    float *m;                              // [B, NH, NC + 1] m entering chunk c; m[NC] leaves the last
+    float *summary;                        // [B, NH, NC, 2] scratch of the forward pass
+} MlstmGates;
+
+MAYBE_UNUSED
+static void mlstm_take_gates(Arena *a, const MlstmShape *s, MlstmGates *g) {
+    const size_t heads = (size_t)s->B * s->NH, rows = heads * s->T, chunks = heads * mlstm_chunks(s);
+    g->u = take<float2>(a, rows);
+    g->r = take<float2>(a, rows);
+    g->floor = take<float>(a, rows);
+    g->qscale = take<float>(a, rows);
+    g->kscale = take<float>(a, rows);
+    g->sig = take<float>(a, rows);
+    g->decay = take<float>(a, chunks);
+    g->m = take<float>(a, chunks + heads);
+    g->summary = take<float>(a, 2 * chunks);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Gate values and their running sums in a chunk. A warp takes one chunk of one head: group g of its tokens is
+// t0 + 32g + lane. Sums are in double, as on the CPU: what matters later are small differences of long sums.
+
+enum { MLSTM_GROUPS = MLSTM_CHUNK / 32, MLSTM_GATE_WARPS = 4 };
+
+typedef struct {  // as in MlstmInput
+    const float *gates;
+    size_t ld;
+    const float *bias;
+    float cap;
+    const int *doc_start;
+} MlstmGateInput;
+
+__device__ inline float mlstm_log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
+
+// Gate `column` of a token: head for its input gate, NH + head for its forget gate
+__device__ inline float mlstm_gate(const MlstmGateInput &in, size_t token, int column) {
+    float g = in.gates[token * in.ld + column] + in.bias[column];
+    return in.cap > 0 ? in.cap * tanhf(g / in.cap) : g;
+}
+
+typedef struct {  // the chunk of a warp
+    int b, head, c, t0;
+    size_t bh;  // b * NH + head
+} MlstmWarpChunk;
+
+// Neighbouring warps take the heads of one chunk, whose gates share sectors of memory. False: nothing left to do.
+__device__ inline bool mlstm_warp_chunk(const MlstmShape &s, int chunks, MlstmWarpChunk *w) {
+    const size_t item = (size_t)blockIdx.x * MLSTM_GATE_WARPS + threadIdx.x / 32;
+    w->head = (int)(item % s.NH);
+    w->c = (int)(item / s.NH % chunks);
+    w->b = (int)(item / s.NH / chunks);
+    w->t0 = w->c * MLSTM_CHUNK;
+    w->bh = (size_t)w->b * s.NH + w->head;
+    return w->b < s.B;
+}
+
+typedef struct {
+    int start[MLSTM_GROUPS];   // doc_start
+    double b[MLSTM_GROUPS];    // sum of log sig(f) from the document's first token in this chunk on
+    double u[MLSTM_GROUPS];    // i - b
+    double top[MLSTM_GROUPS];  // max of u over the same tokens as b
+    double b_last, top_last;   // of the chunk's last token
+    int start_last;
+} MlstmScan;
+
+// A token beyond T counts as one of the last document that adds nothing, so that lane 31 of the last group always
+// holds the values of the chunk's end.
+__device__ inline void mlstm_scan_chunk(MlstmScan *scan, const MlstmShape &s, const MlstmGateInput &in,
+                                        const MlstmWarpChunk &w) {
+    const int lane = threadIdx.x % 32;
+    float i[MLSTM_GROUPS], f[MLSTM_GROUPS];
+#pragma unroll
+    for (int g = 0; g < MLSTM_GROUPS; g++) {  // all loads first
+        const size_t token = (size_t)w.b * s.T + min(w.t0 + 32 * g + lane, s.T - 1);
+        scan->start[g] = in.doc_start[token];
+        i[g] = mlstm_gate(in, token, w.head);
+        f[g] = mlstm_gate(in, token, s.NH + w.head);
+    }
+    double b_carry = 0, top_carry = -INFINITY;  // of the last token of the group before
+#pragma unroll
+    for (int g = 0; g < MLSTM_GROUPS; g++) {
+        const int first = w.t0 + 32 * g, l = first + lane, inside = l < s.T, start = scan->start[g];
+        double b = inside ? mlstm_log_sigmoid(f[g]) : 0;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            double before = __shfl_up_sync(0xffffffffu, b, d);
+            if (lane >= d && l - d >= start) b += before;
+        }
+        if (first > start) b += b_carry;  // the document of the group before goes on
+        double u = inside ? (s.sigmoid_gate ? mlstm_log_sigmoid(i[g]) : i[g]) - b : -INFINITY, top = u;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            double before = __shfl_up_sync(0xffffffffu, top, d);
+            if (lane >= d && l - d >= start) top = fmax(top, before);
+        }
+        if (first > start) top = fmax(top, top_carry);
+        b_carry = __shfl_sync(0xffffffffu, b, 31);
+        top_carry = __shfl_sync(0xffffffffu, top, 31);
+        scan->b[g] = b, scan->u[g] = u, scan->top[g] = top;
+    }
+    scan->start_last = __shfl_sync(0xffffffffu, scan->start[MLSTM_GROUPS - 1], 31);
+    scan->b_last = b_carry;
+    scan->top_last = top_carry;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Forward. With m the scale that enters the chunk (0 for a document that begins in it), doc/math.md:
+//   r_l = max(m, top_l)  (sigmoid gate: r_l = -b_l),   scale of row l: M_l = b_l + r_l;  the chunk's last M leaves it
+// So a chunk maps m to max(b_L + m, b_L + top_L), or to a constant if a document begins in it. Three kernels: these
+// maps, their composition over the chunks, the values of every token. Bytes a token and head: 60 or so, most in L2.
+
+static __global__ void mlstm_gate_summary_kernel(MlstmShape s, MlstmGateInput in, float *summary, int chunks) {
+    MlstmWarpChunk w;
+    MlstmScan scan;
+    if (!mlstm_warp_chunk(s, chunks, &w)) return;
+    mlstm_scan_chunk(&scan, s, in, w);
+    if (threadIdx.x % 32) return;
+    const int fresh = scan.start_last >= w.t0;
+    float *out = summary + (w.bh * chunks + w.c) * 2;  // m -> max(m + out[0], out[1])
+    out[0] = s.sigmoid_gate || fresh ? -INFINITY : (float)scan.b_last;
+    out[1] = s.sigmoid_gate ? 0 : (float)(scan.b_last + (fresh ? fmax(scan.top_last, 0.0) : scan.top_last));
+}
+
+// A warp takes one head of one sequence, 32 chunks at a time. m0 and m_final [B][NH], m_row from one b to the next.
+// Any m serves as scale if all who use it take the same rounded value: so it is enough to round what is stored.
+static __global__ void mlstm_gate_scale_kernel(float *m, const float *summary, const float *m0, float *m_final,
+                                               size_t m_row, int NH, int chunks) {
+    const int lane = threadIdx.x;
+    const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
+    double carry = m0 ? m0[at_state] : 0;
+    m += bh * (chunks + 1);
+    summary += bh * chunks * 2;
+    if (lane == 0) m[0] = (float)carry;
+    for (int c0 = 0; c0 < chunks; c0 += 32) {
+        const int c = c0 + lane, inside = c < chunks;
+        double add = inside ? summary[2 * c] : 0, least = inside ? summary[2 * c + 1] : -INFINITY;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {  // the maps of the lanes before, then these
+            double add_before = __shfl_up_sync(0xffffffffu, add, d);
+            double least_before = __shfl_up_sync(0xffffffffu, least, d);
+            if (lane >= d) {
+                least = fmax(least_before + add, least);
+                add += add_before;
+            }
+        }
+        double next = fmax(carry + add, least);
+        if (inside) m[c + 1] = (float)next;
+        carry = __shfl_sync(0xffffffffu, next, 31);
+    }
+    if (lane == 0 && m_final) m_final[at_state] = (float)carry;
+}
+
+__device__ inline float2 mlstm_split_log2(double x) {
+    x *= 1.4426950408889634;
+    float high = (float)x;
+    return make_float2(high, (float)(x - high));
+}
+
+static __global__ void mlstm_gate_tokens_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, int chunks) {
+    MlstmWarpChunk w;
+    MlstmScan scan;
+    if (!mlstm_warp_chunk(s, chunks, &w)) return;
+    mlstm_scan_chunk(&scan, s, in, w);
+    const int lane = threadIdx.x % 32, fresh_end = scan.start_last >= w.t0;
+    const float *m = out.m + w.bh * (chunks + 1) + w.c;
+    const double m_enter = m[0], r_next = m[1] - scan.b_last;
+    const float scale = 1 / sqrtf((float)s.dk);
+    if (lane == 0) out.decay[w.bh * chunks + w.c] = fresh_end ? 0 : expf((float)(m_enter - r_next));
+#pragma unroll
+    for (int g = 0; g < MLSTM_GROUPS; g++) {
+        const int l = w.t0 + 32 * g + lane, fresh = scan.start[g] >= w.t0;
+        if (l >= s.T) break;
+        const size_t at = w.bh * s.T + l;
+        const double r = s.sigmoid_gate ? -scan.b[g] : fmax(fresh ? 0 : m_enter, scan.top[g]);
+        out.u[at] = mlstm_split_log2(scan.u[g]);
+        out.r[at] = mlstm_split_log2(r);
+        out.floor[at] = expf((float)-(scan.b[g] + r));
+        out.qscale[at] = fresh ? 0 : scale * expf((float)(m_enter - r));
+        out.kscale[at] = l < scan.start_last ? 0 : expf((float)(scan.u[g] - r_next));
+    }
+}
+
+static inline int mlstm_gate_blocks(const MlstmShape *s) {
+    return ceil_div((size_t)s->B * s->NH * mlstm_chunks(s), MLSTM_GATE_WARPS);
+}
+
+// gates, bias, cap, doc_start as in MlstmInput. m0 [B][NH] (NULL: zeros) and m_final [B][NH] (NULL: not wanted): rows
+// m_row apart. Writes all of g but sig.
+MAYBE_UNUSED
+static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
+                                const int *doc_start, const float *m0, size_t m0_row, float *m_final,
+                                const MlstmGates *g, cudaStream_t stream) {
+    const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
+    const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s), threads = 32 * MLSTM_GATE_WARPS;
+    mlstm_gate_summary_kernel<<<blocks, threads, 0, stream>>>(*s, in, g->summary, chunks);
+    LAUNCH_CHECK();
+    mlstm_gate_scale_kernel<<<s->B * s->NH, 32, 0, stream>>>(g->m, g->summary, m0, m_final, m0_row, s->NH, chunks);
+    LAUNCH_CHECK();
+    mlstm_gate_tokens_kernel<<<blocks, threads, 0, stream>>>(*s, in, *g, chunks);
+    LAUNCH_CHECK();
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Between the passes: h = num / den, den = max(|sig|, floor) + eps. The gradient of num is dh / den; sig takes part in
+// the gradient only where it is the larger. 20 bytes a token and head.
+
+static __global__ void mlstm_row_factors_kernel(MlstmShape s, float *inv_den, float *ds, const float *dh_dot_h,
+                                                const float *sig, const float *floor) {
+    const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, T = s.T, NH = s.NH;
+    if (at >= s.B * NH * T) return;
+    const size_t t = at % T, head = at / T % NH, b = at / T / NH;
+    const float size = fabsf(sig[at]), inv = s.sigmoid_gate ? 1 : 1 / (fmaxf(size, floor[at]) + s.eps);
+    const int through = !s.sigmoid_gate && size > floor[at];
+    inv_den[at] = inv;
+    ds[at] = through ? -copysignf(inv, sig[at]) * dh_dot_h[(b * T + t) * NH + head] : 0;
+}
+
+// inv_den, ds [B, NH, T]: 1 / den and the gradient of sig; dh_dot_h [B*T, NH] = <dh, h> of each row
+MAYBE_UNUSED
+static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const MlstmGates *g, float *inv_den,
+                              float *ds, cudaStream_t stream) {
+    const int blocks = ceil_div((size_t)s->B * s->NH * s->T, 256);
+    mlstm_row_factors_kernel<<<blocks, 256, 0, stream>>>(*s, inv_den, ds, dh_dot_h, g->sig, g->floor);
+    LAUNCH_CHECK();
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Gradient of the gates from q, k and their gradients (doc/math.md):
+//   di_j = <k_j, dk_j>,   d log f_l = anchor + sum over l <= r in l's document and chunk of <q_r, dq_r> - <k_r, dk_r>
+// anchor = <C', dC'> + <n', dn'> of the states that leave the chunk: it reaches the chunk's last document only. The
+// log f of a document's first token has no effect. Bytes a token and head: 24 and 8 a tile of the row sums.
+
+typedef struct {               // `tiles` partial sums of every value, added in order
+    const float *q_dq, *k_dk;  // [tiles][B, NH, T]
+    int tiles;
+    const float *anchor;  // [anchor_tiles][B, NH, NC]
+    int anchor_tiles;
+} MlstmGateSums;
+
+// bias_partial [2NH][B * NC]: the sums over the tokens of each chunk
+template <typename F>
+static __global__ void mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, F *dgates,
+                                                   size_t ld_dgates, float *dgates32, float *bias_partial, int chunks) {
+    MlstmWarpChunk w;
+    if (!mlstm_warp_chunk(s, chunks, &w)) return;
+    const int lane = threadIdx.x % 32, NH = s.NH;
+    const size_t tile = (size_t)s.B * NH * s.T, anchor_tile = (size_t)s.B * NH * chunks;
+    double carry = 0;  // what the tokens behind this group add, if the document that begins at carry_start does
+    int carry_start = in.doc_start[(size_t)w.b * s.T + min(w.t0 + MLSTM_CHUNK, s.T) - 1];
+    for (int p = 0; w.c + 1 < chunks && p < sums.anchor_tiles; p++)
+        carry += sums.anchor[p * anchor_tile + w.bh * chunks + w.c];
+    float di_sum = 0, df_sum = 0;
+#pragma unroll
+    for (int g = MLSTM_GROUPS - 1; g >= 0; g--) {
+        const int l = w.t0 + 32 * g + lane, inside = l < s.T;
+        const size_t token = (size_t)w.b * s.T + min(l, s.T - 1);
+        const int start = in.doc_start[token];
+        float q_dq = 0, k_dk = 0;
+        for (int p = 0; inside && p < sums.tiles; p++) {
+            q_dq += sums.q_dq[p * tile + w.bh * s.T + l];
+            k_dk += sums.k_dk[p * tile + w.bh * s.T + l];
+        }
+        double sum = (double)q_dq - k_dk;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            double behind = __shfl_down_sync(0xffffffffu, sum, d);
+            int start_behind = __shfl_down_sync(0xffffffffu, start, d);
+            if (lane + d < 32 && start_behind <= l) sum += behind;
+        }
+        if (carry_start <= l) sum += carry;
+        carry = __shfl_sync(0xffffffffu, sum, 0);
+        carry_start = __shfl_sync(0xffffffffu, start, 0);
+        if (inside) {
+            const float i = mlstm_gate(in, token, w.head), f = mlstm_gate(in, token, NH + w.head);
+            float di = s.sigmoid_gate ? k_dk / (1 + expf(i)) : k_dk;
+            float df = start == l ? 0 : (float)sum / (1 + expf(f));
+            if (in.cap > 0) {
+                di *= 1 - (i / in.cap) * (i / in.cap);
+                df *= 1 - (f / in.cap) * (f / in.cap);
+            }
+            di_sum += di, df_sum += df;
+            dgates[token * ld_dgates + w.head] = from_float<F>(di);
+            dgates[token * ld_dgates + NH + w.head] = from_float<F>(df);
+            if (dgates32) dgates32[token * 2 * NH + w.head] = di;
+            if (dgates32) dgates32[token * 2 * NH + NH + w.head] = df;
+        }
+    }
+    di_sum = warp_sum(di_sum), df_sum = warp_sum(df_sum);
+    const size_t parts = (size_t)s.B * chunks, part = (size_t)w.b * chunks + w.c;
+    if (lane == 0) bias_partial[w.head * parts + part] = di_sum;
+    if (lane == 0) bias_partial[(NH + w.head) * parts + part] = df_sum;
+}
+
+// dbias[column] += sum of partial[column, parts]; a block a column
+static __global__ void mlstm_gate_bias_kernel(float *dbias, const float *partial, int parts) {
+    float sum = 0;
+    for (int p = threadIdx.x; p < parts; p += blockDim.x) sum += partial[(size_t)blockIdx.x * parts + p];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) dbias[blockIdx.x] += sum;
+}
+
+MAYBE_UNUSED
+static size_t mlstm_gates_partial_floats(const MlstmShape *s) { return (size_t)2 * s->NH * s->B * mlstm_chunks(s); }
+
+// gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, NC]:
+// partial sums, to be added in order (the last chunk's anchor is 0 and not read). dgates [B*T, 2NH] row stride
+// ld_dgates, gradient of the gates before bias and cap; dgates32 [B*T, 2NH] the same in fp32, or NULL; dbias [2NH] is
+// added to; partial [mlstm_gates_partial_floats].
+template <typename F>
+static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
+                                 const int *doc_start, const float *q_dq, const float *k_dk, int tiles,
+                                 const float *anchor, int anchor_tiles, F *dgates, size_t ld_dgates, float *dgates32,
+                                 float *dbias, float *partial, cudaStream_t stream) {
+    const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
+    const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles};
+    const int chunks = mlstm_chunks(s);
+    mlstm_gates_backward_kernel<<<mlstm_gate_blocks(s), 32 * MLSTM_GATE_WARPS, 0, stream>>>(
+        *s, in, sums, dgates, ld_dgates, dgates32, partial, chunks);
+    LAUNCH_CHECK();
+    mlstm_gate_bias_kernel<<<2 * s->NH, 256, 0, stream>>>(dbias, partial, s->B * chunks);
+    LAUNCH_CHECK();
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Generation: one token in the recurrent form. A block takes 128 bytes of columns of one head's C, all dk rows, and
+// reads and writes them once: 8 bytes an element of C, nothing else matters. Every block of a head needs the old n and
+// m, so a second kernel updates these.
+
+enum { STEP_THREADS = 256, STEP_LANES = 8, STEP_ROWS = STEP_THREADS / STEP_LANES, STEP_BATCH = 8 };
+
+typedef struct {
+    float forget, input, m;  // the factors of the old states and of k v^T, and the new scale
+} MlstmStepGates;
+
+template <typename F>
+__device__ inline MlstmStepGates mlstm_step_gates(const MlstmShape &s, const MlstmInput<F> &in, const MlstmState &state,
+                                                  int b, int head) {
+    const MlstmGateInput gates = {in.gates, in.ld_gates, in.bias, in.cap, in.doc_start};
+    const float i = mlstm_gate(gates, b, head), f = mlstm_gate(gates, b, s.NH + head);
+    const double lf = mlstm_log_sigmoid(f), old = lf + state.m[b * state.row + head];
+    if (s.sigmoid_gate) return {expf((float)old), expf(mlstm_log_sigmoid(i)), 0};
+    const float m = (float)fmax(old, (double)i);
+    return {expf((float)(old - m)), expf(i - m), m};
+}
+
+template <typename F, int V>
+static __global__ void __launch_bounds__(STEP_THREADS)
+    mlstm_step_kernel(MlstmShape s, MlstmInput<F> in, MlstmState state, F *h) {
+    extern __shared__ float smem[];
+    __shared__ float sums[STEP_THREADS / 32][STEP_LANES * V];
+    const int dk = s.dk, dv = s.dv, head = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % STEP_LANES;
+    const int column0 = blockIdx.x * STEP_LANES * V, column = column0 + lane * V;
+    const MlstmStepGates g = mlstm_step_gates(s, in, state, b, head);
+    float *q = smem, *k = smem + dk;  // s q and the input gate times k
+    const float *n = state.n + b * state.row + (size_t)head * dk, scale = 1 / sqrtf((float)dk);
+    float q_n = 0;
+    for (int a = threadIdx.x; a < dk; a += STEP_THREADS) {
+        const size_t at = b * in.ld + (size_t)head * dk + a;
+        q[a] = scale * to_float(in.q[at]);
+        k[a] = g.input * to_float(in.k[at]);
+        q_n += q[a] * (g.forget * n[a] + k[a]);
+    }
+    q_n = block_sum(q_n);  // q and k are there, too
+
+    float v[V], out[V] = {0};
+    if (column < dv) {  // with V > 1 a multiple of V
+        float *C = state.C + b * state.row + (size_t)head * dk * dv + column;
+        const F *values = in.v + b * in.ld + (size_t)head * dv + column;
+#pragma unroll
+        for (int j = 0; j < V; j++) v[j] = to_float(values[j]);
+        for (int a0 = threadIdx.x / STEP_LANES; a0 < dk; a0 += STEP_ROWS * STEP_BATCH) {
+            float x[STEP_BATCH][V];
+#pragma unroll
+            for (int r = 0; r < STEP_BATCH; r++) {  // all loads before the first store
+                const int a = a0 + r * STEP_ROWS;
+                if (a < dk) load_floats<V>(x[r], C + (size_t)a * dv);
+            }
+#pragma unroll
+            for (int r = 0; r < STEP_BATCH; r++) {
+                const int a = a0 + r * STEP_ROWS;
+                if (a >= dk) break;
+#pragma unroll
+                for (int j = 0; j < V; j++) {
+                    x[r][j] = g.forget * x[r][j] + k[a] * v[j];
+                    out[j] += q[a] * x[r][j];
+                }
+                store_floats<V>(C + (size_t)a * dv, x[r]);
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < V; j++) {  // the four rows of a warp, then the warps
+        out[j] += __shfl_xor_sync(0xffffffffu, out[j], 8);
+        out[j] += __shfl_xor_sync(0xffffffffu, out[j], 16);
+        if (threadIdx.x % 32 < STEP_LANES) sums[threadIdx.x / 32][lane * V + j] = out[j];
+    }
+    __syncthreads();
+    const int c = column0 + threadIdx.x;
+    if (threadIdx.x >= STEP_LANES * V || c >= dv) return;
+    const float den = s.sigmoid_gate ? 1 : fmaxf(fabsf(q_n), expf(-g.m)) + s.eps;
+    float sum = 0;
+    for (int w = 0; w < STEP_THREADS / 32; w++) sum += sums[w][threadIdx.x];
+    h[((size_t)b * s.NH + head) * dv + c] = from_float<F>(sum / den);
+}
+
+template <typename F>
+static __global__ void mlstm_step_vectors_kernel(MlstmShape s, MlstmInput<F> in, MlstmState state) {
+    const int head = blockIdx.x, b = blockIdx.y;
+    const MlstmStepGates g = mlstm_step_gates(s, in, state, b, head);
+    float *n = state.n + b * state.row + (size_t)head * s.dk;
+    const F *k = in.k + b * in.ld + (size_t)head * s.dk;
+    for (int a = threadIdx.x; a < s.dk; a += blockDim.x) n[a] = g.forget * n[a] + g.input * to_float(k[a]);
+    __syncthreads();  // all have read m
+    if (threadIdx.x == 0) state.m[b * state.row + head] = g.m;
+}
+
+// s.T = 1. The state is updated in place; h [B, NH, dv]. in.doc_start is not used.
+template <typename F>
+static void mlstm_step(MlstmShape s, MlstmInput<F> in, MlstmState state, F *h, cudaStream_t stream) {
+    const int aligned = vector_aligned(state.C, state.row) && s.dv % 4 == 0, V = aligned ? 4 : 1;
+    const dim3 grid(ceil_div(s.dv, STEP_LANES * V), s.NH, s.B);
+    auto kernel = aligned ? mlstm_step_kernel<F, 4> : mlstm_step_kernel<F, 1>;
+    kernel<<<grid, STEP_THREADS, 2 * s.dk * sizeof(float), stream>>>(s, in, state, h);
+    LAUNCH_CHECK();
+    mlstm_step_vectors_kernel<<<dim3(s.NH, s.B), 128, 0, stream>>>(s, in, state);
+    LAUNCH_CHECK();
+}
+
+#endif
