@@ -138,7 +138,9 @@ static Pair build_pair(const ModelCase *c, int in_bf16) {
         tensor_init(&p.config, &p.table, k, 7, p.values[0]);
         for (size_t i = 0; i < p.table.tensors[k].count; i++) {
             p.values[0][i] += 0.05f * (float)rng_normal(8, RNG_TEST, (uint64_t)k, i);
-            if (p.table.tensors[k].init == INIT_IGATE_10) p.values[0][i] += 9;
+            // Open input gates. Not in bf16 and not for a single token: once they are open, |q.n| cancels in the
+            // denominator (or with the numerator) and makes rounding larger without limit.
+            if (p.table.tensors[k].init == INIT_IGATE_10 && !in_bf16 && c->T > 1) p.values[0][i] += 9;
             if (in_bf16 && p.table.tensors[k].ndim > 1) p.values[0][i] = to_float(from_float<bf16>(p.values[0][i]));
         }
         for (int side = 0; side < 2; side++) p.backend[side]->write_tensor(KIND_WEIGHT, k, p.values[0]);
@@ -153,7 +155,7 @@ static Pair build_pair(const ModelCase *c, int in_bf16) {
     }
     p.num_logits = rows * (size_t)c->V;
     for (int side = 0; side < 2; side++) p.logits[side] = (float *)xcalloc(p.num_logits, sizeof(float));
-    Batch batch = {c->B, c->T, inputs, targets, c->resets ? resets : NULL, c->states ? 0 : -1, NULL};
+    Batch batch = {c->B, c->T, inputs, targets, c->resets ? resets : NULL, c->states ? 0 : -1, NULL, NULL, NULL};
     p.batch = batch;
     return p;
 }
@@ -167,14 +169,29 @@ static double relative_error(const float *got, const float *want, size_t n) {
     return size > 0 ? sqrt(error / size) : sqrt(error);
 }
 
-// The worst relative error over all tensors of a kind; its name is printed.
-static void check_tensors(const Pair *p, const char *what, int kind, double limit) {
-    double worst = 0;
+static double norm_of(const float *x, size_t n) {
+    double size = 0;
+    for (size_t k = 0; k < n; k++) size += (double)x[k] * x[k];
+    return sqrt(size);
+}
+
+// The worst relative error over all tensors of a kind; its name is printed. Sums that cancel (gate biases, most of all
+// those of input gates, whose common shift leaves the output as it is; input gates of a single token) are no smaller
+// than the rounding of their terms: a tensor below the share `floor` of the norm over all tensors is measured by that.
+static void check_tensors(const Pair *p, const char *what, int kind, double floor, double limit) {
+    double worst = 0, all = 0;
     int at = 0;
     for (int k = 0; k < p->table.num_tensors; k++) {
+        p->backend[0]->read_tensor(kind, k, p->values[0]);
+        all = hypot(all, norm_of(p->values[0], p->table.tensors[k].count));
+    }
+    for (int k = 0; k < p->table.num_tensors; k++) {
+        size_t n = p->table.tensors[k].count;
         for (int side = 0; side < 2; side++) p->backend[side]->read_tensor(kind, k, p->values[side]);
-        double error = relative_error(p->values[1], p->values[0], p->table.tensors[k].count);
-        if (!(error <= limit)) printf("     %-60s %.2e\n", p->table.tensors[k].name, error);
+        double size = norm_of(p->values[0], n), error = relative_error(p->values[1], p->values[0], n);
+        if (size < floor * all) error *= size > 0 ? size / (floor * all) : 1 / (floor * all);
+        if (!(error <= limit))
+            printf("     %-60s %.2e, norm %.1e of the whole\n", p->table.tensors[k].name, error, size / all);
         if (!(error <= worst)) worst = error, at = k;
     }
     char line[200];
@@ -208,7 +225,7 @@ static void test_model_case(const ModelCase *c, int in_bf16) {
         check_values(label, "loss", &loss[1], &loss[0], 1, in_bf16 ? 5e-3 : 1e-5);
         check_values(label, "logits", p.logits[1], p.logits[0], p.num_logits, limit);
         format_into(line, sizeof line, "%s: gradients", label);
-        check_tensors(&p, line, KIND_GRAD, limit);
+        check_tensors(&p, line, KIND_GRAD, in_bf16 ? 1e-2 : 1e-3, limit);
     }
     for (int row = 0; c->states && row < c->B; row++) {
         for (int side = 0; side < 2; side++) p.backend[side]->read_state(row, p.values[side]);
@@ -248,7 +265,8 @@ static void test_model_case(const ModelCase *c, int in_bf16) {
     const float got = (float)norms[1], want = (float)norms[0];
     check_values(label, "gradient norm", &got, &want, 1, limit);
     format_into(line, sizeof line, "%s: weights after an update", label);
-    check_tensors(&p, line, KIND_WEIGHT, in_bf16 ? 3e-2 : 1e-3);  // signs of tiny gradients decide at the first update
+    check_tensors(&p, line, KIND_WEIGHT, 0,
+                  in_bf16 ? 3e-2 : 1e-3);  // signs of tiny gradients decide at the first update
 }
 
 static void test_models_fp32(void) {

@@ -684,7 +684,8 @@ enum { TILE = 32 };
 
 typedef struct {  // one chunk of one head
     int t0, len;
-    int fresh;          // states entering are zero
+    int fresh;          // a document begins: states entering count as zero
+    int empty;          // backward: no state enters, so the first forget gate has no effect
     double m, m_next;   // scale of the states entering and leaving
     double r_next;      // r_L such that m' = b_L + r_L holds for the rounded m'
     double *u, *r, *b;  // [len]
@@ -986,7 +987,7 @@ static void mlstm_chunk_backward_gates(const MlstmShape *s, const MlstmInput *in
         double i = in->igate[gate], f = in->fgate[gate];
         sum += dot(in->q + at, g->dq + to, dk) - k_dk;
         g->digate[row * g->ld_gate + head] = (real)(s->sigmoid_gate ? k_dk / (1 + exp(i)) : k_dk);
-        g->dfgate[row * g->ld_gate + head] = l == 0 && c->fresh ? 0 : (real)(sum / (1 + exp(f)));
+        g->dfgate[row * g->ld_gate + head] = l == 0 && c->empty ? 0 : (real)(sum / (1 + exp(f)));
     }
 }
 
@@ -1020,6 +1021,7 @@ static void mlstm_backward(const MlstmShape *s, const MlstmInput *in, const Mlst
                 c->fresh = is_reset(s, b, c->t0);
                 const real *enter = slots + (size_t)(c->t0 / s->chunk) * size;
                 const real *leave = slots + (size_t)((t1 + s->chunk - 1) / s->chunk) * size;
+                c->empty = c->fresh || (c->t0 == 0 && dot(enter + dkv, enter + dkv, dk) == 0);
                 c->m = c->fresh ? 0 : enter[dkv + dk];
                 chunk_gates(c, s, in, b, head);
                 for (int l = 0; l < c->len; l++) {
@@ -1721,7 +1723,7 @@ static void cpu_decode_start(void) { memset(model.decode_state, 0, sizeof(real) 
 static void cpu_decode_step(int token, float *logits) {
     static const unsigned char history[1] = {3};
     Sequence s = {1, 1, NULL, history, model.decode_state, model.decode_state, model.states.total, 1};
-    Batch batch = {1, 1, &token, NULL, NULL, -1, logits};
+    Batch batch = {1, 1, &token, NULL, NULL, -1, logits, NULL, NULL};
     use_threads(1);
     model_forward(&model, &s, &token);
     classifier(&model, &batch, 0, 0);

@@ -29,8 +29,6 @@ enum { MAX_HEAD_DIM = 1024 };    // of the cell kernels
 enum { LOGIT_BYTES = 1 << 29 };  // the classifier works on as many rows at once as fill this
 enum { ALIGN = 64 };             // elements; where tensors and states begin
 static int align_up(int n, int to) { return (n + to - 1) / to * to; }
-static int imin(int a, int b) { return a < b ? a : b; }
-static int imax(int a, int b) { return a > b ? a : b; }
 
 // ----------------------------------------------------------------------------------------------------------------
 // Where tensors and states lie in device memory. Tensors that one matmul reads stand without a gap behind each other,
@@ -145,7 +143,7 @@ struct Model {
     int logit_rows;
     F *dx;                                // [rows, D] gradient of the residual stream
     F *d_wide, *d_mid, *d_mid2, *d_mid3;  // [rows, widest]
-    float *dgates32, *dh_dot_h;           // [rows, 2NH], [rows, NH]
+    float *dh_dot_h;                      // [rows, NH]
     MlstmScratch<F> mlstm_scratch[2];     // of mlstm and of mlstm_v1 blocks
     SlstmScratch slstm_scratch;
     F *slstm_x;      // [rows, 4D] pre-activations of an sLSTM
@@ -264,7 +262,7 @@ static MlstmInput<F> mlstm_input(const Model<F> *m, int b, const BlockActs<F> *a
                         (size_t)(v1 ? 3 * Dk : 2 * Dk + 2 * Dv),
                         a->gates,
                         (size_t)gate_rows(m->config.num_heads),
-                        param(m, b, v1 ? V1_IGATE_BIAS : M_IGATE_BIAS),
+                        param(m, b, v1 ? (int)V1_IGATE_BIAS : (int)M_IGATE_BIAS),
                         v1 ? 0.0f : (float)m->config.gate_soft_cap,
                         s->doc_start};
     return in;
@@ -276,7 +274,9 @@ static void mlstm_cell(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a) {
     MlstmInput<F> in = mlstm_input(m, b, a, s);
     MlstmState final = mlstm_state(m, b, s->state_out);
     if (s->decode) mlstm_step(shape, in, final, a->h, m->stream);
-    else mlstm_forward(shape, in, mlstm_state(m, b, s->state_in), final, a->h, &a->mlstm, m->stream);
+    else
+        mlstm_forward(shape, in, mlstm_state(m, b, s->state_in), final, a->h, &a->mlstm,
+                      &m->mlstm_scratch[m->config.block_types[b] == BLOCK_MLSTM_V1], m->stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -317,8 +317,8 @@ static void mlstm_block_backward(Model<F> *m, int b, const Sequence *s, const F 
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dproj + P + 2 * NH, ld * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
     mlstm_backward(shape, mlstm_input(m, b, a, s), mlstm_state(m, b, s->state_in), dh, m->dh_dot_h, dproj, dproj + Dk,
-                   dproj + 2 * Dk, ld, dproj + P, ld, m->dgates32, grad(m, b, M_IGATE_BIAS), &a->mlstm,
-                   &m->mlstm_scratch[0], m->stream);
+                   dproj + 2 * Dk, ld, dproj + P, ld, NULL, grad(m, b, M_IGATE_BIAS), &a->mlstm, &m->mlstm_scratch[0],
+                   m->stream);
     matmul_backward(m->d_mid, D, 0, grad(m, b, M_Q), dproj, ld, a->u, D, weight(m, b, M_Q), rows, (int)ld, D,
                     m->stream);
     norm_backward(m->dx, 1, grad(m, b, M_NORM), m->d_mid, x, a->stats, param(m, b, M_NORM), norm, rows, m->partial,
@@ -369,7 +369,7 @@ static void mlstm_v1_block_backward(Model<F> *m, int b, const Sequence *s, const
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dgates + 2 * NH, G * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
     mlstm_backward(shape, mlstm_input(m, b, a, s), mlstm_state(m, b, s->state_in), dh, m->dh_dot_h, dqkv, dqkv + I,
-                   dqkv + 2 * I, ld_qkv, dgates, (size_t)G, m->dgates32, grad(m, b, V1_IGATE_BIAS), &a->mlstm,
+                   dqkv + 2 * I, ld_qkv, dgates, (size_t)G, NULL, grad(m, b, V1_IGATE_BIAS), &a->mlstm,
                    &m->mlstm_scratch[1], m->stream);
     matmul_backward(dqkv, ld_qkv, 1, grad(m, b, V1_IGATE), dgates, G, a->qkv, ld_qkv, weight(m, b, V1_IGATE), rows, G,
                     3 * I, m->stream);
@@ -621,6 +621,7 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
     }
     if (stateful) CUDA_CHECK(cudaMemcpyAsync(stored, m->state_out, B * row_bytes, cudaMemcpyDeviceToDevice, m->stream));
     CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
+    if (batch->meanwhile) batch->meanwhile(batch->meanwhile_arg);
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
     return host.sums[0];
 }
@@ -752,7 +753,6 @@ static void take_activations(Arena *a, Model<F> *m) {
     m->d_mid = take<F>(a, rows * mid);
     m->d_mid2 = take<F>(a, rows * mid);
     m->d_mid3 = take<F>(a, rows * mid);
-    m->dgates32 = take<float>(a, rows * 2 * NH);
     m->dh_dot_h = take<float>(a, rows * NH);
     for (int v1 = 0; v1 < 2; v1++)
         if (model_has(&m->config, v1 ? BLOCK_MLSTM_V1 : BLOCK_MLSTM)) {

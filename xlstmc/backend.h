@@ -12,10 +12,12 @@ typedef struct {
     const int *inputs;   // [B, T] token ids
     const int *targets;  // [B, T] token ids; -1: ignored
     const unsigned char
-        *resets;    // [B, T] 1: a document begins here, all states are fresh before this token; NULL: none
-    int state_row;  // >= 0: rows continue from stored states state_row .. state_row+B-1, which are then
-                    // replaced by the final ones (truncated backpropagation); -1: rows start fresh
-    float *logits;  // [B, T, V] out, after the soft cap; NULL: not wanted
+        *resets;                // [B, T] 1: a document begins here, all states are fresh before this token; NULL: none
+    int state_row;              // >= 0: rows continue from stored states state_row .. state_row+B-1, which are then
+                                // replaced by the final ones (truncated backpropagation); -1: rows start fresh
+    float *logits;              // [B, T, V] out, after the soft cap; NULL: not wanted
+    void (*meanwhile)(void *);  // may be called once while a device computes; NULL: nothing to do
+    void *meanwhile_arg;
 } Batch;
 
 typedef struct {

@@ -34,6 +34,10 @@ static void cublas_check_(cublasStatus_t status, const char *call, const char *f
 enum { NO_RESET = -(1 << 30) };  // doc_start of a token before which no document began in this window
 
 MAYBE_UNUSED
+static int imin(int a, int b) { return a < b ? a : b; }
+MAYBE_UNUSED
+static int imax(int a, int b) { return a > b ? a : b; }
+MAYBE_UNUSED
 static int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 
 // ----------------------------------------------------------------------------------------------------------------

@@ -207,22 +207,27 @@ struct StatesArgs {
     F *C;                       // [B, NH, NC, dk, pitch] saved
     float *n;                   // [B, NH, NC, dk] saved
     size_t pitch;               // dv up to a multiple of 8
+    int segment_chunks;         // the sequence is walked in segments of so many chunks, all at once
+    float *segments;            // [P][B][NH dk dv + NH dk] states entering each segment; NULL: one segment
+    bool local;                 // the first of two walks: from zero, to learn what each segment adds to the state
     const F *entering;          // reverse: C and n as the forward pass saved them
     const float *n_entering;
     float *anchor;  // reverse: [tiles][B, NH, NC] this tile's share of <C', dC'> + <n', dn'>
 };
 
-template <typename F>
-constexpr int STATE_STAGES = sizeof(F) == 2 ? 3 : 2;
+template <typename F, int N>
+constexpr int STATE_STAGES = sizeof(F) == 4 ? 2
+                             : N == 64      ? 4
+                                            : 3;  // what 99 KB hold
 
 template <typename F, int N>
 constexpr size_t states_shared_bytes() {
-    return STATE_STAGES<F> * (sizeof(F) * 64 * (64 + N) + sizeof(float) * 3 * 64) + sizeof(float) * 256;
+    return STATE_STAGES<F, N> * (sizeof(F) * 64 * (64 + N) + sizeof(float) * 3 * 64) + sizeof(float) * 256;
 }
 
 template <typename F, int N, bool REVERSE>
 static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(StatesArgs<F> p) {
-    constexpr int NT = N / 16, STAGES = STATE_STAGES<F>, STAGE = 64 * (64 + N);
+    constexpr int NT = N / 16, STAGES = STATE_STAGES<F, N>, STAGE = 64 * (64 + N);
     extern __shared__ __align__(128) unsigned char shared[];
     F *tiles = (F *)shared;
     float *scales = (float *)(tiles + STAGES * STAGE);  // [STAGES][3][64]
@@ -232,7 +237,19 @@ static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(Stat
     int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + MLSTM_CHUNK - 1) / MLSTM_CHUNK, T = s.T;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, m0 = warp % 4 * 16,
         n0 = warp / 4 * (N / 2);
-    int num_tiles = (T + 63) / 64, rows = s.dk - a0, cols = s.dv - v0;
+    int segment = blockIdx.z, last_segment = REVERSE ? 0 : (int)gridDim.z - 1;
+    int first_chunk = segment * p.segment_chunks, last_chunk = min(first_chunk + p.segment_chunks, NC) - 1;
+    int first_tile = 2 * first_chunk, last_tile = min(2 * last_chunk + 1, (T + 63) / 64 - 1);
+    int num_tiles = last_tile - first_tile + 1, rows = s.dk - a0, cols = s.dv - v0;
+    if (p.local && segment == last_segment) return;  // nobody asks for what it adds
+    MlstmState initial = p.initial, final = p.final;
+    if (p.segments) {
+        size_t matrices = (size_t)s.NH * s.dk * s.dv, record = matrices + (size_t)s.NH * s.dk;
+        float *at = p.segments + segment * s.B * record;
+        MlstmState stored = {at, at + matrices, NULL, record}, none = {NULL, NULL, NULL, 0};
+        initial = p.local ? none : stored;
+        final = p.local ? stored : segment == last_segment ? final : none;
+    }
     const F *X = p.x + (size_t)b * T * p.ld_x + (size_t)head * s.dk + a0;
     const F *Y = p.y + (size_t)b * T * p.ld_y + (size_t)head * s.dv + v0;
     const float *decay = p.decay + (size_t)bh * NC;
@@ -244,7 +261,7 @@ static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(Stat
     float2 next[NT][2];            // reverse: C entering the chunk that was done last
     int n_col = threadIdx.x % 64, quarter = threadIdx.x / 64;
 
-    auto tile_of = [&](int step) { return REVERSE ? num_tiles - 1 - step : step; };
+    auto tile_of = [&](int step) { return REVERSE ? last_tile - step : first_tile + step; };
     auto load = [&](int step) {
         if (step < num_tiles) {
             int t0 = tile_of(step) * 64, slot = step % STAGES;
@@ -269,21 +286,27 @@ static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(Stat
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             acc[nt][2 * h] = acc[nt][2 * h + 1] = 0;
-            next[nt][h] = make_float2(0, 0);
-            if (!REVERSE && p.initial.C && row_of(h) < s.dk) {
-                const float *from = p.initial.C + b * p.initial.row + ((size_t)head * s.dk + row_of(h)) * s.dv;
+            int count = row_of(h) < s.dk ? s.dv - col_of(nt) : 0;
+            if (REVERSE)
+                next[nt][h] =
+                    last_chunk + 1 < NC
+                        ? load_two(entering + (last_chunk + 1) * state_size + (size_t)row_of(h) * p.pitch + col_of(nt),
+                                   count, true)
+                        : make_float2(0, 0);
+            if (initial.C && row_of(h) < s.dk) {
+                const float *from = initial.C + b * initial.row + ((size_t)head * s.dk + row_of(h)) * s.dv;
                 if (col_of(nt) < s.dv) acc[nt][2 * h] = from[col_of(nt)];
                 if (col_of(nt) + 1 < s.dv) acc[nt][2 * h + 1] = from[col_of(nt) + 1];
             }
         }
-    if (!REVERSE && p.initial.C && quarter == 0 && n_col < rows)
-        n_part = p.initial.n[b * p.initial.row + (size_t)head * s.dk + a0 + n_col];
-    float next_decay = decay[REVERSE ? NC - 1 : 0];
+    if (initial.C && quarter == 0 && n_col < rows)
+        n_part = initial.n[b * initial.row + (size_t)head * s.dk + a0 + n_col];
+    float next_decay = decay[REVERSE ? last_chunk : first_chunk];
     for (int step = 0; step < STAGES - 1; step++) load(step);
 
     for (int step = 0; step < num_tiles; step++) {
         int tile = tile_of(step), c = tile / 2;
-        bool begins = REVERSE ? tile % 2 == 1 || tile == num_tiles - 1 : tile % 2 == 0;
+        bool begins = REVERSE ? tile % 2 == 1 || tile == last_tile : tile % 2 == 0;
         copy_wait<STAGES - 2>();
         __syncthreads();
         load(step + STAGES - 1);
@@ -298,24 +321,24 @@ static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(Stat
                     int count = row_of(h) < s.dk ? s.dv - col_of(nt) : 0;
                     size_t at = (size_t)row_of(h) * p.pitch + col_of(nt);
                     float *x = &acc[nt][2 * h];
-                    if (REVERSE) {
+                    if (REVERSE && !p.local) {
                         share += x[0] * next[nt][h].x + x[1] * next[nt][h].y;
                         next[nt][h] = load_two(entering + c * state_size + at, count, true);
                     }
-                    store_two(C + c * state_size + at, x[0], x[1], count, true);
+                    if (!p.local) store_two(C + c * state_size + at, x[0], x[1], count, true);
                     x[0] *= keep;
                     x[1] *= keep;
                 }
             if (keeps_n) n_sum[threadIdx.x] = n_part;
             n_part *= keep;
             __syncthreads();
-            if (keeps_n && threadIdx.x < 64 && n_col < rows) {
+            if (!p.local && keeps_n && threadIdx.x < 64 && n_col < rows) {
                 float n = n_sum[n_col] + n_sum[64 + n_col] + n_sum[128 + n_col] + n_sum[192 + n_col];
                 size_t at = ((size_t)bh * NC + c) * s.dk + a0 + n_col;
                 p.n[at] = n;
                 if (REVERSE && c + 1 < NC) share += n * p.n_entering[at + s.dk];
             }
-            if (REVERSE) {
+            if (REVERSE && !p.local) {
                 share = block_sum(share);
                 if (threadIdx.x == 0)
                     p.anchor[(size_t)blockIdx.x * gridDim.y * NC + (size_t)bh * NC + c] = c + 1 < NC ? share : 0;
@@ -339,55 +362,111 @@ static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(Stat
         }
     }
 
-    if constexpr (!REVERSE) {
-        if (!p.final.C) return;
+    if (!final.C) return;
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++)
+    for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-                if (row_of(h) < s.dk) {
-                    float *to = p.final.C + b * p.final.row + ((size_t)head * s.dk + row_of(h)) * s.dv;
-                    if (col_of(nt) < s.dv) to[col_of(nt)] = acc[nt][2 * h];
-                    if (col_of(nt) + 1 < s.dv) to[col_of(nt) + 1] = acc[nt][2 * h + 1];
-                }
-        __syncthreads();
-        n_sum[threadIdx.x] = n_part;
-        __syncthreads();
-        if (keeps_n && threadIdx.x < 64 && n_col < rows)
-            p.final.n[b * p.final.row + (size_t)head * s.dk + a0 + n_col] =
-                n_sum[n_col] + n_sum[64 + n_col] + n_sum[128 + n_col] + n_sum[192 + n_col];
-    }
+        for (int h = 0; h < 2; h++)
+            if (row_of(h) < s.dk) {
+                float *to = final.C + b * final.row + ((size_t)head * s.dk + row_of(h)) * s.dv;
+                if (col_of(nt) < s.dv) to[col_of(nt)] = acc[nt][2 * h];
+                if (col_of(nt) + 1 < s.dv) to[col_of(nt) + 1] = acc[nt][2 * h + 1];
+            }
+    __syncthreads();
+    n_sum[threadIdx.x] = n_part;
+    __syncthreads();
+    if (keeps_n && threadIdx.x < 64 && n_col < rows)
+        final.n[b * final.row + (size_t)head * s.dk + a0 + n_col] =
+            n_sum[n_col] + n_sum[64 + n_col] + n_sum[128 + n_col] + n_sum[192 + n_col];
 }
+
+enum { STATES_BLOCKS = 264 };  // two for each multiprocessor of an H100
 
 template <typename F, int N, bool REVERSE>
 static void launch_states(const StatesArgs<F> &p, cudaStream_t stream) {
     constexpr size_t bytes = states_shared_bytes<F, N>();
-    dim3 grid((unsigned)(ceil_div(p.s.dk, 64) * ceil_div(p.s.dv, N)), (unsigned)(p.s.B * p.s.NH));
+    dim3 grid((unsigned)(ceil_div(p.s.dk, 64) * ceil_div(p.s.dv, N)), (unsigned)(p.s.B * p.s.NH),
+              (unsigned)ceil_div(mlstm_chunks(&p.s), p.segment_chunks));
     CUDA_CHECK(cudaFuncSetAttribute(mlstm_states_kernel<F, N, REVERSE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)bytes));
     mlstm_states_kernel<F, N, REVERSE><<<grid, MLSTM_THREADS, bytes, stream>>>(p);
     LAUNCH_CHECK();
 }
 
-// Columns of a block's tile: narrow ones where wide ones would leave multiprocessors idle.
-template <typename F>
+// Columns of a block's tile: narrow ones where wide ones would leave multiprocessors idle, and in reverse, which needs
+// more registers an element.
+template <typename F, bool REVERSE>
 static int states_columns(const MlstmShape *s) {
     int wide = ceil_div(s->dk, 64) * ceil_div(s->dv, 128) * s->B * s->NH;
-    return sizeof(F) == 4 || s->dv <= 64 || wide < 132 ? 64 : 128;
+    return REVERSE || sizeof(F) == 4 || s->dv <= 64 || wide < STATES_BLOCKS / 2 ? 64 : 128;
 }
-template <typename F>
+template <typename F, bool REVERSE>
 static int states_tiles(const MlstmShape *s) {
-    return ceil_div(s->dk, 64) * ceil_div(s->dv, states_columns<F>(s));
+    return ceil_div(s->dk, 64) * ceil_div(s->dv, states_columns<F, REVERSE>(s));
 }
 
 template <typename F, bool REVERSE>
-static void mlstm_states(const StatesArgs<F> &p, cudaStream_t stream) {
-    if constexpr (sizeof(F) == 2)
-        if (states_columns<F>(&p.s) == 128) {
+static void walk_states(const StatesArgs<F> &p, cudaStream_t stream) {
+    if constexpr (sizeof(F) == 2 && !REVERSE)
+        if (states_columns<F, REVERSE>(&p.s) == 128) {
             launch_states<F, 128, REVERSE>(p, stream);
             return;
         }
     launch_states<F, 64, REVERSE>(p, stream);
+}
+
+// Chunks a segment. A few long sequences would occupy a few multiprocessors: then each is cut into segments that are
+// walked twice, first from zero and then, with what all the ones before have added, from the true state.
+template <typename F, bool REVERSE>
+static int states_segment_chunks(const MlstmShape *s) {
+    int blocks = states_tiles<F, REVERSE>(s) * s->B * s->NH, chunks = mlstm_chunks(s), segments = 1;
+    if (blocks < STATES_BLOCKS / 2) segments = imin(ceil_div(STATES_BLOCKS, blocks), chunks / 4);
+    return ceil_div(chunks, segments > 1 ? segments : 1);
+}
+
+// States entering each segment (in place of what each has added), from `initial` on; a thread an element.
+template <bool REVERSE>
+static __global__ void mlstm_segments_kernel(MlstmShape s, float *segments, const float *decay, MlstmState initial,
+                                             int num_segments, int segment_chunks) {
+    extern __shared__ float kept[];  // [num_segments] how much of the state survives each segment
+    int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + MLSTM_CHUNK - 1) / MLSTM_CHUNK;
+    for (int k = threadIdx.x; k < num_segments; k += blockDim.x) {
+        float product = 1;
+        for (int c = k * segment_chunks; c < min((k + 1) * segment_chunks, NC); c++) product *= decay[bh * NC + c];
+        kept[k] = product;
+    }
+    __syncthreads();
+    size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk);
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;  // in the head's C, then in its n
+    if (i >= matrix + s.dk) return;
+    bool in_n = i >= matrix;
+    size_t at = in_n ? s.NH * matrix + (size_t)head * s.dk + i - matrix : head * matrix + i;
+    float state = 0;
+    if (initial.C)
+        state = in_n ? initial.n[b * initial.row + (size_t)head * s.dk + i - matrix] : initial.C[b * initial.row + at];
+    for (int k = 0; k < num_segments; k++) {
+        int segment = REVERSE ? num_segments - 1 - k : k;
+        float *place = segments + ((size_t)segment * s.B + b) * record + at, adds = k + 1 < num_segments ? *place : 0;
+        *place = state;
+        state = kept[segment] * state + adds;
+    }
+}
+
+template <typename F, bool REVERSE>
+static void mlstm_states(StatesArgs<F> p, float *segments, cudaStream_t stream) {
+    p.segment_chunks = states_segment_chunks<F, REVERSE>(&p.s);
+    int num_segments = ceil_div(mlstm_chunks(&p.s), p.segment_chunks);
+    if (num_segments > 1) {
+        p.segments = segments;
+        p.local = true;
+        walk_states<F, REVERSE>(p, stream);
+        dim3 grid((unsigned)ceil_div((size_t)p.s.dk * (p.s.dv + 1), 256), (unsigned)(p.s.B * p.s.NH));
+        mlstm_segments_kernel<REVERSE><<<grid, 256, num_segments * sizeof(float), stream>>>(
+            p.s, segments, p.decay, p.initial, num_segments, p.segment_chunks);
+        LAUNCH_CHECK();
+        p.local = false;
+    }
+    walk_states<F, REVERSE>(p, stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -672,6 +751,7 @@ struct MlstmScratch {     // of backward
     float *inv_den, *ds;  // [B, NH, T]
     float *q_dq, *k_dk;   // [column tiles][B, NH, T]
     float *anchor;        // [state tiles][B, NH, NC]
+    float *segments;      // see StatesArgs; forward uses it, too
     float *partial;       // sums of the bias gradient
 };
 
@@ -699,6 +779,10 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     scratch->k_dk = take<float>(a, tiles * tokens);
     // Fewer sequences than planned may have narrower tiles, that is more of them; but then fewer chunks.
     scratch->anchor = take<float>(a, (size_t)ceil_div(s->dk, 64) * ceil_div(s->dv, 64) * chunks);
+    // Segments x sequences x heads x tiles stay below STATES_BLOCKS + STATES_BLOCKS / 2 where there are segments at
+    // all.
+    scratch->segments = take<float>(
+        a, (size_t)(ceil_div(2 * STATES_BLOCKS, ceil_div(s->dk, 64) * ceil_div(s->dv, 64)) + 1) * s->dk * (s->dv + 1));
     scratch->partial = take<float>(a, mlstm_gates_partial_floats(s));
 }
 
@@ -711,7 +795,7 @@ static bool mlstm_aligned(const MlstmShape *s, const MlstmInput<F> *in) {
 // h [B, T, NH, dv]. Initial and final states in float, C == NULL: zeros, not wanted; they must not overlap.
 template <typename F>
 static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, F *h,
-                          const MlstmSaved<F> *saved, cudaStream_t stream) {
+                          const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
     size_t ld_h = (size_t)s.NH * s.dv;
     bool aligned = mlstm_aligned(&s, &in) && vector_aligned(h, ld_h);
     mlstm_gates_forward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, initial.C ? initial.m : NULL,
@@ -723,7 +807,7 @@ static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, Ml
     states.scale = saved->gates.kscale, states.decay = saved->gates.decay;
     states.initial = initial, states.final = final;
     states.C = saved->C, states.n = saved->n;
-    mlstm_states<F, false>(states, stream);
+    mlstm_states<F, false>(states, scratch->segments, stream);
     AttendArgs<F> attend = {};
     attend.s = s, attend.pitch = mlstm_pitch(&s), attend.aligned = aligned;
     attend.gates = saved->gates, attend.doc_start = in.doc_start;
@@ -756,7 +840,7 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     states.decay = gates->decay;
     states.C = scratch->dC, states.n = scratch->dn;
     states.entering = saved->C, states.n_entering = saved->n, states.anchor = scratch->anchor;
-    mlstm_states<F, true>(states, stream);
+    mlstm_states<F, true>(states, scratch->segments, stream);
 
     AttendArgs<F> attend = {};
     attend.s = s, attend.pitch = mlstm_pitch(&s), attend.aligned = aligned;
@@ -785,8 +869,8 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     mlstm_attend<F, ATTEND_DV>(attend, stream);
 
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
-                         ceil_div(s.dk, attend_columns<F>(s.dk)), scratch->anchor, states_tiles<F>(&s), dgates,
-                         ld_dgates, dgates32, dbias, scratch->partial, stream);
+                         ceil_div(s.dk, attend_columns<F>(s.dk)), scratch->anchor, states_tiles<F, true>(&s), saved->n,
+                         dgates, ld_dgates, dgates32, dbias, scratch->partial, stream);
 }
 
 #endif

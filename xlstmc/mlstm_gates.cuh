@@ -275,10 +275,11 @@ typedef struct {               // `tiles` partial sums of every value, added in 
     int anchor_tiles;
 } MlstmGateSums;
 
-// bias_partial [2NH][B * NC]: the sums over the tokens of each chunk
+// bias_partial [2NH][B * NC]: the sums over the tokens of each chunk; n [B, NH, NC, dk] enters them
 template <typename F>
-static __global__ void mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, F *dgates,
-                                                   size_t ld_dgates, float *dgates32, float *bias_partial, int chunks) {
+static __global__ void mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n,
+                                                   F *dgates, size_t ld_dgates, float *dgates32, float *bias_partial,
+                                                   int chunks) {
     MlstmWarpChunk w;
     if (!mlstm_warp_chunk(s, chunks, &w)) return;
     const int lane = threadIdx.x % 32, NH = s.NH;
@@ -287,6 +288,9 @@ static __global__ void mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput 
     int carry_start = in.doc_start[(size_t)w.b * s.T + min(w.t0 + MLSTM_CHUNK, s.T) - 1];
     for (int p = 0; w.c + 1 < chunks && p < sums.anchor_tiles; p++)
         carry += sums.anchor[p * anchor_tile + w.bh * chunks + w.c];
+    int empty = w.c == 0;  // no state enters: the first forget gate has no effect, as at a reset
+    for (int a0 = 0; empty && a0 < s.dk; a0 += 32)
+        empty = __all_sync(0xffffffffu, a0 + lane >= s.dk || n[w.bh * chunks * s.dk + a0 + lane] == 0);
     float di_sum = 0, df_sum = 0;
 #pragma unroll
     for (int g = MLSTM_GROUPS - 1; g >= 0; g--) {
@@ -311,7 +315,7 @@ static __global__ void mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput 
         if (inside) {
             const float i = mlstm_gate(in, token, w.head), f = mlstm_gate(in, token, NH + w.head);
             float di = s.sigmoid_gate ? k_dk / (1 + expf(i)) : k_dk;
-            float df = start == l ? 0 : (float)sum / (1 + expf(f));
+            float df = start == l || (empty && l == 0) ? 0 : (float)sum / (1 + expf(f));
             if (in.cap > 0) {
                 di *= 1 - (i / in.cap) * (i / in.cap);
                 df *= 1 - (f / in.cap) * (f / in.cap);
@@ -341,19 +345,19 @@ MAYBE_UNUSED
 static size_t mlstm_gates_partial_floats(const MlstmShape *s) { return (size_t)2 * s->NH * s->B * mlstm_chunks(s); }
 
 // gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, NC]:
-// partial sums, to be added in order (the last chunk's anchor is 0 and not read). dgates [B*T, 2NH] row stride
-// ld_dgates, gradient of the gates before bias and cap; dgates32 [B*T, 2NH] the same in fp32, or NULL; dbias [2NH] is
-// added to; partial [mlstm_gates_partial_floats].
+// partial sums, to be added in order (the last chunk's anchor is 0 and not read). n [B, NH, NC, dk] entering. dgates
+// [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dgates32 [B*T, 2NH] the same in fp32, or
+// NULL; dbias [2NH] is added to; partial [mlstm_gates_partial_floats].
 template <typename F>
 static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
                                  const int *doc_start, const float *q_dq, const float *k_dk, int tiles,
-                                 const float *anchor, int anchor_tiles, F *dgates, size_t ld_dgates, float *dgates32,
-                                 float *dbias, float *partial, cudaStream_t stream) {
+                                 const float *anchor, int anchor_tiles, const float *n, F *dgates, size_t ld_dgates,
+                                 float *dgates32, float *dbias, float *partial, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
     const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles};
     const int chunks = mlstm_chunks(s);
     mlstm_gates_backward_kernel<<<mlstm_gate_blocks(s), 32 * MLSTM_GATE_WARPS, 0, stream>>>(
-        *s, in, sums, dgates, ld_dgates, dgates32, partial, chunks);
+        *s, in, sums, n, dgates, ld_dgates, dgates32, partial, chunks);
     LAUNCH_CHECK();
     mlstm_gate_bias_kernel<<<2 * s->NH, 256, 0, stream>>>(dbias, partial, s->B * chunks);
     LAUNCH_CHECK();

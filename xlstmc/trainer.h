@@ -32,6 +32,12 @@
 
 enum { MAX_SKIPPED_IN_A_ROW = 10 };
 
+typedef struct {            // the tokens of a micro-step
+    int *inputs, *targets;  // [B, T]
+    unsigned char *resets;  // [B, T] or NULL
+    int64_t at;             // their place in the sequence of all training samples, -1: none
+} Rows;
+
 typedef struct {
     Flags flags;
     const Backend *backend;
@@ -52,9 +58,7 @@ typedef struct {
     uint64_t tokens;  // tokens done: the position in the data
     int64_t skipped, skipped_in_a_row;
     int64_t saved_step;  // -1: nothing saved
-    // One micro-step
-    int *inputs, *targets;  // [B, T]
-    unsigned char *resets;  // [B, T]
+    Rows rows, next;     // of this micro-step; of the next one, read while a GPU computes
 } Trainer;
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -76,12 +80,14 @@ static double schedule_lr(const Flags *f, int64_t step) {
     return end + (peak - end) * left;
 }
 
-// The sample that sequence `row` of the next step reads. With --carry-state the samples are cut into S equal streams,
-// each read in order; else the position in the data runs through one permutation of all samples after another.
-static uint64_t sample_of_row(const Trainer *t, int64_t row) {
-    uint64_t done = t->tokens / (uint64_t)t->seq_len, all = t->train.num_samples, S = (uint64_t)t->sequences_per_step;
-    if (t->flags.carry_state) return (uint64_t)row * (all / S) + done / S % (all / S);
-    uint64_t position = done + (uint64_t)row;
+// Position of the next step's first sample in the training.
+static uint64_t step_begins(const Trainer *t) { return t->tokens / (uint64_t)t->seq_len; }
+
+// The sample at a position of the training: S of them a step, row by row. With --carry-state the samples are cut into S
+// equal streams, each read in order; else the position runs through one permutation of all samples after another.
+static uint64_t sample_at(const Trainer *t, uint64_t position) {
+    uint64_t all = t->train.num_samples, S = (uint64_t)t->sequences_per_step;
+    if (t->flags.carry_state) return position % S * (all / S) + position / S % (all / S);
     if (t->flags.no_shuffle) return position % all;
     return rng_permute((uint64_t)t->flags.seed, position / all, all, position % all);
 }
@@ -566,9 +572,27 @@ static void save_checkpoint(Trainer *t) {
 // ----------------------------------------------------------------------------------------------------------------
 // One step
 
-static void load_row(Trainer *t, const Dataset *d, uint64_t sample, int row) {
+static void alloc_rows(const Trainer *t, Rows *r) {
+    size_t tokens = (size_t)t->batch * (size_t)t->seq_len;
+    r->inputs = (int *)xcalloc(tokens, sizeof(int));
+    r->targets = (int *)xcalloc(tokens, sizeof(int));
+    if (t->flags.reset_docs) r->resets = (unsigned char *)xcalloc(tokens, 1);
+    r->at = -1;
+}
+
+static void load_row(const Trainer *t, Rows *r, const Dataset *d, uint64_t sample, int row) {
     size_t at = (size_t)row * (size_t)t->seq_len;
-    dataset_read(d, sample, t->inputs + at, t->targets + at, t->resets ? t->resets + at : NULL, t->eot);
+    dataset_read(d, sample, r->inputs + at, r->targets + at, r->resets ? r->resets + at : NULL, t->eot);
+}
+
+static void load_rows(const Trainer *t, Rows *r, int64_t at) {
+    for (int row = 0; row < t->batch; row++) load_row(t, r, &t->train, sample_at(t, (uint64_t)(at + row)), row);
+    r->at = at;
+}
+
+static void load_next(void *trainer) {
+    Trainer *t = (Trainer *)trainer;
+    load_rows(t, &t->next, t->rows.at + t->batch);
 }
 
 static Batch batch_of(const Trainer *t, int rows) {
@@ -576,9 +600,9 @@ static Batch batch_of(const Trainer *t, int rows) {
     memset(&b, 0, sizeof b);
     b.B = rows;
     b.T = t->seq_len;
-    b.inputs = t->inputs;
-    b.targets = t->targets;
-    b.resets = t->resets;
+    b.inputs = t->rows.inputs;
+    b.targets = t->rows.targets;
+    b.resets = t->rows.resets;
     b.state_row = -1;
     return b;
 }
@@ -594,8 +618,17 @@ static double accumulate_gradients(Trainer *t, float *logits) {
     if (t->flags.carry_state && streams_begin(t)) fresh_states(t);
     t->backend->zero_grad();
     for (int64_t first = 0; first < t->sequences_per_step; first += t->batch) {
-        for (int row = 0; row < t->batch; row++) load_row(t, &t->train, sample_of_row(t, first + row), row);
+        int64_t at = (int64_t)step_begins(t) + first;
+        if (t->next.at == at) {
+            Rows read = t->next;
+            t->next = t->rows;
+            t->rows = read;
+        } else {
+            load_rows(t, &t->rows, at);
+        }
         Batch batch = batch_of(t, t->batch);
+        batch.meanwhile = load_next;
+        batch.meanwhile_arg = t;
         if (t->flags.carry_state) batch.state_row = (int)first;
         if (logits) batch.logits = logits + (size_t)first * logits_per_row;
         sum += t->backend->forward_backward(&batch, scale);
@@ -659,7 +692,7 @@ static void evaluate(Trainer *t) {
         int rows = count - first < (uint64_t)t->batch ? (int)(count - first) : t->batch;
         for (int row = 0; row < rows; row++) {
             uint64_t k = first + (uint64_t)row;
-            load_row(t, &t->val, k * (all / count) + k * (all % count) / count, row);
+            load_row(t, &t->rows, &t->val, k * (all / count) + k * (all % count) / count, row);
         }
         Batch batch = batch_of(t, rows);
         sum += t->backend->evaluate(&batch);
@@ -868,10 +901,8 @@ static int trainer_main(int argc, char **argv, const Backend *backend) {
     if (t->resume_dir[0]) read_trainer_json(t);
     build_backend(t, t->batch, t->seq_len, 1);
     printf("%-11s %s\n", "device", backend->device);
-    size_t tokens = (size_t)t->batch * (size_t)t->seq_len;
-    t->inputs = (int *)xcalloc(tokens, sizeof(int));
-    t->targets = (int *)xcalloc(tokens, sizeof(int));
-    if (f->reset_docs) t->resets = (unsigned char *)xcalloc(tokens, 1);
+    alloc_rows(t, &t->rows);
+    alloc_rows(t, &t->next);
     fill_backend(t, 1);
     if (f->dump) {
         dump(t);

@@ -83,7 +83,7 @@ static void cell_free(Cell *c) {
 
 static void cell_forward(Cell *c, cudaStream_t stream) {
     const MlstmState none = {NULL, NULL, NULL, 0};
-    mlstm_forward<bf16>(c->s, c->in, none, none, c->h, &c->saved, stream);
+    mlstm_forward<bf16>(c->s, c->in, none, none, c->h, &c->saved, &c->scratch, stream);
 }
 
 static void cell_backward(Cell *c, cudaStream_t stream) {

@@ -23,7 +23,7 @@ static void parity_batch(int *inputs, int *targets, int B, int T, uint64_t seed,
 }
 
 static void train_parity(const Backend *backend, uint64_t seed, int steps, double lr, int *inputs, int *targets) {
-    Batch batch = {BATCH, FIRST_LEN, inputs, targets, NULL, -1, NULL};
+    Batch batch = {BATCH, FIRST_LEN, inputs, targets, NULL, -1, NULL, NULL, NULL};
     for (int step = 0; step < steps; step++) {
         double tokens = (double)BATCH * batch.T;
         parity_batch(inputs, targets, BATCH, batch.T, seed, (uint64_t)step);
@@ -41,7 +41,7 @@ static void train_parity(const Backend *backend, uint64_t seed, int steps, doubl
 static double accuracy(const Backend *backend, uint64_t seed, int *inputs, int *targets, float *logits) {
     long right = 0, count = 0;
     for (int done = 0; done < EVAL_SEQUENCES; done += BATCH) {
-        Batch batch = {imin(BATCH, EVAL_SEQUENCES - done), EVAL_LEN, inputs, targets, NULL, -1, logits};
+        Batch batch = {imin(BATCH, EVAL_SEQUENCES - done), EVAL_LEN, inputs, targets, NULL, -1, logits, NULL, NULL};
         parity_batch(inputs, targets, batch.B, EVAL_LEN, seed, ((uint64_t)1 << 40) + (uint64_t)done);
         backend->evaluate(&batch);
         for (int row = 0; row < batch.B * EVAL_LEN; row++) {

@@ -47,7 +47,8 @@ FAILED=$((FAILED + $(echo "$counts" | sed 's/.*, \([0-9]*\) failed/\1/')))
 cd "$WORK" || exit 1
 cat "$ROOT"/xlstmc/*.h "$ROOT"/*.c >text.txt
 head -c 60000 "$ROOT/README.md" >val.txt
-MODEL=(--blocks '(slstm,mlstm)*2' --dim 128 --heads 2 --train text.txt --batch 8 --seq-len 256 --warmup 20 --lr 2e-3)
+MODEL=(--blocks '(slstm,mlstm)*2' --dim 128 --heads 2 --train text.txt --batch 8 --seq-len 256 --warmup 20 --lr 2e-3
+    --schedule constant)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The CPU's loss curve

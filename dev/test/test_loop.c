@@ -62,7 +62,7 @@ static void test_sample_order(void) {
     t.flags.seed = 42;
     for (int k = 0; k < 206; k++) {
         t.tokens = 16 * (uint64_t)k;
-        uint64_t sample = sample_of_row(&t, 0);
+        uint64_t sample = sample_at(&t, step_begins(&t));
         seen[sample]++;
         if (k < 103) first_epoch[k] = sample;
         else changed += first_epoch[k - 103] != sample;
@@ -72,14 +72,15 @@ static void test_sample_order(void) {
     check(!in_order && changed > 50, "the second epoch has its own order");
     t.sequences_per_step = 6;  // step 3 of 6 sequences reads what steps 18 .. 23 of one read
     t.tokens = 16 * 18;
-    for (int row = 0; row < 6; row++) check(sample_of_row(&t, row) == first_epoch[18 + row], "row %d of step 3", row);
+    for (int row = 0; row < 6; row++)
+        check(sample_at(&t, step_begins(&t) + (uint64_t)row) == first_epoch[18 + row], "row %d of step 3", row);
     t.flags.no_shuffle = 1;
-    check(sample_of_row(&t, 5) == 23, "in order");
+    check(sample_at(&t, step_begins(&t) + 5) == 23, "in order");
     t.flags.carry_state = 1;  // 6 streams of 17 samples; one sample is left over
-    check(sample_of_row(&t, 0) == 3 && sample_of_row(&t, 5) == 5 * 17 + 3, "streams at step 3");
+    check(sample_at(&t, step_begins(&t)) == 3 && sample_at(&t, step_begins(&t) + 5) == 5 * 17 + 3, "streams at step 3");
     check(!streams_begin(&t), "streams are on their way");
     t.tokens = 16 * 6 * 17;
-    check(streams_begin(&t) && sample_of_row(&t, 5) == 5 * 17, "streams begin again");
+    check(streams_begin(&t) && sample_at(&t, step_begins(&t) + 5) == 5 * 17, "streams begin again");
 }
 
 static void test_sampler(void) {

@@ -135,7 +135,7 @@ static Data random_data(const ModelCase *c, ResetKind resets, int ignore_targets
         d.inputs[k] = random_below(3 * (uint64_t)k, 11);
         d.targets[k] = ignore_targets && k % 3 == 1 ? -1 : random_below(3 * (uint64_t)k + 1, 11);
     }
-    Batch batch = {c->B, c->T, d.inputs, d.targets, d.resets, c->state_rows ? 0 : -1, NULL};
+    Batch batch = {c->B, c->T, d.inputs, d.targets, d.resets, c->state_rows ? 0 : -1, NULL, NULL, NULL};
     d.batch = batch;
     return d;
 }
@@ -217,8 +217,9 @@ static void test_model_rows(void) {
               model_describe(&c));
         double different = 0, loss = 0;
         for (int b = 0; b < 3; b++) {
-            Batch one = {1,   c.T, d.inputs + b * c.T, d.targets + b * c.T, d.resets + b * c.T, c.state_rows ? b : -1,
-                         NULL};
+            Batch one = {
+                1,    c.T, d.inputs + b * c.T, d.targets + b * c.T, d.resets + b * c.T, c.state_rows ? b : -1, NULL,
+                NULL, NULL};
             free(alone.logits);
             free(alone.states);
             run_model(&one, d.scale, &alone);
@@ -361,7 +362,7 @@ static void model_in_pieces(const ModelCase *c, const Data *d, const int *ends, 
     for (int p = 0; p < count; p++) {
         int t0 = p ? ends[p - 1] : 0, T = ends[p] - t0;
         ModelResult piece = {0};
-        Data s = {{c->B, T, NULL, NULL, NULL, 0, NULL}, NULL, NULL, NULL, 0};
+        Data s = {{c->B, T, NULL, NULL, NULL, 0, NULL, NULL, NULL}, NULL, NULL, NULL, 0};
         s.inputs = (int *)xcalloc((size_t)c->B * T, sizeof(int));
         s.targets = (int *)xcalloc((size_t)c->B * T, sizeof(int));
         s.resets = d->resets ? (unsigned char *)xcalloc((size_t)c->B * T, 1) : NULL;
@@ -450,7 +451,7 @@ static void test_model_packed(void) {
         double loss = 0;
         for (int s = 0; s < 8; s++) {
             int t0 = starts[s], T = starts[s + 1] - t0;
-            Batch document = {1, T, d.inputs + t0, d.targets + t0, NULL, -1, NULL};
+            Batch document = {1, T, d.inputs + t0, d.targets + t0, NULL, -1, NULL, NULL, NULL};
             run_model(&document, d.scale, &apart);
             loss += apart.loss;
             worst_of(&w, distance(packed.logits + t0 * 11, apart.logits, (size_t)T * 11), "logits");

@@ -165,7 +165,7 @@ static void mlstm_test_device_free(MlstmDevice<F> *d) {
 template <typename F>
 static void mlstm_test_run(MlstmDevice<F> *d, const MlstmHost *x) {
     F *dq = d->wide + x->lead;
-    mlstm_forward<F>(d->shape, d->in, d->initial, d->final, d->h, &d->saved, 0);
+    mlstm_forward<F>(d->shape, d->in, d->initial, d->final, d->h, &d->saved, &d->scratch, 0);
     mlstm_backward<F>(d->shape, d->in, d->initial, d->dh, d->dh_dot_h, dq, dq + x->Dk, dq + 2 * x->Dk, x->ld,
                       d->wide + x->at_gates, x->ld, d->dgates32, d->dbias, &d->saved, &d->scratch, 0);
 }
@@ -301,8 +301,8 @@ static void test_mlstm_split(const MlstmCase *c, int first) {
     rest.gates += first * rest.ld_gates, rest.doc_start += first;
     float *between = device_poisoned<float>(x.state);
     MlstmState passed = mlstm_test_state(between, c, x.state);
-    mlstm_forward<F>(head, d.in, d.initial, passed, d.h, &d.saved, 0);
-    mlstm_forward<F>(tail, rest, passed, d.final, d.h + first * x.Dv, &d.saved, 0);
+    mlstm_forward<F>(head, d.in, d.initial, passed, d.h, &d.saved, &d.scratch, 0);
+    mlstm_forward<F>(tail, rest, passed, d.final, d.h + first * x.Dv, &d.saved, &d.scratch, 0);
 
     MlstmLabel l = mlstm_test_label<F>(c);
     const size_t end = strlen(l.label);
@@ -339,6 +339,8 @@ static const MlstmCase mlstm_cases[] = {
     {1, 200, 2, 72, 80, 0, 70, 1, 0, 6, 15},
     {1, 150, 2, 256, 512, 0, 0, 1, 0, 6, 15},
     {1, 140, 1, 1024, 1024, 0, 70, 1, 0, 6, 15},
+    {1, 2500, 2, 64, 128, 0, 400, 1, 0, 6, 15},  // walked in segments
+    {1, 2500, 1, 24, 40, 1, 0, 0, 0, 6, 0},
 };
 
 static void test_mlstm(void) {
