@@ -103,7 +103,7 @@ struct BlockActs {    // what a block keeps for its backward pass
 
 // What may differ from one micro-step to the next and yet be the same CUDA graph is read from device memory.
 typedef struct {
-    int B, T, training, stateful, want_logits;
+    int B, T, training, stateful;
 } GraphKey;
 
 enum { MAX_GRAPHS = 8 };
@@ -463,7 +463,7 @@ template <typename F>
 static void block_backward(Model<F> *m, int b, const Sequence *s) {
     void (*backward[])(Model<F> *, int, const Sequence *, const F *, BlockActs<F> *) = {
         mlstm_block_backward<F>, mlstm_v1_block_backward<F>, slstm_block_backward<F>};
-    if (m->run.recompute) block_forward(m, b, s);
+    if (m->run.recompute && b + 1 < m->config.num_blocks) block_forward(m, b, s);  // the last one's are still there
     backward[m->config.block_types[b]](m, b, s, m->x[b], &m->acts[b]);
 }
 
@@ -560,7 +560,7 @@ static void run_as_graph(Model<F> *m, cudaGraphExec_t *exec, int *runs, Enqueue 
         CUDA_CHECK(cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeThreadLocal));
         enqueue();
         CUDA_CHECK(cudaStreamEndCapture(m->stream, &graph));
-        CUDA_CHECK(cudaGraphInstantiate(exec, graph, 0));
+        CUDA_CHECK(cudaGraphInstantiateWithFlags(exec, graph, 0));
         CUDA_CHECK(cudaGraphDestroy(graph));
     }
     CUDA_CHECK(cudaGraphLaunch(*exec, m->stream));
@@ -568,10 +568,11 @@ static void run_as_graph(Model<F> *m, cudaGraphExec_t *exec, int *runs, Enqueue 
 
 template <typename F>
 static Graph *find_graph(Model<F> *m, const GraphKey *key) {
-    for (int k = 0; k < m->num_graphs; k++)
+    for (int k = 0; k < imin(m->num_graphs, MAX_GRAPHS); k++)
         if (memcmp(&m->graphs[k].key, key, sizeof *key) == 0) return &m->graphs[k];
-    if (m->num_graphs == MAX_GRAPHS) return NULL;
-    Graph *graph = &m->graphs[m->num_graphs++];
+    Graph *graph = &m->graphs[m->num_graphs++ % MAX_GRAPHS];  // the oldest gives way
+    if (graph->exec) CUDA_CHECK(cudaGraphExecDestroy(graph->exec));
+    memset(graph, 0, sizeof *graph);
     graph->key = *key;
     return graph;
 }
@@ -583,7 +584,7 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
     size_t rows = (size_t)B * T, row_bytes = m->state_size * sizeof(float);
     Staging host = staging(m, NULL);
     int stateful = batch->state_row >= 0 && m->run.num_state_rows > 0;
-    GraphKey key = {B, T, training, stateful, batch->logits != NULL};
+    GraphKey key = {B, T, training, stateful};
     memcpy(host.inputs, batch->inputs, rows * sizeof(int));
     memcpy(host.targets, batch->targets, rows * sizeof(int));
     for (int b = 0; b < B; b++)
@@ -608,10 +609,12 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
     Graph *graph = batch->logits ? NULL : find_graph(m, &key);
     if (graph) {
         run_as_graph(m, &graph->exec, &graph->runs, [&] { enqueue_step(m, &key, NULL); });
-    } else {  // a dump, or one shape too many
+    } else {  // a dump
         float *logits = NULL;
         size_t bytes = rows * dim(m, DIM_V) * sizeof(float);
-        if (batch->logits) CUDA_CHECK(cudaMalloc((void **)&logits, bytes));
+        if (batch->logits && cudaMalloc((void **)&logits, bytes) != cudaSuccess)
+            die(EXIT_USAGE, "the logits of --dump need %.1f GiB more on the GPU; lower --batch or --seq-len",
+                (double)bytes / 1073741824.0);
         enqueue_step(m, &key, logits);
         if (batch->logits) {
             CUDA_CHECK(cudaMemcpyAsync(batch->logits, logits, bytes, cudaMemcpyDeviceToHost, m->stream));
@@ -746,6 +749,11 @@ static void take_activations(Arena *a, Model<F> *m) {
         m->slstm_x = take<F>(a, rows * 4 * D);
         slstm_take_scratch<F>(a, &shape, &m->slstm_scratch);
     }
+    for (int v1 = 0; v1 < 2; v1++)
+        if (model_has(&m->config, v1 ? BLOCK_MLSTM_V1 : BLOCK_MLSTM)) {
+            MlstmShape shape = mlstm_shape(m, B, T, v1);
+            mlstm_take_scratch(a, &shape, &m->mlstm_scratch[v1]);
+        }
     if (!m->run.training) return;
     scratch_widths(m, &wide, &mid);
     m->dx = take<F>(a, rows * D);
@@ -754,11 +762,6 @@ static void take_activations(Arena *a, Model<F> *m) {
     m->d_mid2 = take<F>(a, rows * mid);
     m->d_mid3 = take<F>(a, rows * mid);
     m->dh_dot_h = take<float>(a, rows * NH);
-    for (int v1 = 0; v1 < 2; v1++)
-        if (model_has(&m->config, v1 ? BLOCK_MLSTM_V1 : BLOCK_MLSTM)) {
-            MlstmShape shape = mlstm_shape(m, B, T, v1);
-            mlstm_take_scratch(a, &shape, &m->mlstm_scratch[v1]);
-        }
     m->partial = take<float>(a, partial_floats(m));
     m->embedding_scratch = take<int>(a, embedding_scratch_size((int)rows, (int)D));
     m->norm_partial = take<double>(a, GRAD_NORM_BLOCKS);
@@ -790,29 +793,45 @@ static size_t planned_bytes(Model<F> *m, size_t *tensors) {
     return arena.used + MATMUL_WORKSPACE;
 }
 
-// Ends the program if the plan is larger than what is free, and says which sequence length would fit.
+enum { SLACK_BYTES = 128 << 20 };  // left for code, graphs and the driver
+
+// Ends the program if the plan does not fit, and says what would: a smaller batch, or else a shorter sequence.
 template <typename F>
-static void check_memory(Model<F> *m, size_t bytes, size_t available) {
+static void check_memory(Model<F> *m, size_t available) {
     const double gib = 1073741824.0;
-    if (bytes <= available) return;
-    int wanted = m->run.max_len, low = 0, high = wanted;
-    while (high - low > 1) {  // planned_bytes grows with T
-        m->run.max_len = low + (high - low) / 2;
-        if (planned_bytes(m, NULL) <= available) low = m->run.max_len;
-        else high = m->run.max_len;
-    }
-    if (low == 0)
-        die(EXIT_USAGE, "--batch %d needs %.1f GiB on the GPU, %.1f GiB are free; choose a smaller --batch%s or model",
-            m->run.max_batch, (double)bytes / gib, (double)available / gib,
-            m->run.recompute ? "" : ", --recompute block");
-    die(EXIT_USAGE, "--seq-len %d needs %.1f GiB on the GPU, %.1f GiB are free; at --batch %d --seq-len %d would fit%s",
-        wanted, (double)bytes / gib, (double)available / gib, m->run.max_batch, low,
-        m->run.recompute ? "" : "; --recompute block needs less");
+    size_t wanted = planned_bytes(m, NULL) + SLACK_BYTES;
+    int B = m->run.max_batch, T = m->run.max_len, stateful = m->run.num_state_rows > 0;
+    if (wanted <= available) return;
+    if (!m->run.training)
+        die(EXIT_USAGE, "the model needs %.1f GiB on the GPU, %.1f GiB are free%s", (double)wanted / gib,
+            (double)available / gib, sizeof(F) == 4 ? "; try --precision bf16" : "");
+    int *sizes[2] = {&m->run.max_batch, &m->run.max_len}, fits[2] = {0, 0};
+    for (int k = 0; k < 2 && !fits[0]; k++)  // the batch first; if not even one sequence fits, the length
+        for (int low = 0, high = *sizes[k]; high - low > 1;) {
+            *sizes[k] = low + (high - low) / 2;
+            if (stateful && k == 0) m->run.num_state_rows = m->run.max_batch;
+            int fit = planned_bytes(m, NULL) + SLACK_BYTES <= available;
+            if (fit) low = fits[k] = *sizes[k];
+            else high = *sizes[k];
+            if (k == 0 && high - low <= 1) *sizes[0] = 1;
+        }
+    const char *recompute = m->run.recompute ? "" : "; --recompute block needs less";
+    if (fits[0])
+        die(EXIT_USAGE,
+            "--batch %d --seq-len %d needs %.1f GiB on the GPU, %.1f GiB are free; --batch %d would fit, with "
+            "--tokens-per-step for the rest%s",
+            B, T, (double)wanted / gib, (double)available / gib, fits[0], recompute);
+    if (fits[1])
+        die(EXIT_USAGE,
+            "--batch %d --seq-len %d needs %.1f GiB on the GPU, %.1f GiB are free; --batch 1 --seq-len %d would fit%s",
+            B, T, (double)wanted / gib, (double)available / gib, fits[1], recompute);
+    die(EXIT_USAGE, "the model needs more than the %.1f GiB that are free on the GPU; choose a smaller --model%s",
+        (double)available / gib, recompute);
 }
 
 // The pieces that the optimiser works on; returns their number, `chunks` may be NULL.
 static int update_chunks(const TensorTable *t, const size_t *offsets, UpdateChunk *chunks) {
-    const size_t PIECE = 16384;
+    const size_t PIECE = UPDATE_CHUNK;
     int count = 0;
     for (int k = 0; k < t->num_tensors; k++)
         for (size_t at = 0; at < t->tensors[k].count; at += PIECE, count++) {
@@ -848,8 +867,9 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
             "memory      weights%s and states %.1f MiB, activations %.1f MiB of %.1f MiB free\n",
             run->training ? ", gradients, moments" : "", (double)tensors / mib, (double)(bytes - tensors) / mib,
             (double)free_bytes / mib);
-    check_memory(m, bytes + ((size_t)64 << 20), free_bytes);  // some for graphs and the driver
-    CUDA_CHECK(cudaMalloc((void **)&m->memory, bytes));
+    check_memory(m, free_bytes);
+    if (cudaMalloc((void **)&m->memory, bytes) != cudaSuccess)
+        die(EXIT_USAGE, "%.1f MiB are no longer free on the GPU; does another program use it?", (double)bytes / mib);
     Arena arena = {m->memory + MATMUL_WORKSPACE, 0};
     take_tensors(&arena, m);
     CUDA_CHECK(cudaMemset(m->memory, 0, MATMUL_WORKSPACE + arena.used));
@@ -901,30 +921,30 @@ static float *kind_base(const Model<F> *m, int kind) {
 
 template <typename F>
 static void model_read_tensor(Model<F> *m, int kind, int index, float *dst) {
+    CUDA_CHECK(cudaMemcpyAsync(dst, kind_base(m, kind) + m->offsets[index],
+                               m->table.tensors[index].count * sizeof(float), cudaMemcpyDeviceToHost, m->stream));
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    CUDA_CHECK(cudaMemcpy(dst, kind_base(m, kind) + m->offsets[index], m->table.tensors[index].count * sizeof(float),
-                          cudaMemcpyDeviceToHost));
 }
 
 template <typename F>
 static void model_write_tensor(Model<F> *m, int kind, int index, const float *src) {
     size_t count = m->table.tensors[index].count, at = m->offsets[index];
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    CUDA_CHECK(cudaMemcpy(kind_base(m, kind) + at, src, count * sizeof(float), cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpyAsync(kind_base(m, kind) + at, src, count * sizeof(float), cudaMemcpyHostToDevice, m->stream));
     if (kind == KIND_WEIGHT && sizeof(F) == 2)
         convert_weights((bf16 *)m->weights + at, m->params + at, count, m->stream);
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));  // src is the caller's
 }
 
 template <typename F>
 static void model_move_state(Model<F> *m, int row, float *dst, const float *src) {  // one of dst and src is given
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
     for (int k = 0; k < m->states.num_tensors; k++) {
         const TensorSpec *s = &m->states.tensors[k];
         float *device = m->stored + (size_t)row * m->state_size + m->state_offsets[k];
         size_t bytes = s->count * sizeof(float);
-        if (dst) CUDA_CHECK(cudaMemcpy(dst + s->offset, device, bytes, cudaMemcpyDeviceToHost));
-        else CUDA_CHECK(cudaMemcpy(device, src + s->offset, bytes, cudaMemcpyHostToDevice));
+        if (dst) CUDA_CHECK(cudaMemcpyAsync(dst + s->offset, device, bytes, cudaMemcpyDeviceToHost, m->stream));
+        else CUDA_CHECK(cudaMemcpyAsync(device, src + s->offset, bytes, cudaMemcpyHostToDevice, m->stream));
     }
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -937,19 +957,28 @@ static int use_bf16;
 
 // A GPU that this build has code for, or one line and exit code 2.
 static void choose_device(void) {
-    int count = 0;
+    int count = 0, driver = 0;
     cudaError_t status = cudaGetDeviceCount(&count);
-    if (status == cudaErrorInsufficientDriver)
+    if (status == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0)
         die(EXIT_USAGE, "the GPU driver is older than CUDA %d.%d, which this program was built with; update the driver",
             CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     if (status != cudaSuccess || count == 0)
         die(EXIT_USAGE, "no GPU found (%s); ./train_xlstm trains on the CPU",
-            status == cudaSuccess ? "CUDA sees no device" : cudaGetErrorString(status));
+            status == cudaSuccess                   ? "CUDA sees no device"
+            : status == cudaErrorInsufficientDriver ? "no NVIDIA driver"
+                                                    : cudaGetErrorString(status));
     CUDA_CHECK(cudaSetDevice(0));
     cudaDeviceProp p;
     cudaFuncAttributes attributes;
     CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
-    if (cudaFuncGetAttributes(&attributes, add_partials_kernel) != cudaSuccess)
+    if (p.major < 8)
+        die(EXIT_USAGE, "%s is sm_%d%d; the kernels need sm_80 or newer; ./train_xlstm trains on the CPU", p.name,
+            p.major, p.minor);
+    status = cudaFuncGetAttributes(&attributes, add_partials_kernel);
+    if (status == cudaErrorUnsupportedPtxVersion)
+        die(EXIT_USAGE, "the GPU driver is too old for this build; update it, or: make clean && make SM=%d%d", p.major,
+            p.minor);
+    if (status != cudaSuccess)
         die(EXIT_USAGE, "this build has no code for %s (sm_%d%d); build with: make clean && make SM=%d%d", p.name,
             p.major, p.minor, p.major, p.minor);
     format_into(cuda_device, sizeof cuda_device, "%s, sm_%d%d, %s", p.name, p.major, p.minor,
@@ -957,7 +986,12 @@ static void choose_device(void) {
 }
 
 // What the kernels do not take, in one line that names the flag.
-static void check_head_dims(const ModelConfig *c) {
+static void check_shapes(const ModelConfig *c, const RunConfig *run) {
+    if ((int64_t)run->max_batch * c->num_heads > 65535)
+        die(EXIT_USAGE,
+            "--batch %d times %d heads: the GPU kernels take at most 65535 in a micro-step; lower --batch and set "
+            "--tokens-per-step",
+            run->max_batch, c->num_heads);
     const struct {
         BlockType type;
         Dim dim;
@@ -973,7 +1007,7 @@ static void check_head_dims(const ModelConfig *c) {
 
 static void cuda_build(const ModelConfig *config, const TensorTable *table, const RunConfig *run) {
     use_bf16 = run->bf16;
-    check_head_dims(config);
+    check_shapes(config, run);
     choose_device();
     if (use_bf16) model_build(&model_bf16, config, table, run);
     else model_build(&model_fp32, config, table, run);

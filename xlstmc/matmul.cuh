@@ -58,6 +58,15 @@ static cublasLtMatrixLayout_t matmul_layout(int type, int rows, int cols, long l
     return layout;
 }
 
+static void matmul_forget(MatmulPlan *plan) {
+    if (plan->operation) {
+        CUBLAS_CHECK(cublasLtMatmulDescDestroy(plan->operation));
+        for (cublasLtMatrixLayout_t layout : {plan->a, plan->b, plan->c, plan->d})
+            CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(layout));
+    }
+    memset(plan, 0, sizeof *plan);
+}
+
 // Row-major C = A B is column-major C^T = B^T A^T: the library gets B first.
 static void matmul_plan(MatmulPlan *plan) {
     const MatmulKey *k = &plan->key;
@@ -82,12 +91,15 @@ static void matmul_plan(MatmulPlan *plan) {
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                       &MATMUL_WORKSPACE, sizeof MATMUL_WORKSPACE));
+    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // partial sums, too, are added in float
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+                                                      sizeof schemes));
     for (int i = 0; i < 4; i++)
         CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, names[i], &aligned[i], sizeof aligned[i]));
-    cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, plan->operation, plan->b, plan->a, plan->c, plan->d, preference,
-                                   1, &result, &found);
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, plan->operation, plan->b, plan->a,
+                                                           plan->c, plan->d, preference, 1, &result, &found);
     CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
-    if (!found)
+    if (status != CUBLAS_STATUS_SUCCESS || !found || result.state != CUBLAS_STATUS_SUCCESS)
         die(EXIT_RUN, "cuBLASLt has no algorithm for a product of %d x %d by %d x %d (leading dimensions %lld, %lld)",
             k->M, k->K, k->K, k->N, k->ld_a, k->ld_b);
     plan->algo = result.algo;
@@ -109,13 +121,15 @@ static void matmul_general(FD *d, size_t ld_d, long long stride_d, Matrix a, Mat
     key.ld_c = c ? (long long)ld_c : key.ld_d;
     key.stride_a = a.stride, key.stride_b = b.stride, key.stride_c = key.stride_d = stride_d;
     int at = 0;
-    while (at < matmul_state.num_plans && memcmp(&matmul_state.plans[at].key, &key, sizeof key) != 0) at++;
+    while (at < imin(matmul_state.num_plans, MAX_MATMUL_PLANS) &&
+           memcmp(&matmul_state.plans[at].key, &key, sizeof key) != 0)
+        at++;
     MatmulPlan *plan = &matmul_state.plans[at];
-    if (at == matmul_state.num_plans) {
-        if (at == MAX_MATMUL_PLANS) die(EXIT_RUN, "more than %d shapes of matrix products", MAX_MATMUL_PLANS);
+    if (at == imin(matmul_state.num_plans, MAX_MATMUL_PLANS)) {  // a new one; the oldest gives way
+        plan = &matmul_state.plans[matmul_state.num_plans++ % MAX_MATMUL_PLANS];
+        matmul_forget(plan);
         plan->key = key;
         matmul_plan(plan);
-        matmul_state.num_plans++;
     }
     const float one = 1, zero = 0;
     CUBLAS_CHECK(cublasLtMatmul(matmul_state.handle, plan->operation, &one, b.p, plan->b, a.p, plan->a,

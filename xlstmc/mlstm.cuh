@@ -777,7 +777,6 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     scratch->ds = take<float>(a, tokens);
     scratch->q_dq = take<float>(a, tiles * tokens);
     scratch->k_dk = take<float>(a, tiles * tokens);
-    // Fewer sequences than planned may have narrower tiles, that is more of them; but then fewer chunks.
     scratch->anchor = take<float>(a, (size_t)ceil_div(s->dk, 64) * ceil_div(s->dv, 64) * chunks);
     // Segments x sequences x heads x tiles stay below STATES_BLOCKS + STATES_BLOCKS / 2 where there are segments at
     // all.

@@ -17,8 +17,6 @@
 #ifndef XLSTMC_SLSTM_CUH
 #define XLSTMC_SLSTM_CUH
 
-#include <limits.h>
-
 #include "cuda_util.cuh"
 
 typedef struct {
@@ -773,13 +771,28 @@ static SlstmPlan slstm_plan(const SlstmShape *s, int backward) {
     SlstmPlan best = plans[0];
     for (int k = 1; k < 3; k++)
         if (plans[k].passes && (!best.passes || plans[k].passes < best.passes)) best = plans[k];
-    if (!best.passes) die(EXIT_RUN, "the GPU is too small for an sLSTM head of %d units", s->d);
+    if (!best.passes)
+        die(EXIT_USAGE,
+            "--heads: an sLSTM head of %d units needs more multiprocessors than this GPU has; use more heads", s->d);
     return best;
+}
+
+// Bytes that a launch exchanges at most: fewer sequences than planned may take another tile.
+template <typename F>
+static size_t slstm_exchange_bytes(const SlstmShape *s, int backward) {
+    size_t most = slstm_plan<F>(s, backward).exchange;
+    if (s->d <= 64) return most;
+    const SlstmPlan plans[] = {slstm_plan_tile<SlstmTile<F, 16, 8>>(s, backward),
+                               slstm_plan_tile<SlstmTile<F, 32, 16>>(s, backward),
+                               slstm_plan_tile<SlstmTile<F, 32, 32>>(s, backward)};
+    for (const SlstmPlan &p : plans)
+        if (p.exchange > most) most = p.exchange;
+    return most;
 }
 
 template <typename F>
 static void slstm_take_scratch(Arena *a, const SlstmShape *s, SlstmScratch *scratch) {
-    size_t forward = slstm_plan<F>(s, 0).exchange, backward = slstm_plan<F>(s, 1).exchange;
+    size_t forward = slstm_exchange_bytes<F>(s, 0), backward = slstm_exchange_bytes<F>(s, 1);
     scratch->exchange = take<uint64_t>(a, (forward > backward ? forward : backward) / sizeof(uint64_t));
 }
 
