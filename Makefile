@@ -136,7 +136,8 @@ GENCODE := $(foreach sm,80 86 89 90a,-gencode arch=compute_$(sm),code=sm_$(sm)) 
 else
 GENCODE := -gencode arch=compute_$(SM),code=sm_$(SM)
 endif
-NVCC_FLAGS := -std=c++17 -O3 --threads 2 $(GENCODE) -Xcompiler -Wall,-Wno-unused-function $(NVCCFLAGS)
+NVCC_FLAGS := -std=c++17 -O3 --threads 2 $(GENCODE) -Xcompiler -Wall,-Wno-unused-function \
+    $(if $(filter -fopenmp,$(OMP)),-Xcompiler -fopenmp) $(NVCCFLAGS)
 CUDA_LIBS := -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt
 ABOUT_CUDA := -DBUILD_FLAGS='"$(NVCC_FLAGS)"' -DBUILD_GIT='"$(GIT)"'
 CUDA_SOURCES := train_xlstm.cu $(wildcard xlstmc/*)

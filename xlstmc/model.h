@@ -374,6 +374,9 @@ static void tensor_init(const ModelConfig *c, const TensorTable *t, int index, u
     double small_std = sqrt(2.0 / (5.0 * width)), out_std = 2.0 / c->num_blocks / sqrt(width);
     int heads = c->num_heads, d = c->hidden_size / heads;
     double depth = c->num_blocks > 1 ? (double)s->block / (c->num_blocks - 1) : 0.0;
+#ifdef _OPENMP
+#pragma omp parallel for
+#endif
     for (size_t k = 0; k < s->count; k++) {
         double value = 0.0;
         switch (s->init) {

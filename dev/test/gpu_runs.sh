@@ -47,23 +47,13 @@ FAILED=$((FAILED + $(echo "$counts" | sed 's/.*, \([0-9]*\) failed/\1/')))
 cd "$WORK" || exit 1
 cat "$ROOT"/xlstmc/*.h "$ROOT"/*.c >text.txt
 head -c 60000 "$ROOT/README.md" >val.txt
-MODEL=(--blocks '(slstm,mlstm)*2' --dim 128 --heads 2 --train text.txt --batch 8 --seq-len 256 --warmup 20 --lr 2e-3
+MODEL=(--blocks '(slstm,mlstm)*2' --dim 128 --heads 2 --train text.txt --batch 8 --seq-len 256 --warmup 20 --lr 1e-3
     --schedule constant)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The CPU's loss curve
+# The same bytes; resuming
 
-quiet "$CPU" "${MODEL[@]}" --steps 200 --save-every 100 --out cpu
-quiet "$GPU" "${MODEL[@]}" --steps 200 --save-every 100 --precision fp32 --out fp32
 quiet "$GPU" "${MODEL[@]}" --steps 200 --save-every 100 --out bf16
-check "fp32 follows the CPU's loss to 1e-3" curves 1e-3 cpu fp32
-tail -n 1 check.log
-check "bf16 follows the CPU's loss to 2e-2" curves 2e-2 cpu bf16
-tail -n 1 check.log
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The same bytes; resuming; from the CPU to the GPU and back
-
 quiet "$GPU" "${MODEL[@]}" --steps 200 --save-every 100 --val val.txt --eval-every 50 --sample-every 70 --out again
 check "the same command twice, and looking at the model changes nothing" same "$(step bf16 200)" "$(step again 200)"
 mkdir half && cp -r "$(step bf16 100)" half/
@@ -77,14 +67,6 @@ quiet "$GPU" "${MODEL[@]}" "${CARRY[@]}" --steps 20 --save-every 10 --out carry
 mkdir carry_half && cp -r "$(step carry 10)" carry_half/
 quiet "$GPU" "${MODEL[@]}" "${CARRY[@]}" --steps 20 --save-every 10 --resume --out carry_half
 check "carried states, resumed in the middle" same "$(step carry 20)" "$(step carry_half 20)"
-mkdir to_gpu to_cpu && cp -r "$(step cpu 100)" to_gpu/ && cp -r "$(step fp32 100)" to_cpu/
-quiet "$GPU" "${MODEL[@]}" --steps 120 --precision fp32 --resume --out to_gpu
-quiet "$CPU" "${MODEL[@]}" --steps 120 --resume --out to_cpu
-check "begun on the CPU, continued on the GPU" curves 1e-3 cpu to_gpu
-check "begun on the GPU, continued on the CPU" curves 1e-3 cpu to_cpu
-"$CPU" --load "$(step cpu 200)" --generate 100 --temperature 0 --prompt 'static ' >cpu.gen 2>/dev/null
-"$GPU" --load "$(step cpu 200)" --generate 100 --temperature 0 --prompt 'static ' --precision fp32 >gpu.gen 2>/dev/null
-check "generates what the CPU generates" cmp cpu.gen gpu.gen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step of every family, the widest heads among them
@@ -96,11 +78,37 @@ done
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
-check "does not fit: names a length that does" says 2 'would fit' \
-    "$GPU" --model 7b --vocab 256 --train text.txt --batch 1 --seq-len 30000 --steps 1 --recompute block
+check "does not fit: names a batch that does" says 2 'would fit' \
+    "$GPU" --model 406m --vocab 256 --train text.txt --batch 64 --seq-len 4096 --steps 1
 check "heads too wide" says 2 '--heads' "$GPU" --blocks slstm --dim 2048 --heads 1 --train text.txt --steps 1
 check "no GPU" says 2 'no GPU' env CUDA_VISIBLE_DEVICES= "$GPU" --train text.txt --steps 1
 check "--precision fp8" says 2 '--precision' "$GPU" --train text.txt --precision fp8
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CPU's loss curve; from the CPU to the GPU and back
+
+quiet "$CPU" "${MODEL[@]}" --threads 4 --steps 200 --save-every 100 --out cpu
+quiet "$GPU" "${MODEL[@]}" --steps 200 --save-every 100 --precision fp32 --out fp32
+check "fp32 follows the CPU's loss to 1e-3" curves 1e-3 cpu fp32
+tail -n 1 check.log
+check "bf16 follows the CPU's loss to 2e-2" curves 2e-2 cpu bf16
+tail -n 1 check.log
+
+mkdir to_gpu to_cpu && cp -r "$(step cpu 100)" to_gpu/ && cp -r "$(step fp32 100)" to_cpu/
+quiet "$GPU" "${MODEL[@]}" --steps 120 --precision fp32 --resume --out to_gpu
+quiet "$CPU" "${MODEL[@]}" --threads 4 --steps 120 --resume --out to_cpu
+check "begun on the CPU, continued on the GPU" curves 1e-3 cpu to_gpu
+check "begun on the GPU, continued on the CPU" curves 1e-3 cpu to_cpu
+"$CPU" --load "$(step cpu 200)" --generate 100 --temperature 0 --prompt 'static ' >cpu.gen 2>/dev/null
+"$GPU" --load "$(step cpu 200)" --generate 100 --temperature 0 --prompt 'static ' --precision fp32 >gpu.gen 2>/dev/null
+check "generates what the CPU generates" cmp cpu.gen gpu.gen
+
+# Weights loaded in bf16 are all there: the loss of a dump beside that in fp32
+for precision in fp32 bf16; do
+    quiet "$GPU" --load "$(step cpu 200)" --train text.txt --batch 8 --seq-len 256 --precision $precision \
+        --dump $precision.dump
+done
+check "loaded in bf16 as in fp32" "$ROOT/build/compare" fp32.dump bf16.dump loss=5e-3 logits=3e-2 grad=1
 
 echo "gpu_runs: $PASSED passed, $FAILED failed"
 [ "$FAILED" = 0 ]
