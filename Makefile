@@ -167,7 +167,7 @@ $(BUILD)/bench_%: dev/bench/bench_%.cu $(CUDA_SOURCES) $(BUILD)/nvcc_flags
 .PHONY: test-gpu
 test-gpu: all $(BUILD)/test_xlstm_cu $(BUILD)/compare
 	$(BUILD)/test_xlstm_cu
-	bash dev/test/gpu_runs.sh
+	bash dev/test/cuda/gpu_runs.sh
 
 tests: all $(addprefix $(BUILD)/,$(TESTS) $(HELPERS))
 

@@ -2,7 +2,7 @@
 // usual sizes, then whole models: loss, logits and every gradient, states, generation, updates, and the same bits
 // again.
 //
-//   make test-gpu                     builds and runs it, and dev/test/gpu_runs.sh
+//   make test-gpu                     builds and runs it, and dev/test/cuda/gpu_runs.sh
 //   build/test_xlstm_cu [WORD]        only the tests whose name holds WORD
 //
 // The CPU side is train_xlstm.c, compiled as C in dev/test/cuda/oracle_*.c. Prints a line a check with the measured

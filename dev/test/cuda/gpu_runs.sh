@@ -2,12 +2,12 @@
 # gpu_runs.sh: whole runs of train_xlstmcu on a GPU: parity with the authors' code, the CPU trainer's loss curve, equal
 # commands give equal bytes, runs go over from the CPU to the GPU and back, every preset family trains, bad input.
 #
-#   bash dev/test/gpu_runs.sh        (make test-gpu runs it)
+#   bash dev/test/cuda/gpu_runs.sh        (make test-gpu runs it)
 #
 # Prints what failed and, last, "N passed, N failed".
 set -u
 export LC_ALL=C
-cd "$(dirname "$0")/../.." || exit 1
+cd "$(dirname "$0")/../../.." || exit 1
 ROOT=$PWD CPU=$PWD/train_xlstm GPU=$PWD/train_xlstmcu
 PASSED=0 FAILED=0
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/gpu_runs.XXXXXX")
