@@ -224,7 +224,7 @@ static void ffn_backward(Model<F> *m, const F *x, const FfnActs<F> *a, NormShape
                          int use_gelu) {
     int D = norm.width;
     matmul_backward(m->d_mid, U, 0, dw_down, m->dx, D, a->act, U, w_down, rows, D, U, m->stream);
-    gated_backward(m->d_wide, (F *)NULL, m->d_mid, a->gate_up, rows, U, use_gelu, m->stream);
+    gated_backward(m->d_wide, m->d_mid, a->gate_up, rows, U, use_gelu, m->stream);
     matmul_backward(m->d_mid2, D, 0, dw_up, m->d_wide, 2 * (size_t)U, a->u, D, w_up, rows, 2 * U, D, m->stream);
     norm_backward(m->dx, 1, dw_norm, m->d_mid2, x, a->stats, w_norm, norm, rows, m->partial, m->stream);
 }
@@ -317,7 +317,7 @@ static void mlstm_block_backward(Model<F> *m, int b, const Sequence *s, const F 
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dproj + P + 2 * NH, ld * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
     mlstm_backward(shape, mlstm_input(m, b, a, s), mlstm_state(m, b, s->state_in), dh, m->dh_dot_h, dproj, dproj + Dk,
-                   dproj + 2 * Dk, ld, dproj + P, ld, NULL, grad(m, b, M_IGATE_BIAS), &a->mlstm, &m->mlstm_scratch[0],
+                   dproj + 2 * Dk, ld, dproj + P, ld, grad(m, b, M_IGATE_BIAS), &a->mlstm, &m->mlstm_scratch[0],
                    m->stream);
     matmul_backward(m->d_mid, D, 0, grad(m, b, M_Q), dproj, ld, a->u, D, weight(m, b, M_Q), rows, (int)ld, D,
                     m->stream);
@@ -369,8 +369,8 @@ static void mlstm_v1_block_backward(Model<F> *m, int b, const Sequence *s, const
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dgates + 2 * NH, G * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
     mlstm_backward(shape, mlstm_input(m, b, a, s), mlstm_state(m, b, s->state_in), dh, m->dh_dot_h, dqkv, dqkv + I,
-                   dqkv + 2 * I, ld_qkv, dgates, (size_t)G, NULL, grad(m, b, V1_IGATE_BIAS), &a->mlstm,
-                   &m->mlstm_scratch[1], m->stream);
+                   dqkv + 2 * I, ld_qkv, dgates, (size_t)G, grad(m, b, V1_IGATE_BIAS), &a->mlstm, &m->mlstm_scratch[1],
+                   m->stream);
     matmul_backward(dqkv, ld_qkv, 1, grad(m, b, V1_IGATE), dgates, G, a->qkv, ld_qkv, weight(m, b, V1_IGATE), rows, G,
                     3 * I, m->stream);
     blocks4_qkv_backward(dca, dup, ld_up, grad(m, b, V1_Q), grad(m, b, V1_K), grad(m, b, V1_V), dqkv, a->ca, a->proj,
@@ -612,15 +612,13 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
     } else {  // a dump
         float *logits = NULL;
         size_t bytes = rows * dim(m, DIM_V) * sizeof(float);
-        if (batch->logits && cudaMalloc((void **)&logits, bytes) != cudaSuccess)
+        if (cudaMalloc((void **)&logits, bytes) != cudaSuccess)
             die(EXIT_USAGE, "the logits of --dump need %.1f GiB more on the GPU; lower --batch or --seq-len",
                 (double)bytes / 1073741824.0);
         enqueue_step(m, &key, logits);
-        if (batch->logits) {
-            CUDA_CHECK(cudaMemcpyAsync(batch->logits, logits, bytes, cudaMemcpyDeviceToHost, m->stream));
-            CUDA_CHECK(cudaStreamSynchronize(m->stream));
-            CUDA_CHECK(cudaFree(logits));
-        }
+        CUDA_CHECK(cudaMemcpyAsync(batch->logits, logits, bytes, cudaMemcpyDeviceToHost, m->stream));
+        CUDA_CHECK(cudaStreamSynchronize(m->stream));
+        CUDA_CHECK(cudaFree(logits));
     }
     if (stateful) CUDA_CHECK(cudaMemcpyAsync(stored, m->state_out, B * row_bytes, cudaMemcpyDeviceToDevice, m->stream));
     CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
@@ -831,12 +829,12 @@ static void check_memory(Model<F> *m, size_t available) {
 
 // The pieces that the optimiser works on; returns their number, `chunks` may be NULL.
 static int update_chunks(const TensorTable *t, const size_t *offsets, UpdateChunk *chunks) {
-    const size_t PIECE = UPDATE_CHUNK;
+    const size_t piece = UPDATE_CHUNK;
     int count = 0;
     for (int k = 0; k < t->num_tensors; k++)
-        for (size_t at = 0; at < t->tensors[k].count; at += PIECE, count++) {
+        for (size_t at = 0; at < t->tensors[k].count; at += piece, count++) {
             size_t left = t->tensors[k].count - at;
-            UpdateChunk chunk = {offsets[k] + at, (unsigned)(left < PIECE ? left : PIECE), (float)t->tensors[k].decay};
+            UpdateChunk chunk = {offsets[k] + at, (unsigned)(left < piece ? left : piece), (float)t->tensors[k].decay};
             if (chunks) chunks[count] = chunk;
         }
     return count;

@@ -2,7 +2,7 @@
 #ifndef XLSTMC_ADAMW_CUH
 #define XLSTMC_ADAMW_CUH
 
-#include "quads.cuh"
+#include "floats.cuh"
 
 // The update of one tensor is cut into pieces of at most UPDATE_CHUNK elements, a block each.
 enum { UPDATE_CHUNK = 16384, UPDATE_THREADS = 256, GRAD_NORM_BLOCKS = 1024, GRAD_NORM_THREADS = 256 };

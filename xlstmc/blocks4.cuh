@@ -4,7 +4,7 @@
 #ifndef XLSTMC_BLOCKS4_CUH
 #define XLSTMC_BLOCKS4_CUH
 
-#include "quads.cuh"
+#include "floats.cuh"
 
 enum { BLOCKS4_ROWS = 32 };                           // rows of a thread, forward
 enum { BLOCKS4_WARPS = 4, BLOCKS4_MAX_PARTS = 128 };  // warps of a block, backward

@@ -7,7 +7,7 @@
 #ifndef XLSTMC_CLASSIFIER_CUH
 #define XLSTMC_CLASSIFIER_CUH
 
-#include "quads.cuh"
+#include "floats.cuh"
 
 enum { CLASSIFIER_THREADS = 512 };
 

@@ -5,7 +5,7 @@
 #ifndef XLSTMC_CONV_CUH
 #define XLSTMC_CONV_CUH
 
-#include "quads.cuh"
+#include "floats.cuh"
 
 enum { CONV_TILE = 16 };                                           // tokens of a thread, forward
 enum { CONV_SEGMENT = 32, CONV_WARPS = 8, CONV_MAX_PARTS = 128 };  // tokens of a warp, warps of a block, backward

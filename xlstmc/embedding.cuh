@@ -6,7 +6,7 @@
 #ifndef XLSTMC_EMBEDDING_CUH
 #define XLSTMC_EMBEDDING_CUH
 
-#include "quads.cuh"
+#include "floats.cuh"
 
 enum { EMBEDDING_THREADS = 128, EMBEDDING_TILE = 64, EMBEDDING_AHEAD = 8 };  // sorted rows of a tile; loads in flight
 enum { SORT_THREADS = 1024, SORT_DIGIT = 256 };

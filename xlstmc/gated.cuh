@@ -45,37 +45,33 @@ static void gated_forward(F *out, const F *gate_up, int rows, int U, int use_gel
 
 template <typename F, int V>
 static __global__ void __launch_bounds__(GATED_THREADS)
-    gated_backward_kernel(F *dgate_up, F *act_out, const F *dout, const F *gate_up, int U, int use_gelu) {
+    gated_backward_kernel(F *dgate_up, const F *dout, const F *gate_up, int U, int use_gelu) {
     const size_t row = blockIdx.x, c = ((size_t)blockIdx.y * GATED_THREADS + threadIdx.x) * V;
     if (c >= (size_t)U) return;
     const size_t at = row * 2 * U + c;
-    float gate[V], up[V], dy[V], act[V];
+    float gate[V], up[V], dy[V];
     load_floats<V>(gate, gate_up + at);
     load_floats<V>(up, gate_up + at + U);
     load_floats<V>(dy, dout + row * U + c);
 #pragma unroll
     for (int j = 0; j < V; j++) {
         float2 a = gated_act(gate[j], use_gelu);
-        act[j] = a.x * up[j];
         gate[j] = dy[j] * up[j] * a.y;
         up[j] = dy[j] * a.x;
     }
     store_floats<V>(dgate_up + at, gate);
     store_floats<V>(dgate_up + at + U, up);
-    if (act_out) store_floats<V>(act_out + row * U + c, act);
 }
 
-// dgate_up, gate_up [rows, 2U] (they may be the same); dout [rows, U]; act_out [rows, U]: if not NULL, the output of
-// the forward pass once more, so that it need not be kept for the weight gradient of the next layer (it may be dout)
+// dgate_up, gate_up [rows, 2U] (they may be the same); dout [rows, U]
 template <typename F>
-static void gated_backward(F *dgate_up, F *act_out, const F *dout, const F *gate_up, int rows, int U, int use_gelu,
+static void gated_backward(F *dgate_up, const F *dout, const F *gate_up, int rows, int U, int use_gelu,
                            cudaStream_t stream) {
-    const int aligned = vector_aligned(gate_up, U) && vector_aligned(dgate_up, U) && vector_aligned(dout, U) &&
-                        vector_aligned(act_out, U),
+    const int aligned = vector_aligned(gate_up, U) && vector_aligned(dgate_up, U) && vector_aligned(dout, U),
               V = aligned ? VEC<F> : 1;
     dim3 grid(rows, ceil_div(U, GATED_THREADS * V));
     auto kernel = aligned ? gated_backward_kernel<F, VEC<F>> : gated_backward_kernel<F, 1>;
-    kernel<<<grid, GATED_THREADS, 0, stream>>>(dgate_up, act_out, dout, gate_up, U, use_gelu);
+    kernel<<<grid, GATED_THREADS, 0, stream>>>(dgate_up, dout, gate_up, U, use_gelu);
     LAUNCH_CHECK();
 }
 

@@ -203,7 +203,7 @@ struct StatesArgs {
     const float *scale;         // [B, NH, T] kscale or qscale
     const float *inv_den, *ds;  // [B, NH, T] reverse only
     const float *decay;         // [B, NH, NC]
-    MlstmState initial, final;  // forward only; C == NULL: zeros, not wanted
+    MlstmState initial, final;  // of the whole sequence, forward only; C == NULL: zeros, not wanted
     F *C;                       // [B, NH, NC, dk, pitch] saved
     float *n;                   // [B, NH, NC, dk] saved
     size_t pitch;               // dv up to a multiple of 8
@@ -823,9 +823,8 @@ static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, Ml
 // dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row; dgates [B, T, 2NH]: of the raw pre-activations.
 template <typename F>
 static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
-                           F *dq, F *dk, F *dv, size_t ld_grad, F *dgates, size_t ld_dgates, float *dgates32,
-                           float *dbias, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
-                           cudaStream_t stream) {
+                           F *dq, F *dk, F *dv, size_t ld_grad, F *dgates, size_t ld_dgates, float *dbias,
+                           const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
     size_t ld_h = (size_t)s.NH * s.dv;
     bool aligned = mlstm_aligned(&s, &in) && vector_aligned(dh, ld_h) && vector_aligned(dq, ld_grad) &&
                    vector_aligned(dk, ld_grad) && vector_aligned(dv, ld_grad);
@@ -869,7 +868,7 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
 
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
                          ceil_div(s.dk, attend_columns<F>(s.dk)), scratch->anchor, states_tiles<F, true>(&s), saved->n,
-                         dgates, ld_dgates, dgates32, dbias, scratch->partial, stream);
+                         dgates, ld_dgates, dbias, scratch->partial, stream);
 }
 
 #endif

@@ -278,8 +278,7 @@ typedef struct {               // `tiles` partial sums of every value, added in 
 // bias_partial [2NH][B * NC]: the sums over the tokens of each chunk; n [B, NH, NC, dk] enters them
 template <typename F>
 static __global__ void mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n,
-                                                   F *dgates, size_t ld_dgates, float *dgates32, float *bias_partial,
-                                                   int chunks) {
+                                                   F *dgates, size_t ld_dgates, float *bias_partial, int chunks) {
     MlstmWarpChunk w;
     if (!mlstm_warp_chunk(s, chunks, &w)) return;
     const int lane = threadIdx.x % 32, NH = s.NH;
@@ -323,8 +322,6 @@ static __global__ void mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput 
             di_sum += di, df_sum += df;
             dgates[token * ld_dgates + w.head] = from_float<F>(di);
             dgates[token * ld_dgates + NH + w.head] = from_float<F>(df);
-            if (dgates32) dgates32[token * 2 * NH + w.head] = di;
-            if (dgates32) dgates32[token * 2 * NH + NH + w.head] = df;
         }
     }
     di_sum = warp_sum(di_sum), df_sum = warp_sum(df_sum);
@@ -346,18 +343,18 @@ static size_t mlstm_gates_partial_floats(const MlstmShape *s) { return (size_t)2
 
 // gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, NC]:
 // partial sums, to be added in order (the last chunk's anchor is 0 and not read). n [B, NH, NC, dk] entering. dgates
-// [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dgates32 [B*T, 2NH] the same in fp32, or
-// NULL; dbias [2NH] is added to; partial [mlstm_gates_partial_floats].
+// [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dbias [2NH] is added
+// to; partial [mlstm_gates_partial_floats].
 template <typename F>
 static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
                                  const int *doc_start, const float *q_dq, const float *k_dk, int tiles,
                                  const float *anchor, int anchor_tiles, const float *n, F *dgates, size_t ld_dgates,
-                                 float *dgates32, float *dbias, float *partial, cudaStream_t stream) {
+                                 float *dbias, float *partial, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
     const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles};
     const int chunks = mlstm_chunks(s);
-    mlstm_gates_backward_kernel<<<mlstm_gate_blocks(s), 32 * MLSTM_GATE_WARPS, 0, stream>>>(
-        *s, in, sums, n, dgates, ld_dgates, dgates32, partial, chunks);
+    mlstm_gates_backward_kernel<<<mlstm_gate_blocks(s), 32 * MLSTM_GATE_WARPS, 0, stream>>>(*s, in, sums, n, dgates,
+                                                                                            ld_dgates, partial, chunks);
     LAUNCH_CHECK();
     mlstm_gate_bias_kernel<<<2 * s->NH, 256, 0, stream>>>(dbias, partial, s->B * chunks);
     LAUNCH_CHECK();

@@ -38,7 +38,7 @@ typedef struct {
     MlstmInput<bf16> in;
     bf16 *dh, *h, *grad;  // [B, T, NH, dv] twice, [B, T, ld_grad]: dq, dk, dv, of the output gate, dgates
     size_t ld_grad;
-    float *dh_dot_h, *dgates32, *dbias;
+    float *dh_dot_h, *dbias;
     MlstmSaved<bf16> saved;
     MlstmScratch<bf16> scratch;
     std::vector<void *> memory;
@@ -64,7 +64,6 @@ static void cell_build(Cell *c, const MlstmShape *shape) {
     c->h = random_device<bf16>(rows * Dv, 4);
     c->grad = random_device<bf16>(rows * c->ld_grad, 5);
     c->dh_dot_h = random_device<float>(rows * s.NH, 6);
-    c->dgates32 = random_device<float>(rows * G, 7);
     c->dbias = random_device<float>(G, 8);
     Arena arena = {NULL, 0};
     mlstm_take_saved(&arena, &s, &c->saved);
@@ -74,7 +73,7 @@ static void cell_build(Cell *c, const MlstmShape *shape) {
     arena = Arena{base, 0};
     mlstm_take_saved(&arena, &s, &c->saved);
     mlstm_take_scratch(&arena, &s, &c->scratch);
-    c->memory = {proj, gates, bias, doc_start, c->dh, c->h, c->grad, c->dh_dot_h, c->dgates32, c->dbias, base};
+    c->memory = {proj, gates, bias, doc_start, c->dh, c->h, c->grad, c->dh_dot_h, c->dbias, base};
 }
 
 static void cell_free(Cell *c) {
@@ -90,7 +89,7 @@ static void cell_backward(Cell *c, cudaStream_t stream) {
     const MlstmState none = {NULL, NULL, NULL, 0};
     const size_t Dk = (size_t)c->s.NH * c->s.dk, Dv = (size_t)c->s.NH * c->s.dv;
     mlstm_backward<bf16>(c->s, c->in, none, c->dh, c->dh_dot_h, c->grad, c->grad + Dk, c->grad + 2 * Dk, c->ld_grad,
-                         c->grad + 2 * Dk + 2 * Dv, c->ld_grad, c->dgates32, c->dbias, &c->saved, &c->scratch, stream);
+                         c->grad + 2 * Dk + 2 * Dv, c->ld_grad, c->dbias, &c->saved, &c->scratch, stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ struct MlstmDevice {
     MlstmInput<F> in;
     MlstmState initial, final;
     F *qkv, *h, *dh, *wide;  // [rows, ld], [rows, Dv] twice, gradients [rows, ld]
-    float *gates, *bias, *states, *state_in, *dh_dot_h, *dgates32, *dbias;
+    float *gates, *bias, *states, *state_in, *dh_dot_h, *dbias;
     int *doc_start;
     MlstmSaved<F> saved;
     MlstmScratch<F> scratch;
@@ -134,7 +134,6 @@ static MlstmDevice<F> mlstm_test_device(const MlstmCase *c, const MlstmHost *x) 
     d.dh_dot_h = to_device<float>(x->out[OUT_DOT], x->rows * c->NH);
     d.doc_start = to_device_int(x->doc_start, x->rows);
     d.h = device_poisoned<F>(x->rows * x->Dv);
-    d.dgates32 = device_poisoned<float>(x->rows * x->G);
     float *dbias = fill_random(x->G, 9, 1);
     d.dbias = to_device<float>(dbias, x->G);
     d.states = device_poisoned<float>(c->B * x->state);
@@ -157,8 +156,8 @@ static MlstmDevice<F> mlstm_test_device(const MlstmCase *c, const MlstmHost *x) 
 
 template <typename F>
 static void mlstm_test_device_free(MlstmDevice<F> *d) {
-    void *all[] = {d->qkv,      d->h,        d->dh,       d->wide,  d->gates,     d->bias,  d->states,
-                   d->state_in, d->dh_dot_h, d->dgates32, d->dbias, d->doc_start, d->memory};
+    void *all[] = {d->qkv,    d->h,        d->dh,       d->wide,  d->gates,     d->bias,
+                   d->states, d->state_in, d->dh_dot_h, d->dbias, d->doc_start, d->memory};
     for (void *p : all) CUDA_CHECK(cudaFree(p));
 }
 
@@ -167,7 +166,7 @@ static void mlstm_test_run(MlstmDevice<F> *d, const MlstmHost *x) {
     F *dq = d->wide + x->lead;
     mlstm_forward<F>(d->shape, d->in, d->initial, d->final, d->h, &d->saved, &d->scratch, 0);
     mlstm_backward<F>(d->shape, d->in, d->initial, d->dh, d->dh_dot_h, dq, dq + x->Dk, dq + 2 * x->Dk, x->ld,
-                      d->wide + x->at_gates, x->ld, d->dgates32, d->dbias, &d->saved, &d->scratch, 0);
+                      d->wide + x->at_gates, x->ld, d->dbias, &d->saved, &d->scratch, 0);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -246,7 +245,6 @@ static void mlstm_check_all(const MlstmCase *c, const MlstmHost *x, const MlstmD
         mlstm_check(&l, p.name, got, p.want ? p.want : want, x->rows * p.count, p.limit);
         free(want);
     }
-    mlstm_check(&l, "dgates32", to_host(d->dgates32, x->rows * x->G), x->out[OUT_DGATES], x->rows * x->G, gates);
     mlstm_check(&l, "dbias", to_host(d->dbias, x->G), x->out[OUT_DBIAS], x->G, gates);
     free(states), free(wide), free(unwritten);
 }
@@ -254,19 +252,19 @@ static void mlstm_check_all(const MlstmCase *c, const MlstmHost *x, const MlstmD
 // Again in poisoned memory: what the first run left must not matter, and no sum may depend on the order of blocks.
 template <typename F>
 static void mlstm_check_again(const MlstmCase *c, const MlstmHost *x, MlstmDevice<F> *d) {
-    const size_t counts[4] = {x->rows * x->Dv, x->rows * x->ld, x->rows * x->G, c->B * x->state};
-    float *runs[2][4];
+    const size_t counts[3] = {x->rows * x->Dv, x->rows * x->ld, c->B * x->state};
+    float *runs[2][3];
     for (int run = 0; run < 2; run++) {
         if (run == 1) {
             CUDA_CHECK(cudaMemset(d->memory, 0xff, d->bytes));
             mlstm_test_run(d, x);
         }
         runs[run][0] = to_host(d->h, counts[0]), runs[run][1] = to_host(d->wide, counts[1]);
-        runs[run][2] = to_host(d->dgates32, counts[2]), runs[run][3] = to_host(d->states, counts[3]);
+        runs[run][2] = to_host(d->states, counts[2]);
     }
     float same = 1;
     const float one = 1;
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 3; k++) {
         if (memcmp(runs[0][k], runs[1][k], counts[k] * sizeof(float)) != 0) same = 0;
         free(runs[0][k]), free(runs[1][k]);
     }
