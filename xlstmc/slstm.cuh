@@ -17,38 +17,12 @@
 #ifndef XLSTMC_SLSTM_CUH
 #define XLSTMC_SLSTM_CUH
 
-#include "cuda_util.cuh"
-
-typedef struct {
-    int B, T, NH, d;
-} SlstmShape;
-
-typedef struct {           // states of B sequences, `row` elements apart; y == NULL: zeros, or not wanted
-    float *y, *c, *n, *m;  // [B][NH * d]
-    size_t row;
-} SlstmState;
-
-template <typename F>
-struct SlstmSaved {  // what the backward pass needs
-    F *gates;        // [B, T, NH, 4, d]: I, sig(-r_f), z, o
-    F *y_prev;       // [B, T, NH, d]: the output that entered each step
-    float *forget;   // [B, T, NH, d]: F; in fp32 because gradients are multiplied with it step after step
-    float *c, *n;    // [B, T, NH, d]
-};
+#include "slstm_cell.cuh"
+#include "slstm_hopper.cuh"
 
 typedef struct {  // may be shared by all layers whose kernels do not run at the same time
     uint64_t *exchange;
 } SlstmScratch;
-
-template <typename F>
-static void slstm_take_saved(Arena *a, const SlstmShape *s, SlstmSaved<F> *saved) {
-    size_t cells = (size_t)s->B * s->T * s->NH * s->d;
-    saved->gates = take<F>(a, 4 * cells);
-    saved->y_prev = take<F>(a, cells);
-    saved->forget = take<float>(a, cells);
-    saved->c = take<float>(a, cells);
-    saved->n = take<float>(a, cells);
-}
 
 enum { SLSTM_THREADS = 256, SLSTM_WARPS = SLSTM_THREADS / 32 };
 
@@ -78,23 +52,6 @@ struct SlstmTile {
         return SHARE == 2 ? tid / 32 * 16 + tid % 16 : i * SLSTM_THREADS + tid;
     }
     static __device__ int share() { return SHARE == 2 ? threadIdx.x % 32 / 16 : 0; }
-};
-
-template <typename F>
-struct SlstmJob {  // arguments of both kernels
-    SlstmShape shape;
-    int ctas, resident;    // blocks a team; fragments of R that a warp has in shared memory
-    const F *R;            // [NH, d, 4d]
-    const int *doc_start;  // [B, T]
-    SlstmState initial, final;
-    SlstmSaved<F> saved;
-    uint64_t *exchange;  // [teams][2] halves
-    const F *x;          // [B, T, NH, 4, d]
-    const float *bias;   // [NH, 4, d]
-    F *y;                // [B, T, NH, d]
-    const F *dy;         // [B, T, NH, d]
-    F *dx;               // [B, T, NH, 4, d]
-    float *partial;      // [groups, NH, 4, d] sums of dx
 };
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -219,13 +176,6 @@ __device__ inline Fragment<F> load_fragment(const uint4 *slot) {
     return f;
 }
 
-__device__ inline void mma_16x8x16(float *c, uint4 a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-
 // acc += a times the 16 x BC whose columns start at b, ld apart.
 template <int BC>
 __device__ inline void multiply(float *acc, const Fragment<bf16> &a, const bf16 *b, int ld) {
@@ -282,23 +232,6 @@ __device__ inline SlstmPair slstm_pair(int i, const SlstmShape &s, int head, int
 
 // ----------------------------------------------------------------------------------------------------------------
 // Forward
-
-struct SlstmCell {
-    float y, c, n, m;
-};
-__device__ inline SlstmCell load_cell(const SlstmState &from, int b, size_t at) {
-    if (!from.y) return SlstmCell{};
-    at += b * from.row;
-    return {from.y[at], from.c[at], from.n[at], from.m[at]};
-}
-__device__ inline void store_cell(const SlstmState &to, int b, size_t at, const SlstmCell &s) {
-    if (!to.y) return;
-    at += b * to.row;
-    to.y[at] = s.y;
-    to.c[at] = s.c;
-    to.n[at] = s.n;
-    to.m[at] = s.m;
-}
 
 // exp, log(1 + x) for 0 <= x <= 1, tanh and division. In bf16 mode those of the hardware: absolute errors of 1e-7 in
 // numbers whose inputs were rounded to 3 digits.
@@ -376,10 +309,10 @@ __device__ inline void store_step(const SlstmJob<F> &job, size_t cell, int unit,
     int d = job.shape.d;
     size_t at = cell * d + unit;
     job.y[at] = from_float<F>(s.y);
-#pragma unroll
-    for (int g = 0; g < 4; g++) job.saved.gates[(cell * 4 + g) * d + unit] = from_float<F>(gates[g]);
-    job.saved.forget[at] = forget;
-    job.saved.c[at] = s.c;
+    job.saved.record[at] = {
+        {from_float<F>(gates[0]), from_float<F>(gates[1]), from_float<F>(gates[2]), from_float<F>(gates[3])},
+        forget,
+        s.c};
     job.saved.n[at] = s.n;
 }
 
@@ -537,13 +470,14 @@ __device__ inline SlstmTrace<F> load_trace(const SlstmJob<F> &job, const SlstmPa
     size_t width = (size_t)job.shape.NH * d, token = (size_t)p.b * job.shape.T + t;
     size_t at = token * width + (size_t)head * d + p.unit;
     SlstmTrace<F> s;
+    SlstmRecord<F> record = job.saved.record[at];
 #pragma unroll
-    for (int g = 0; g < 4; g++) s.gates[g] = job.saved.gates[4 * (at - p.unit) + g * d + p.unit];
+    for (int g = 0; g < 4; g++) s.gates[g] = record.gates[g];
     s.dy = job.dy[at];
-    s.forget = job.saved.forget[at];
+    s.forget = record.forget;
     s.doc_start = job.doc_start[token];
     if (t > 0) {
-        s.c_prev = job.saved.c[at - width];
+        s.c_prev = job.saved.record[at - width].c;
         s.n_prev = job.saved.n[at - width];
     } else {
         SlstmCell initial = load_cell(job.initial, p.b, (size_t)head * d + p.unit);
@@ -659,7 +593,7 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
             if (!pair[i].valid) continue;
             size_t last = (((size_t)pair[i].b * T + T - 1) * NH + head) * d + pair[i].unit;
             next[i] = load_trace(job, pair[i], head, T - 1);
-            c[i] = job.saved.c[last];
+            c[i] = job.saved.record[last].c;
             n[i] = job.saved.n[last];
         }
 
@@ -800,15 +734,25 @@ static void slstm_take_scratch(Arena *a, const SlstmShape *s, SlstmScratch *scra
 MAYBE_UNUSED
 static size_t slstm_partial_size(const SlstmShape *s) { return (size_t)ceil_div(s->B, 8) * 4 * s->NH * s->d; }
 
+// Runs one pass, with clusters if it can. Returns the sequences of a group.
 template <typename F>
-static void slstm_launch(const SlstmPlan *p, SlstmJob<F> *job, SlstmScratch *scratch, cudaStream_t stream) {
-    job->ctas = p->ctas;
-    job->resident = p->resident;
+static int slstm_run(SlstmJob<F> *job, int backward, SlstmScratch *scratch, cudaStream_t stream) {
+    if constexpr (sizeof(F) == 2) {
+        SlstmClusterPlan clusters = slstm_cluster_plan(&job->shape, backward);
+        if (clusters.kernels) {
+            slstm_cluster_launch(&clusters, backward, job, stream);
+            return clusters.kernels->rows;
+        }
+    }
+    SlstmPlan plan = slstm_plan<F>(&job->shape, backward);
+    job->ctas = plan.ctas;
+    job->resident = plan.resident;
     job->exchange = scratch->exchange;
-    if (p->exchange) CUDA_CHECK(cudaMemsetAsync(scratch->exchange, 0, p->exchange, stream));
+    if (plan.exchange) CUDA_CHECK(cudaMemsetAsync(scratch->exchange, 0, plan.exchange, stream));
     void *arguments[] = {job};
-    CUDA_CHECK(cudaLaunchCooperativeKernel(p->kernel, dim3(p->ctas, p->teams), dim3(SLSTM_THREADS), arguments,
-                                           p->shared, stream));
+    CUDA_CHECK(cudaLaunchCooperativeKernel(plan.kernel, dim3(plan.ctas, plan.teams), dim3(SLSTM_THREADS), arguments,
+                                           plan.shared, stream));
+    return plan.rows;
 }
 
 // x [B, T, NH, 4, d] pre-activations from the input, before the bias; R [NH, d, 4d]; bias [NH, 4, d]; doc_start [B, T];
@@ -817,7 +761,6 @@ template <typename F>
 static void slstm_forward(const SlstmShape *s, const F *x, const F *R, const float *bias, const int *doc_start,
                           SlstmState initial, SlstmState final, F *y, SlstmSaved<F> *saved, SlstmScratch *scratch,
                           cudaStream_t stream) {
-    SlstmPlan plan = slstm_plan<F>(s, 0);
     SlstmJob<F> job = {};
     job.shape = *s;
     job.R = R;
@@ -828,7 +771,7 @@ static void slstm_forward(const SlstmShape *s, const F *x, const F *R, const flo
     job.x = x;
     job.bias = bias;
     job.y = y;
-    slstm_launch(&plan, &job, scratch, stream);
+    slstm_run(&job, 0, scratch, stream);
 }
 
 // dy [B, T, NH, d]; dx [B, T, NH, 4, d] out, the gradient of x. dbias [NH, 4, d] is added to. The caller adds y_prev^T
@@ -837,7 +780,6 @@ template <typename F>
 static void slstm_backward(const SlstmShape *s, const F *R, SlstmSaved<F> *saved, const F *dy, const int *doc_start,
                            SlstmState initial, F *dx, float *dbias, float *partial, SlstmScratch *scratch,
                            cudaStream_t stream) {
-    SlstmPlan plan = slstm_plan<F>(s, 1);
     SlstmJob<F> job = {};
     job.shape = *s;
     job.R = R;
@@ -847,8 +789,8 @@ static void slstm_backward(const SlstmShape *s, const F *R, SlstmSaved<F> *saved
     job.dy = dy;
     job.dx = dx;
     job.partial = partial;
-    slstm_launch(&plan, &job, scratch, stream);
-    add_partials(dbias, partial, ceil_div(s->B, plan.rows), (size_t)4 * s->NH * s->d, stream);
+    int rows = slstm_run(&job, 1, scratch, stream);
+    add_partials(dbias, partial, ceil_div(s->B, rows), (size_t)4 * s->NH * s->d, stream);
 }
 
 #endif
