@@ -12,7 +12,7 @@
 // of step s, which every peer sent only after it had received all of step s - 1, whose half is now overwritten.
 // Numbers count from 1 in each launch, from a buffer of zeros. All blocks must run at once: launches are cooperative.
 //
-// Bytes a token and unit: forward 4 F in, 6 F + 12 out; backward 5 F + 12 in, 4 F out (F = 2 or 4). The kernels are
+// Bytes a token and unit: forward 4 F in, 6 F out; backward 6 F in, 4 F out (F = 2 or 4). The kernels are
 // bound by the latency of a step, not by these.
 #ifndef XLSTMC_SLSTM_CUH
 #define XLSTMC_SLSTM_CUH
@@ -252,22 +252,22 @@ __device__ inline float slstm_tanh(float x) {
     return sizeof(F) == 2 ? 1 - __fdividef(2.0f, 1 + __expf(2 * x)) : tanhf(x);
 }
 
-// One step of one unit: r are the pre-activations; gates I, sig(-r_f), z, o and the forget gate F are kept.
+// One step of one unit: r are the pre-activations; gates are as they are saved.
 template <typename F>
-__device__ inline void slstm_step(SlstmCell *s, const float *r, float *gates, float *forget) {
+__device__ inline void slstm_step(SlstmCell *s, const float *r, float *gates) {
     float e = slstm_exp<F>(-fabsf(r[1]));
     float lf = (r[1] < 0 ? r[1] : 0) - slstm_log1p<F>(e);  // log sig(r_f)
     float lfm = s->m + lf;
     float m = s->n == 0 ? r[0] : (r[0] > lfm ? r[0] : lfm);
-    gates[0] = slstm_exp<F>(r[0] - m);
+    float I = slstm_exp<F>(r[0] - m), forget = s->n == 0 ? 0 : slstm_exp<F>((s->m - m) + lf), kept = forget * s->n;
     gates[1] = slstm_divide<F>(r[1] < 0 ? 1 : e, 1 + e);
     gates[2] = slstm_tanh<F>(r[2]);
     gates[3] = slstm_divide<F>(1.0f, 1 + slstm_exp<F>(-r[3]));
-    *forget = s->n == 0 ? 0 : slstm_exp<F>((s->m - m) + lf);
-    s->c = *forget * s->c + gates[0] * gates[2];
-    s->n = *forget * s->n + gates[0];
+    s->c = forget * s->c + I * gates[2];
+    s->n = kept + I;
     s->m = m;
     s->y = slstm_divide<F>(gates[3] * s->c, s->n);
+    gates[0] = slstm_share(slstm_divide<F>(I, s->n), slstm_divide<F>(kept, s->n));
 }
 
 // Sends y of the thread's pairs to the team: words [BC, K] in fp32, [BC, K / 2] in bf16, where even units send for two.
@@ -302,18 +302,13 @@ __device__ inline void multiply_outputs(float *products, const F *y, int ld, int
         acc, [&](int row, int column, float sum) { products[column * Tile::ROW + row / 8 * Tile::U + row % 8] = sum; });
 }
 
-// What to keep of a token: called after slstm_step, with the cell as it left the step.
+// What to keep of a token
 template <typename F>
-__device__ inline void store_step(const SlstmJob<F> &job, size_t cell, int unit, const SlstmCell &s, const float *gates,
-                                  float forget) {
+__device__ inline void store_step(const SlstmJob<F> &job, size_t cell, int unit, float y, const float *gates) {
     int d = job.shape.d;
-    size_t at = cell * d + unit;
-    job.y[at] = from_float<F>(s.y);
-    job.saved.record[at] = {
-        {from_float<F>(gates[0]), from_float<F>(gates[1]), from_float<F>(gates[2]), from_float<F>(gates[3])},
-        forget,
-        s.c};
-    job.saved.n[at] = s.n;
+    job.y[cell * d + unit] = from_float<F>(y);
+#pragma unroll
+    for (int g = 0; g < 4; g++) job.saved.gates[(cell * 4 + g) * d + unit] = from_float<F>(gates[g]);
 }
 
 template <typename Tile, typename F = typename Tile::F>
@@ -407,8 +402,7 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_forward_kernel(const S
                                    slots, job.resident, weights);
             __syncthreads();  // products are complete, and y_all has been read
 
-            SlstmCell left[P];
-            float gates[P][4], forget[P];
+            float left[P], gates[P][4];  // left: y, which a reset takes out of the cell
 #pragma unroll
             for (int i = 0; i < P; i++) {
                 const float *sums = products + Tile::pair(i) / U * Tile::ROW + Tile::pair(i) % U;
@@ -419,15 +413,14 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_forward_kernel(const S
 #pragma unroll
                     for (int k = 0; k < Tile::SPLITS; k++) r[g] += sums[k * BC * Tile::ROW + g * U];
                 }
-                slstm_step<F>(&cell[i], r, gates[i], &forget[i]);
-                left[i] = cell[i];
+                slstm_step<F>(&cell[i], r, gates[i]);
+                left[i] = cell[i].y;
                 if (t + 1 < T && doc_next[i] == t + 1) cell[i] = SlstmCell{};
             }
             if (t + 1 < T) hand_over(t + 1);
 #pragma unroll
             for (int i = 0; i < P; i++)
-                if (pair[i].valid && Tile::share() == 0)
-                    store_step(job, index(i, t), pair[i].unit, left[i], gates[i], forget[i]);
+                if (pair[i].valid && Tile::share() == 0) store_step(job, index(i, t), pair[i].unit, left[i], gates[i]);
         }
 #pragma unroll
         for (int i = 0; i < P; i++)
@@ -441,50 +434,37 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_forward_kernel(const S
 
 template <typename F>
 struct SlstmTrace {  // what one step back reads, for a pair
-    F gates[4], dy;
-    float forget, c_prev, n_prev;  // c, n that entered the step, were it not for a reset
+    F gates[4], o_prev, y_prev, dy;
+    float h_prev;  // of the initial state; other tokens have y_prev / o_prev
     int doc_start;
 };
-
-// One step back of one unit. All that it makes is linear in dy, the gradient of y, which arrives last: results are
-// base + slope * dy, for dr of the four gates and for dc, dn of the states that entered the step. dc, dn: of those that
-// left it, without y's part; c, n: these states. fresh: the token begins a document.
-struct SlstmLinear {
-    float base[6], slope[6];
-};
-template <typename F>
-__device__ inline SlstmLinear slstm_step_back(const SlstmTrace<F> &s, int fresh, float dc, float dn, float c, float n) {
-    float I = to_float(s.gates[0]), sig_minus = to_float(s.gates[1]);
-    float z = to_float(s.gates[2]), o = to_float(s.gates[3]);
-    float c_prev = fresh ? 0 : s.c_prev, n_prev = fresh ? 0 : s.n_prev;
-    float o_n = o / n, y = o_n * c, y_n = y / n, to_f = s.forget * sig_minus, to_z = I * (1 - z * z);
-    return {{I * (z * dc + dn), to_f * (c_prev * dc + n_prev * dn), to_z * dc, 0, s.forget * dc, s.forget * dn},
-            {I * (z * o_n - y_n), to_f * (c_prev * o_n - n_prev * y_n), to_z * o_n, (1 - o) * y, s.forget * o_n,
-             -s.forget * y_n}};
-}
 
 // What the step of token t back reads, for a pair.
 template <typename F>
 __device__ inline SlstmTrace<F> load_trace(const SlstmJob<F> &job, const SlstmPair &p, int head, int t) {
     int d = job.shape.d;
-    size_t width = (size_t)job.shape.NH * d, token = (size_t)p.b * job.shape.T + t;
-    size_t at = token * width + (size_t)head * d + p.unit;
+    size_t token = (size_t)p.b * job.shape.T + t, cell = token * job.shape.NH + head, at = cell * d + p.unit;
     SlstmTrace<F> s;
-    SlstmRecord<F> record = job.saved.record[at];
 #pragma unroll
-    for (int g = 0; g < 4; g++) s.gates[g] = record.gates[g];
+    for (int g = 0; g < 4; g++) s.gates[g] = job.saved.gates[(4 * cell + g) * d + p.unit];
+    s.o_prev = from_float<F>(0.0f);
+    s.y_prev = job.saved.y_prev[at];
     s.dy = job.dy[at];
-    s.forget = record.forget;
+    s.h_prev = 0;
     s.doc_start = job.doc_start[token];
     if (t > 0) {
-        s.c_prev = job.saved.record[at - width].c;
-        s.n_prev = job.saved.n[at - width];
+        s.o_prev = job.saved.gates[(4 * (cell - job.shape.NH) + 3) * d + p.unit];
     } else {
         SlstmCell initial = load_cell(job.initial, p.b, (size_t)head * d + p.unit);
-        s.c_prev = initial.c;
-        s.n_prev = initial.n;
+        if (initial.n != 0) s.h_prev = initial.c / initial.n;
     }
     return s;
+}
+template <typename F>
+__device__ inline SlstmBack slstm_step_back(const SlstmTrace<F> &s, float dL) {
+    float o_prev = to_float(s.o_prev), h_prev = o_prev > 0 ? slstm_divide<F>(to_float(s.y_prev), o_prev) : s.h_prev;
+    return slstm_back(to_float(s.gates[0]), to_float(s.gates[1]), to_float(s.gates[2]), to_float(s.gates[3]), h_prev,
+                      dL);
 }
 
 // Sums of dr over the sequences of the task, to partial[group, head]. sums: [BC, 4U] in shared memory
@@ -582,23 +562,17 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
 
         SlstmPair pair[P];
         SlstmTrace<F> next[P];  // of the token to come, asked for a whole step before it is needed
-        float dc[P] = {0}, dn[P] = {0}, dbias[P][4] = {0}, c[P], n[P];
+        float dh[P] = {0}, dL[P] = {0}, dbias[P][4] = {0};
         int fresh[P] = {0};  // the token after the current one
 #pragma unroll
         for (int i = 0; i < P; i++) {
             pair[i] = slstm_pair<Tile>(i, job.shape, head, b0);
-            next[i] = {};
-            c[i] = 0;
-            n[i] = next[i].n_prev = 1;  // pairs that are not there: all their gradients are zero
-            if (!pair[i].valid) continue;
-            size_t last = (((size_t)pair[i].b * T + T - 1) * NH + head) * d + pair[i].unit;
-            next[i] = load_trace(job, pair[i], head, T - 1);
-            c[i] = job.saved.record[last].c;
-            n[i] = job.saved.n[last];
+            next[i] = {};  // pairs that are not there: all their gradients are zero
+            if (pair[i].valid) next[i] = load_trace(job, pair[i], head, T - 1);
         }
 
         for (int t = T - 1; t >= 0; t--) {
-            SlstmLinear back[P];
+            SlstmBack back[P];
             float dy_here[P], dy[P] = {0}, dr[P][4];
             int cut[P];
 #pragma unroll
@@ -608,9 +582,7 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
                 cut[i] = fresh[i];  // nothing flows back from a token that begins a document
                 fresh[i] = now.doc_start == t && pair[i].valid;
                 dy_here[i] = to_float(now.dy);
-                back[i] = slstm_step_back(now, fresh[i], dc[i], dn[i], c[i], n[i]);
-                c[i] = now.c_prev;
-                n[i] = now.n_prev;
+                back[i] = slstm_step_back(now, dL[i]);
             }
             if (t < T - 1)
                 receive_gradients<Tile>(dy, exchange + step % 2 * half + (size_t)blockIdx.x * ctas * BC * U, ctas,
@@ -618,16 +590,13 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
             F *dr_now = dr_all + t % 2 * BC * Tile::GATES;
 #pragma unroll
             for (int i = 0; i < P; i++) {
-                float dy_all = dy_here[i] + (cut[i] ? 0 : dy[i]);
+                slstm_finish_back(back[i], dy_here[i] + (cut[i] ? 0 : dy[i]), dr[i], &dh[i], &dL[i]);
                 F *row = dr_now + Tile::pair(i) / U * Tile::GATES + Tile::pair(i) % U;
 #pragma unroll
                 for (int g = 0; g < 4; g++) {
-                    dr[i][g] = back[i].base[g] + back[i].slope[g] * dy_all;
                     dbias[i][g] += dr[i][g];
                     row[g * U] = from_float<F>(dr[i][g]);
                 }
-                dc[i] = back[i].base[4] + back[i].slope[4] * dy_all;
-                dn[i] = back[i].base[5] + back[i].slope[5] * dy_all;
             }
             if (t > 0) {
                 __syncthreads();  // dr_now is complete; two steps ago it was read before the last step's barrier

@@ -14,24 +14,19 @@ typedef struct {           // states of B sequences, `row` elements apart; y == 
     size_t row;
 } SlstmState;
 
+// What the backward pass needs. With h = c / n a step is y = o h, h = (1 - a) h_prev + a z, where a = I / n is the
+// share of the new input, (1 - a) = F n_prev / n that of what was stored: a = sig(r_i - log sig(r_f) - L_prev), where L
+// is the logarithm of n exp(m). Of a and 1 - a the smaller one is saved, so that both are known to the last digit of F.
 template <typename F>
-struct alignas(sizeof(F) == 2 ? 16 : 8) SlstmRecord {  // of a token and unit
-    F gates[4];                                        // I, sig(-r_f), z, o
-    float forget, c;  // F in fp32 because gradients are multiplied with it step after step
-};
-
-template <typename F>
-struct SlstmSaved {          // what the backward pass needs
-    SlstmRecord<F> *record;  // [B, T, NH, d]
-    float *n;                // [B, T, NH, d]
-    F *y_prev;               // [B, T, NH, d]: the output that entered each step
+struct SlstmSaved {
+    F *gates;   // [B, T, NH, 4, d]: a, or -(1 - a) with the sign bit set; sig(-r_f); z; o
+    F *y_prev;  // [B, T, NH, d]: the output that entered each step
 };
 
 template <typename F>
 static void slstm_take_saved(Arena *a, const SlstmShape *s, SlstmSaved<F> *saved) {
     size_t cells = (size_t)s->B * s->T * s->NH * s->d;
-    saved->record = take<SlstmRecord<F>>(a, cells);
-    saved->n = take<float>(a, cells);
+    saved->gates = take<F>(a, 4 * cells);
     saved->y_prev = take<F>(a, cells);
 }
 
@@ -68,6 +63,40 @@ __device__ inline void store_cell(const SlstmState &to, int b, size_t at, const 
     to.c[at] = s.c;
     to.n[at] = s.n;
     to.m[at] = s.m;
+}
+
+// Shares of the new input and of what was stored, which add up to 1, as one number for gates[0].
+__device__ __forceinline__ float slstm_share(float a, float kept) { return a <= kept ? a : -kept; }
+
+// One step back of one unit: dy, the gradient of y, arrives last, so all that can be is made before. dh, dL: gradients
+// of h and L that left the step, without y's part. share: as saved; over_o_prev: 1 / o of the token before.
+struct SlstmBack {
+    float o, to_i, input_dL, kept, kept_dL, sig_minus, to_z, to_o;
+};
+__device__ __forceinline__ SlstmBack slstm_back(float share, float sig_minus, float z, float o, float h_prev,
+                                                float dL) {
+    int mostly_new = __float_as_int(share) < 0;
+    float small = fabsf(share), large = 1 - small, a = mostly_new ? large : small, rest = z - h_prev;
+    SlstmBack s;
+    s.o = o;
+    s.kept = mostly_new ? small : large;
+    s.to_i = a * s.kept * rest;
+    s.input_dL = a * dL;
+    s.kept_dL = s.kept * dL;
+    s.sig_minus = sig_minus;
+    s.to_z = a * (1 - z * z);
+    s.to_o = (1 - o) * o * fmaf(a, rest, h_prev);
+    return s;
+}
+// dr of the four gates; dh and dL of the states that entered the step.
+__device__ __forceinline__ void slstm_finish_back(const SlstmBack &s, float dy, float (&dr)[4], float *dh, float *dL) {
+    float all = fmaf(s.o, dy, *dh);
+    *dL = fmaf(-s.to_i, all, s.kept_dL);
+    *dh = s.kept * all;
+    dr[0] = fmaf(s.to_i, all, s.input_dL);
+    dr[1] = s.sig_minus * *dL;
+    dr[2] = s.to_z * all;
+    dr[3] = s.to_o * dy;
 }
 
 __device__ __forceinline__ void mma_16x8x16(float *c, uint4 a, uint32_t b0, uint32_t b1) {

@@ -80,15 +80,19 @@ template <int PENDING>
 __device__ __forceinline__ void prefetch_wait(void) {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
-// One 8 x 8 matrix, whose rows in memory begin at the addresses of lanes 0 to 7. Lane l holds elements 2 (l % 4) and
-// 2 (l % 4) + 1 of column l / 4.
-__device__ __forceinline__ unsigned matrix_load_transposed(unsigned address) {
-    unsigned r;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(address) : "memory");
-    return r;
+// 8 x 8 matrices, see hopper.cuh: rows of the i-th begin at the addresses of lanes 8 i to 8 i + 7.
+__device__ __forceinline__ void matrix_pair_load_transposed(unsigned (&r)[2], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
 }
 __device__ __forceinline__ void matrix_store_transposed(unsigned address, unsigned r) {
     asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(r) : "memory");
+}
+__device__ __forceinline__ void matrix_pair_store_transposed(unsigned address, unsigned r0, unsigned r1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1)
+                 : "memory");
 }
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -156,32 +160,37 @@ struct SlstmCluster {
         }
         return (rank + CTAS - slice) % CTAS * U + 8 * warp;
     }
-    static constexpr int SENDS = ((CTAS - 1) * ROWS + 31) / 32;              // messages a lane
-    static constexpr int CHAINS = TILES == 1 ? 4 : 2;                        // independent sums a result
-    static constexpr int TAIL = TILES == 1 ? 4 : 2;                          // groups at the end, at most, gate by gate
-    static constexpr int LAST = GROUPS - part_begin(PARTS - 1) / 4;          // groups of the last part
-    static constexpr int MAIN = GROUPS - (LAST < TAIL ? LAST : TAIL);        // groups before these
-    static constexpr int HELD = STEPS <= 16 ? STEPS : TILES == 1 ? 20 : 14;  // steps of 16 units with R in registers
-    static constexpr int IN_SHARED = STEPS - HELD;                           // the first ones, in shared memory
-    static constexpr int RING = 8;                                           // tokens on their way
+    static constexpr int SENDS = ((CTAS - 1) * ROWS + 31) / 32;        // messages a lane
+    static constexpr int CHAINS = TILES == 1 ? 4 : 2;                  // independent sums a result
+    static constexpr int TAIL = TILES == 1 ? 4 : 2;                    // groups at the end, at most, gate by gate
+    static constexpr int LAST = GROUPS - part_begin(PARTS - 1) / 4;    // groups of the last part
+    static constexpr int MAIN = GROUPS - (LAST < TAIL ? LAST : TAIL);  // groups before these
+    static constexpr int HELD = STEPS <= 16  ? STEPS
+                                : TILES == 2 ? 14
+                                : CTAS == 16 ? 18
+                                             : 20;  // steps of 16 units with R in registers
+    static constexpr int IN_SHARED = STEPS - HELD;  // the first ones, in shared memory
+    static constexpr int RING = 8;                  // tokens on their way
     static constexpr int Y_PITCH = (CHUNKS + 7) / 8 * 128, Y_TILE = 8 * Y_PITCH, Y_SLOT = TILES * Y_TILE;
-    static constexpr int X_BYTES = TILES * 512, DOC_BYTES = ROWS * 4;  // of a token and warp
+    static constexpr int X_BYTES = TILES * 512, DOC_BYTES = 2 * ROWS * 128;  // of a token; of two times 32 tokens
     static constexpr int AT_Y = 128, AT_X = AT_Y + 2 * Y_SLOT, AT_DOC = AT_X + RING * WARPS * X_BYTES;
-    static constexpr int AT_R = AT_DOC + RING * WARPS * DOC_BYTES;
+    static constexpr int AT_R = AT_DOC + WARPS * DOC_BYTES;
     static constexpr int FORWARD_BYTES = AT_R + WARPS * IN_SHARED * 2 * 512;
 
     // Backward. A warp takes PANELS panels of 16 units, each of another block, and sums over the block's 4 U gates. In
     // a cluster of one block it takes its own 8 units, and half of each panel is zero.
     static constexpr int PANELS = CTAS == 1 ? 1 : CTAS / 2, BACK_STEPS = 2 * WARPS, FRAGMENTS = PANELS * BACK_STEPS;
-    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : TILES == 1 ? 36 : 30;
+    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 ? 32 : 28;
     static constexpr int BACK_SHARED = FRAGMENTS - BACK_HELD;
-    static constexpr int BACK_RING = 4;
+    static constexpr int TOGETHER = TILES == 1 && WARPS > 4 ? 1 : 2;  // panels that are multiplied at the same time
+    static constexpr int BACK_CHAINS = TILES == 1 ? 4 : 2;
     static constexpr int D_PITCH = 64 * WARPS, D_TILE = 8 * D_PITCH, D_SLOT = TILES * D_TILE;
     static constexpr int SUMS_TILE = HALF * 512, SUMS_SLICE = TILES * SUMS_TILE;
     static constexpr int SUMS_SLOT = CTAS == 1 ? 0 : CTAS * SUMS_SLICE;
-    static constexpr int AT_N = 1024, AT_DY = 1280, TRACE_TILE = 1408, TRACE_BYTES = TILES * TRACE_TILE + DOC_BYTES;
+    static constexpr int AT_DY = 512, TRACE_TILE = 768, TRACE_BYTES = TILES * TRACE_TILE;  // gates; dy, y_prev
     static constexpr int AT_D = 128, AT_SUMS = AT_D + 2 * D_SLOT, AT_TRACE = AT_SUMS + 2 * SUMS_SLOT;
-    static constexpr int AT_BACK_R = AT_TRACE + BACK_RING * WARPS * TRACE_BYTES;
+    static constexpr int AT_BACK_DOC = AT_TRACE + RING * WARPS * TRACE_BYTES;
+    static constexpr int AT_BACK_R = AT_BACK_DOC + WARPS * DOC_BYTES;
     static constexpr int BACKWARD_BYTES = AT_BACK_R + WARPS * BACK_SHARED * 512;
 };
 
@@ -196,6 +205,7 @@ __device__ __forceinline__ SlstmPlace slstm_place(const SlstmShape &s) {
     p.rank = cluster_rank();
     p.lane = threadIdx.x % 32;
     p.warp = threadIdx.x / 32;
+    asm volatile("" : "+r"(p.lane), "+r"(p.warp));  // to be kept, not read again in each step
     p.g = p.lane / 4;
     p.q = p.lane % 4;
     p.group = task % groups;
@@ -206,6 +216,36 @@ __device__ __forceinline__ SlstmPlace slstm_place(const SlstmShape &s) {
     return p;
 }
 
+// Which sequences begin a document at a token, for 32 tokens in the order in which the kernel goes through them. Lane l
+// looks after the l-th: `token` is its number, and what is none of this sequence's, or out of range, never begins one.
+struct SlstmResets {
+    unsigned any, row;  // bit l: some sequence, the sequence lane % 32, begins a document at the l-th token
+};
+template <int ROWS>
+__device__ __forceinline__ void fetch_resets(unsigned block, const SlstmJob<bf16> &job, int b0, int token) {
+#pragma unroll 1
+    for (int r = 0; r < ROWS && b0 + r < job.shape.B; r++)
+        if (token > 0 && token < job.shape.T)
+            prefetch_word(block + (r * 32 + threadIdx.x % 32) * 4,
+                          job.doc_start + (size_t)(b0 + r) * job.shape.T + token);
+}
+template <int ROWS>
+__device__ __forceinline__ SlstmResets read_resets(unsigned block, int token) {
+    SlstmResets s = {0, 0};
+#pragma unroll 1
+    for (int r = 0; r < ROWS; r++) {
+        unsigned word = shared_load_word(block + (r * 32 + threadIdx.x % 32) * 4);
+        unsigned begin = __ballot_sync(0xffffffffu, token > 0 && (int)word == token);
+        s.any |= begin;
+        if (threadIdx.x % 32 == (unsigned)r) s.row = begin;
+    }
+    return s;
+}
+// Bit r: sequence r begins a document at the l-th token.
+__device__ __forceinline__ unsigned resets_at(const SlstmResets &s, int l) {
+    return s.any >> l & 1 ? __ballot_sync(0xffffffffu, s.row >> l & 1) : 0;
+}
+
 // ----------------------------------------------------------------------------------------------------------------
 // Forward
 
@@ -214,24 +254,24 @@ struct SlstmUnitState {  // m in units of log 2; minus infinity: nothing stored 
 };
 __device__ __forceinline__ SlstmUnitState slstm_empty_state() { return {0, 0, -INFINITY}; }
 
-// One step of one unit. Returns y; keeps I, z, o and F, and e = exp(-|r_f|), of which sig(-r_f) can be made later. Of I
-// and F one is 1, the other exp of minus the distance of their exponents.
-__device__ __forceinline__ float slstm_unit_step(SlstmUnitState *s, const float (&r)[4], float *gates, float *forget,
-                                                 float *e) {
+// One step of one unit. Returns y. gates: share of the new input, e = exp(-|r_f|), of which sig(-r_f) is made later, z,
+// o. Of I and F one is 1, the other exp of minus the distance of their exponents. o is kept away from 0 by less than
+// its error, because the backward pass divides by it.
+__device__ __forceinline__ float slstm_unit_step(SlstmUnitState *s, const float (&r)[4], float *gates) {
     const float LOG2E = 1.44269504f;
-    float ri = LOG2E * r[0], rf = LOG2E * r[1];
-    *e = exp2_fast(-fabsf(rf));
-    float lfm = s->m + (fminf(rf, 0) - log2_fast(1 + *e)), distance = ri - lfm, E = exp2_fast(-fabsf(distance));
-    float I = distance >= 0 ? 1 : E, F = distance >= 0 ? E : 1;
-    float z = tanh_fast(r[2]), o = fmaf(0.5f, tanh_fast(0.5f * r[3]), 0.5f);
-    s->m = fmaxf(ri, lfm);
-    s->n = fmaf(F, s->n, I);
+    float ri = LOG2E * r[0], rf = LOG2E * r[1], e = exp2_fast(-fabsf(rf)), bound = s->m + fminf(rf, 0);
+    float log_e = log2_fast(1 + e), distance = (ri - bound) + log_e, E = exp2_fast(-fabsf(distance));
+    float I = distance >= 0 ? 1 : E, F = distance >= 0 ? E : 1, kept = F * s->n;
+    float z = tanh_fast(r[2]), o = fmaxf(fmaf(0.5f, tanh_fast(0.5f * r[3]), 0.5f), 1.0f / 8192);
+    s->m = fmaxf(ri, bound - log_e);
+    s->n = kept + I;
     s->c = fmaf(F, s->c, I * z);
-    gates[0] = I;
+    float over_n = reciprocal_fast(s->n);
+    gates[0] = slstm_share(I * over_n, kept * over_n);
+    gates[1] = e;
     gates[2] = z;
     gates[3] = o;
-    *forget = F;
-    return o * s->c * reciprocal_fast(s->n);
+    return o * s->c * over_n;
 }
 
 // Fragments of R for a warp's 32 gates and 16 units from which they are fed, step k of the sum, gates 2 m and 2 m + 1.
@@ -332,7 +372,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         return bars + Tile::AT_Y + row / 8 * Tile::Y_TILE + row % 8 * Tile::Y_PITCH +
                ((chunk ^ chunk_flip(row % 8)) << 4);
     };
-    const unsigned own = chunk_at(warp);
+    unsigned own = chunk_at(warp);
     unsigned peer_chunk[SENDS > 0 ? SENDS : 1], peer_bar[SENDS > 0 ? SENDS : 1];
 #pragma unroll
     for (int k = 0; k < SENDS; k++) {
@@ -344,47 +384,58 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     const bool out_valid = turn < 2 && b < B && p.first < d;
     bf16 *out = (turn ? job.saved.y_prev + D : job.y) + (size_t)b * T * D + (size_t)p.head * d + p.first;
     const unsigned flip = chunk_flip(g);
-    const unsigned y_even = bars + Tile::AT_Y + g * Tile::Y_PITCH + ((q ^ flip) << 4);
-    const unsigned y_odd = bars + Tile::AT_Y + g * Tile::Y_PITCH + (((4 + q) ^ flip) << 4);
-    size_t cell =
-        ((size_t)(p.b0 + 2 * q) * T * D) + (size_t)p.head * d + p.unit;  // of tile 0, e = 0, the current token
+    unsigned y_even = bars + Tile::AT_Y + g * Tile::Y_PITCH + ((q ^ flip) << 4);
+    unsigned y_odd = bars + Tile::AT_Y + g * Tile::Y_PITCH + (((4 + q) ^ flip) << 4);
 
-    // The ring of pre-activations: chunks [gate][row] of a token, and with them the doc_start of the next one.
-    const bf16 *x =
-        job.x + ((size_t)(p.b0 + lane % 8) * T * D + (size_t)p.head * d) * 4 + (size_t)(lane / 8) * d + p.first;
-    const int *docs = job.doc_start + (size_t)(p.b0 + lane % ROWS) * T;
-    const unsigned ring = bars + Tile::AT_X + warp * Tile::X_BYTES + lane * 16;
-    const unsigned doc_ring = bars + Tile::AT_DOC + warp * Tile::DOC_BYTES + row * 4;
-    auto fetch = [&](int t) {
-        if (t < T) {
+    // The ring of pre-activations: of each token chunks [gate][sequence], lane l looks after one of a tile.
+    const size_t at_gate =
+        ((size_t)(p.b0 + lane % 8) * T * D + (size_t)p.head * d) * 4 + (size_t)(lane / 8) * d + p.first;
+    const bf16 *x = job.x + at_gate;
+    bf16 *gates_out = job.saved.gates + at_gate;
+    bool gate_valid[TILES];
 #pragma unroll
-            for (int i = 0; i < TILES; i++)
-                if (p.b0 + 8 * i + lane % 8 < B && p.first < d)
-                    prefetch_vector(ring + t % RING * WARPS * Tile::X_BYTES + i * 512,
-                                    x + ((size_t)8 * i * T + t) * 4 * D);
-            if (t + 1 < T && lane < ROWS && b < B)
-                prefetch_word(doc_ring + t % RING * WARPS * Tile::DOC_BYTES, docs + t + 1);
-        }
+    for (int i = 0; i < TILES; i++) gate_valid[i] = p.b0 + 8 * i + lane % 8 < B && p.first < d;
+    unsigned ring = bars + Tile::AT_X + warp * Tile::X_BYTES + lane * 16;
+    const unsigned docs = bars + Tile::AT_DOC + warp * Tile::DOC_BYTES;
+    auto fetch = [&](int t) {  // is called for one token after the other
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+            if (t < T && gate_valid[i])
+                prefetch_vector(ring + t % RING * WARPS * Tile::X_BYTES + i * 512, x + (size_t)8 * i * T * 4 * D);
+        x += 4 * D;
         prefetch_end_group();
     };
-    unsigned x_now[TILES][4], fresh;  // pre-activations, two sequences a word; sequences that begin anew in t + 1
+    unsigned x_now[TILES][4];  // pre-activations, two sequences a word
     auto take = [&](int t) {
-        prefetch_wait<RING - 1>();
-        __syncwarp();
 #pragma unroll
         for (int i = 0; i < TILES; i++)
             matrices_load_transposed(x_now[i], ring + t % RING * WARPS * Tile::X_BYTES + i * 512);
-        int start = (int)shared_load_word(doc_ring + t % RING * WARPS * Tile::DOC_BYTES);
-        fresh = __ballot_sync(0xffffffffu, lane < ROWS && start == t + 1);
     };
+    fetch_resets<ROWS>(docs, job, p.b0, 1 + lane);
     for (int t = 0; t < RING; t++) fetch(t);
+    prefetch_wait<RING - 1>();
+    __syncwarp();
     take(0);
+    SlstmResets resets;
+    unsigned fresh;  // sequences that begin a document at the next token
+    auto look_ahead = [&](int t) {
+        if (t % 32 == 0) {
+            resets = read_resets<ROWS>(docs + t / 32 % 2 * ROWS * 128, t + 1 + lane);
+            fetch_resets<ROWS>(docs + (t / 32 + 1) % 2 * ROWS * 128, job, p.b0, t + 33 + lane);
+        }
+        fresh = resets_at(resets, t % 32);
+    };
+    look_ahead(0);
+    asm volatile("" : "+r"(own), "+r"(y_even), "+r"(y_odd), "+r"(ring));  // not to be computed again in each step
     cluster_barrier();  // the barriers and y of all blocks are set up, and all have read the initial states
 
     float y[TILES][2];
 #pragma unroll 1
     for (int t = 0; t < T; t++) {
         const int slot = t & 1, parity = t >> 1 & 1;
+        const unsigned next = (slot ^ 1) * Tile::Y_SLOT;
+        unsigned own_next = own + next;  // where the next token's y goes
+        asm volatile("" : "+r"(own_next));
         float sum[TILES][2][CHAINS][4];
 #pragma unroll
         for (int i = 0; i < TILES; i++)
@@ -437,7 +488,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 #pragma unroll
             for (int group = MAIN; group < GROUPS; group++) multiply(group, m, v[group - MAIN]);
 
-        float gates[TILES][2][4], forget[TILES][2], c[TILES][2], n[TILES][2], rest[TILES][2], rf[TILES][2];
+        float gates[TILES][2][4], rf[TILES][2];
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -451,13 +502,10 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
                                        : s[0][at] + s[1][at];
                 }
                 rf[i][e] = r[1];
-                y[i][e] = slstm_unit_step(&state[i][e], r, gates[i][e], &forget[i][e], &rest[i][e]);
-                c[i][e] = state[i][e].c;
-                n[i][e] = state[i][e].n;
+                y[i][e] = slstm_unit_step(&state[i][e], r, gates[i][e]);
             }
 
         // The next token's y: to the block's own rows, from there to the peers.
-        const unsigned next = (slot ^ 1) * Tile::Y_SLOT;
         const bool more = t + 1 < T;
         unsigned packed[TILES];
 #pragma unroll
@@ -468,24 +516,23 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 #pragma unroll
                 for (int e = 0; e < 2; e++)
                     if (fresh >> (8 * i + 2 * q + e) & 1) {
-                        if (valid[i][e]) job.y[cell + (size_t)(8 * i + e) * T * D] = from_float<bf16>(y[i][e]);
+                        if (valid[i][e])
+                            job.y[((size_t)(p.b0 + 8 * i + 2 * q + e) * T + t) * D + (size_t)p.head * d + p.unit] =
+                                from_float<bf16>(y[i][e]);
                         state[i][e] = slstm_empty_state();
                         packed[i] &= e ? 0x0000ffffu : 0xffff0000u;
                     }
         }
-        if constexpr (TILES == 1) matrix_store_transposed(own + next, packed[0]);
-        else
-            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(own + next),
-                         "r"(packed[0]), "r"(packed[TILES - 1])
-                         : "memory");
+        if (TILES == 1) matrix_store_transposed(own_next, packed[0]);
+        else matrix_pair_store_transposed(own_next, packed[0], packed[TILES - 1]);
         __syncwarp();
-        const uint4 chunk = shared_load_vector(own + next);
+        const uint4 chunk = shared_load_vector(own_next);
         if (lane == 0) barrier_arrive(bars + 8 * (slot ^ 1) * PARTS);
 #pragma unroll
         for (int k = 0; k < SENDS; k++)
             if (more && turn + k * (32 / ROWS) < CTAS - 1)
                 send_vector(peer_chunk[k] + next, chunk, peer_bar[k] + 8 * (slot ^ 1) * PARTS);
-        if (PARTS > 1 && threadIdx.x == 0) {  // for token t + 2
+        if (PARTS > 1 && warp == 0 && lane == 0) {  // for token t + 2
 #pragma unroll
             for (int part = 1; part < PARTS; part++)
                 barrier_arrive_expect(bars + 8 * (slot * PARTS + part),
@@ -494,22 +541,26 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 
         if (out_valid && (turn ? more : !(fresh >> row & 1))) *(uint4 *)out = chunk;
         out += D;
+        // What is saved takes the place of the pre-activations, and turns round there.
+        const unsigned here = ring + t % RING * WARPS * Tile::X_BYTES;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                gates[i][e][1] = (rf[i][e] < 0 ? 1 : gates[i][e][1]) * reciprocal_fast(1 + gates[i][e][1]);
+            matrices_store_transposed(
+                here + i * 512, pack_two(gates[i][0][0], gates[i][1][0]), pack_two(gates[i][0][1], gates[i][1][1]),
+                pack_two(gates[i][0][2], gates[i][1][2]), pack_two(gates[i][0][3], gates[i][1][3]));
+        }
+        prefetch_wait<RING - 2>();
+        __syncwarp();
+        take(t + 1);
 #pragma unroll
         for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float share = reciprocal_fast(1 + rest[i][e]);
-                gates[i][e][1] = rf[i][e] < 0 ? share : rest[i][e] * share;
-                if (!valid[i][e]) continue;
-                size_t at = cell + (size_t)(8 * i + e) * T * D;
-                *(uint4 *)(job.saved.record + at) =
-                    make_uint4(pack_two(gates[i][e][0], gates[i][e][1]), pack_two(gates[i][e][2], gates[i][e][3]),
-                               __float_as_uint(forget[i][e]), __float_as_uint(c[i][e]));
-                job.saved.n[at] = n[i][e];
-            }
-        cell += D;
+            if (gate_valid[i]) *(uint4 *)(gates_out + (size_t)8 * i * T * 4 * D) = shared_load_vector(here + i * 512);
+        gates_out += 4 * D;
         fetch(t + RING);
-        take(t + 1);
+        look_ahead(t + 1);
     }
 #pragma unroll
     for (int i = 0; i < TILES; i++)
@@ -543,41 +594,15 @@ __device__ __forceinline__ uint4 slstm_backward_weights(const SlstmJob<bf16> &jo
     return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// What a step back makes is linear in dy, the gradient of y, which arrives last: base + slope * dy.
-struct SlstmBack {
-    float dr[3], dr_slope[4], dc, dc_slope, dn, dn_slope;  // dr of the output gate has no base
-};
-// record, n: of the step; c_prev, n_prev: states that entered it; dc, dn: gradients of those that left it, without y's
-__device__ __forceinline__ SlstmBack slstm_unit_back(uint4 record, float n, float c_prev, float n_prev, float dc,
-                                                     float dn) {
-    float2 i_f = unpack_two(record.x), z_o = unpack_two(record.y);
-    float I = i_f.x, z = z_o.x, o = z_o.y, F = __uint_as_float(record.z), c = __uint_as_float(record.w);
-    float over_n = reciprocal_fast(n), o_n = o * over_n, y = o_n * c, y_n = y * over_n;
-    float to_f = F * i_f.y, to_z = I * (1 - z * z);
-    SlstmBack b;
-    b.dr[0] = I * (z * dc + dn);
-    b.dr[1] = to_f * (c_prev * dc + n_prev * dn);
-    b.dr[2] = to_z * dc;
-    b.dr_slope[0] = I * (z * o_n - y_n);
-    b.dr_slope[1] = to_f * (c_prev * o_n - n_prev * y_n);
-    b.dr_slope[2] = to_z * o_n;
-    b.dr_slope[3] = (1 - o) * y;
-    b.dc = F * dc;
-    b.dc_slope = F * o_n;
-    b.dn = F * dn;
-    b.dn_slope = -F * y_n;
-    return b;
-}
-
-// Before the first step back: barriers, and a ring in which sequences and units that are not there have n = 1 and
+// Before the first step back: barriers, and a ring in which sequences and units that are not there have o = 1 and
 // zeros.
 template <typename Tile>
 __device__ __forceinline__ void slstm_backward_start(unsigned char *shared) {
     unsigned bars = shared_address(shared);
     for (int k = threadIdx.x; k < (Tile::AT_BACK_R - Tile::AT_TRACE) / 4; k += Tile::THREADS) {
-        int at = 4 * k % Tile::TRACE_BYTES, in_tile = at % Tile::TRACE_TILE;
-        bool is_n = at < Tile::TILES * Tile::TRACE_TILE && in_tile >= Tile::AT_N && in_tile < Tile::AT_DY;
-        ((float *)(shared + Tile::AT_TRACE))[k] = is_n ? 1.0f : 0.0f;
+        int at = 4 * k % Tile::TRACE_TILE;
+        bool is_o = 4 * k < Tile::AT_BACK_DOC - Tile::AT_TRACE && at >= 384 && at < Tile::AT_DY;
+        ((unsigned *)(shared + Tile::AT_TRACE))[k] = is_o ? 0x3f803f80u : 0;
     }
     if (threadIdx.x == 0 && Tile::CTAS > 1) {
         for (int k = 0; k < 2 * Tile::HALF; k++) barrier_init(bars + 8 * k, 2);
@@ -593,8 +618,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     slstm_cluster_backward_kernel(const __grid_constant__ SlstmJob<bf16> job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     constexpr int CTAS = Tile::CTAS, WARPS = Tile::WARPS, ROWS = Tile::ROWS, TILES = Tile::TILES, HALF = Tile::HALF;
-    constexpr int PANELS = Tile::PANELS, STEPS = Tile::BACK_STEPS, HELD = Tile::BACK_HELD, RING = Tile::BACK_RING;
-    constexpr int IN_SHARED = Tile::BACK_SHARED, CHAINS = 4;
+    constexpr int PANELS = Tile::PANELS, STEPS = Tile::BACK_STEPS, HELD = Tile::BACK_HELD, RING = Tile::RING;
+    constexpr int IN_SHARED = Tile::BACK_SHARED, CHAINS = Tile::BACK_CHAINS;
     extern __shared__ __align__(128) unsigned char slstm_cluster_shared[];
     const int B = job.shape.B, T = job.shape.T, d = job.shape.d;
     const size_t D = (size_t)job.shape.NH * d;
@@ -613,121 +638,113 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 
     // Addresses. dr: what lane l stores and writes to dx is gate l / 8 of sequence l % 8.
     const int row = lane % 8, gate = lane / 8;
-    const unsigned own = bars + Tile::AT_D + row * Tile::D_PITCH + (((gate * WARPS + warp) ^ chunk_flip(row)) << 4);
+    unsigned own = bars + Tile::AT_D + row * Tile::D_PITCH + (((gate * WARPS + warp) ^ chunk_flip(row)) << 4);
     const unsigned flip = chunk_flip(g);
-    const unsigned d_even = bars + Tile::AT_D + g * Tile::D_PITCH + ((q ^ flip) << 4);
-    const unsigned d_odd = bars + Tile::AT_D + g * Tile::D_PITCH + (((4 + q) ^ flip) << 4);
+    unsigned d_even = bars + Tile::AT_D + g * Tile::D_PITCH + ((q ^ flip) << 4);
+    unsigned d_odd = bars + Tile::AT_D + g * Tile::D_PITCH + (((4 + q) ^ flip) << 4);
     // Sums: a panel's messages lie by lane; a message holds two sequences of units g and g + 8 of the panel.
-    const unsigned sums = bars + Tile::AT_SUMS + warp / 2 * 512 + lane * 16, bar = bars + 8 * (warp / 2);
+    unsigned sums = bars + Tile::AT_SUMS + warp / 2 * 512 + lane * 16;
     const unsigned sums_half = 8 * (warp % 2 ^ (g >> 1 & 1));
     unsigned peer_sums[PANELS], peer_bar[PANELS];
 #pragma unroll
     for (int i = 0; i < PANELS; i++) {
         int slice = 2 * (i + 1) - warp % 2, peer = (p.rank + slice) % CTAS;
         peer_sums[i] = peer_address(sums + slice % CTAS * Tile::SUMS_SLICE, peer);
-        peer_bar[i] = peer_address(bar, peer);
+        peer_bar[i] = peer_address(bars + 8 * (warp / 2), peer);
     }
-    bool valid[TILES][2];
-#pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) valid[i][e] = p.b0 + 8 * i + 2 * q + e < B && p.unit < d;
-    const bool out_valid = p.first < d;
-    bf16 *dx = job.dx + (((size_t)(p.b0 + row) * T + T - 1) * D + (size_t)p.head * d) * 4 + (size_t)gate * d + p.first;
 
-    // The ring of what the forward pass saved: records by lane, n and dy by sequence, doc_start.
-    const size_t first_cell = (size_t)p.head * d + p.first;
-    const unsigned ring = bars + Tile::AT_TRACE + warp * Tile::TRACE_BYTES;
-    auto fetch = [&](int k) {  // of token T - 1 - k
-        if (k < T && p.first < d) {
-            const unsigned to = ring + k % RING * WARPS * Tile::TRACE_BYTES;
-            const size_t token = T - 1 - k;
+    // The ring of what the forward pass saved: of each token chunks [gate][sequence], then dy (lanes below 8) and
+    // y_prev (the next 8) of 8 sequences.
+    const size_t last = ((size_t)(p.b0 + row) * T + T - 1) * D + (size_t)p.head * d,
+                 last_gate = 4 * last + gate * (size_t)d;
+    const bf16 *gates = job.saved.gates + last_gate + p.first;
+    const bf16 *other = (gate == 0 ? job.dy : job.saved.y_prev) + last + p.first;
+    bf16 *dx = job.dx + last_gate + p.first;
+    bool row_valid[TILES];
 #pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                const unsigned tile = to + i * Tile::TRACE_TILE;
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    size_t b = p.b0 + 8 * i + 2 * q + e;
-                    if (valid[i][e])
-                        prefetch_vector(tile + e * 512 + lane * 16,
-                                        job.saved.record + (b * T + token) * D + first_cell + g);
-                }
-                int r = lane < 16 ? lane / 2 : lane % 8;
-                size_t b = p.b0 + 8 * i + r, at = (b * T + token) * D + first_cell;
-                if (b < (size_t)B) {
-                    if (lane < 16)
-                        prefetch_vector(tile + Tile::AT_N + (r % 2 * 4 + r / 2) * 32 + lane % 2 * 16,
-                                        job.saved.n + at + lane % 2 * 4);
-                    else if (lane < 24) prefetch_vector(tile + Tile::AT_DY + r * 16, job.dy + at);
-                    else prefetch_word(to + TILES * Tile::TRACE_TILE + (8 * i + r) * 4, job.doc_start + b * T + token);
-                }
-            }
-        }
-        prefetch_end_group();
-    };
-    uint4 record[TILES][2], record_next[TILES][2];
-    float n[TILES][2], n_next[TILES][2];
-    auto take = [&](int k) {  // record and n of token T - 1 - k, as the next ones
-        const unsigned from = ring + k % RING * WARPS * Tile::TRACE_BYTES;
-        prefetch_wait<RING - 1>();
-        __syncwarp();
+    for (int i = 0; i < TILES; i++) row_valid[i] = p.b0 + 8 * i + row < B && p.first < d;
+    unsigned ring = bars + Tile::AT_TRACE + warp * Tile::TRACE_BYTES + lane * 16;
+    const unsigned docs = bars + Tile::AT_BACK_DOC + warp * Tile::DOC_BYTES;
+    auto fetch = [&](int k) {  // of token T - 1 - k; is called for one token after the other
+        const unsigned to = ring + k % RING * WARPS * Tile::TRACE_BYTES;
 #pragma unroll
         for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const unsigned tile = from + i * Tile::TRACE_TILE;
-                record_next[i][e] = shared_load_vector(tile + e * 512 + lane * 16);
-                n_next[i][e] = __uint_as_float(shared_load_word(tile + Tile::AT_N + (e * 4 + q) * 32 + g * 4));
+            if (k < T && row_valid[i]) {
+                prefetch_vector(to + i * Tile::TRACE_TILE, gates + (size_t)8 * i * T * 4 * D);
+                if (gate < 2) prefetch_vector(to + i * Tile::TRACE_TILE + Tile::AT_DY, other + (size_t)8 * i * T * D);
             }
+        gates -= 4 * D;
+        other -= D;
+        prefetch_end_group();
     };
+    unsigned now[TILES][4], next[TILES][4];  // gates of two sequences a word
+    auto take = [&](int k) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+            matrices_load_transposed(next[i], ring + k % RING * WARPS * Tile::TRACE_BYTES + i * Tile::TRACE_TILE);
+    };
+    fetch_resets<ROWS>(docs, job, p.b0, T - lane);
     for (int k = 0; k < RING; k++) fetch(k);
+    prefetch_wait<RING - 1>();
+    __syncwarp();
     take(0);
-    if (CTAS > 1) cluster_barrier();  // the barriers of all blocks are set up
 
-    float dc[TILES][2], dn[TILES][2], dbias[4] = {0, 0, 0, 0}, dy_back[TILES][2];
-    unsigned fresh = 0;  // sequences in which the token after the current one begins a document
+    float dh[TILES][2], dL[TILES][2], dbias[4] = {0, 0, 0, 0}, dy_back[TILES][2], h_initial[TILES][2];
+    SlstmResets resets = {0, 0};
 #pragma unroll
     for (int i = 0; i < TILES; i++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) dc[i][e] = dn[i][e] = dy_back[i][e] = 0;
+        for (int e = 0; e < 2; e++) {
+            int b = p.b0 + 8 * i + 2 * q + e;
+            SlstmCell cell = {};
+            if (b < B && p.unit < d) cell = load_cell(job.initial, b, (size_t)p.head * d + p.unit);
+            h_initial[i][e] = cell.n != 0 ? cell.c / cell.n : 0.0f;
+            dh[i][e] = dL[i][e] = dy_back[i][e] = 0;
+        }
+    unsigned bar = bars + 8 * (warp / 2);
+    // A 0 that the compiler does not know. It lets products wait for earlier ones, whose sums are sent meanwhile.
+    const unsigned zero = (unsigned)job.shape.NH >> 31;
+    asm volatile("" : "+r"(own), "+r"(d_even), "+r"(d_odd), "+r"(sums), "+r"(ring), "+r"(bar));  // to be kept
+    if (CTAS > 1) cluster_barrier();  // the barriers of all blocks are set up
 
 #pragma unroll 1
     for (int k = 0; k < T; k++) {
         const int t = T - 1 - k, slot = k & 1;
-        const unsigned here = ring + k % RING * WARPS * Tile::TRACE_BYTES;
-        unsigned dy[TILES];
+        if (k % 32 == 0) {
+            resets = read_resets<ROWS>(docs + k / 32 % 2 * ROWS * 128, T - k - lane);
+            fetch_resets<ROWS>(docs + (k / 32 + 1) % 2 * ROWS * 128, job, p.b0, T - k - 32 - lane);
+        }
+        const unsigned cut = resets_at(resets, k % 32);  // nothing flows back from a token that begins a document
+        prefetch_wait<RING - 2>();
+        __syncwarp();
+        SlstmBack back[TILES][2];
+        float2 dy_here[TILES], y_prev[TILES];
 #pragma unroll
-        for (int i = 0; i < TILES; i++)
-            dy[i] = matrix_load_transposed(here + i * Tile::TRACE_TILE + Tile::AT_DY + row * 16);
-        int start = (int)shared_load_word(here + TILES * Tile::TRACE_TILE + lane % ROWS * 4);
-        const unsigned cut = fresh;  // nothing flows back from a token that begins a document
-        fresh = __ballot_sync(0xffffffffu, lane < ROWS && start == t);
+        for (int i = 0; i < TILES; i++) {
+            unsigned two[2];
+            matrix_pair_load_transposed(
+                two, ring + k % RING * WARPS * Tile::TRACE_BYTES + i * Tile::TRACE_TILE + Tile::AT_DY);
+            dy_here[i] = unpack_two(two[0]);
+            y_prev[i] = unpack_two(two[1]);
+#pragma unroll
+            for (int m = 0; m < 4; m++) now[i][m] = next[i][m];
+        }
+        take(k + 1);
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                record[i][e] = record_next[i][e];
-                n[i][e] = n_next[i][e];
+                float v[4], o_prev;  // gates; the last one also of the token before
+#pragma unroll
+                for (int m = 0; m < 4; m++) v[m] = e ? unpack_two(now[i][m]).y : unpack_two(now[i][m]).x;
+                o_prev = e ? unpack_two(next[i][3]).y : unpack_two(next[i][3]).x;
+                float h_prev = (e ? y_prev[i].y : y_prev[i].x) * reciprocal_fast(o_prev);
+                back[i][e] = slstm_back(v[0], v[1], v[2], v[3], t == 0 ? h_initial[i][e] : h_prev, dL[i][e]);
+                asm volatile(""  // made now, not after the wait
+                             : "+f"(back[i][e].to_i), "+f"(back[i][e].input_dL), "+f"(back[i][e].kept_dL),
+                               "+f"(back[i][e].to_z), "+f"(back[i][e].to_o));
             }
         fetch(k + RING);
-        take(k + 1);
-
-        SlstmBack back[TILES][2];
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float c_prev = __uint_as_float(record_next[i][e].w), n_prev = n_next[i][e];
-                if (t == 0) {
-                    SlstmCell cell = {};
-                    if (valid[i][e])
-                        cell = load_cell(job.initial, p.b0 + 8 * i + 2 * q + e, (size_t)p.head * d + p.unit);
-                    c_prev = cell.c;
-                    n_prev = cell.n;
-                }
-                if (fresh >> (8 * i + 2 * q + e) & 1) c_prev = n_prev = 0;
-                back[i][e] = slstm_unit_back(record[i][e], n[i][e], c_prev, n_prev, dc[i][e], dn[i][e]);
-            }
 
         if (CTAS > 1 && k > 0) {
             const unsigned from = sums + (slot ^ 1) * Tile::SUMS_SLOT + sums_half;
@@ -749,19 +766,13 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         }
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
-            const float2 dy_here = unpack_two(dy[i]);
             float dr[2][4];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                float all = (e ? dy_here.y : dy_here.x) + (cut >> (8 * i + 2 * q + e) & 1 ? 0.0f : dy_back[i][e]);
+                float all = (e ? dy_here[i].y : dy_here[i].x) + (cut >> (8 * i + 2 * q + e) & 1 ? 0.0f : dy_back[i][e]);
+                slstm_finish_back(back[i][e], all, dr[e], &dh[i][e], &dL[i][e]);
 #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    dr[e][m] = m < 3 ? fmaf(back[i][e].dr_slope[m], all, back[i][e].dr[m < 3 ? m : 0])
-                                     : back[i][e].dr_slope[m] * all;
-                    dbias[m] += dr[e][m];
-                }
-                dc[i][e] = fmaf(back[i][e].dc_slope, all, back[i][e].dc);
-                dn[i][e] = fmaf(back[i][e].dn_slope, all, back[i][e].dn);
+                for (int m = 0; m < 4; m++) dbias[m] += dr[e][m];
             }
             matrices_store_transposed(own + slot * Tile::D_SLOT + i * Tile::D_TILE, pack_two(dr[0][0], dr[1][0]),
                                       pack_two(dr[0][1], dr[1][1]), pack_two(dr[0][2], dr[1][2]),
@@ -779,8 +790,16 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
                 for (int group = 0; group < WARPS; group++)
                     v[group] = shared_load_vector((group % 2 ? d_odd : d_even) + slot * Tile::D_SLOT +
                                                   i * Tile::D_TILE + group / 2 * 128);
+                float total[4];
 #pragma unroll
                 for (int panel = 0; panel < PANELS; panel++) {
+                    if (panel > 0 && panel % Tile::TOGETHER == 0) {
+                        const unsigned wait = __float_as_uint(total[0]) & zero;
+                        v[0].x |= wait;
+                        v[0].z |= wait;
+                        v[1].x |= wait;
+                        v[1].z |= wait;
+                    }
                     float sum[CHAINS][4] = {};
 #pragma unroll
                     for (int step = 0; step < STEPS; step++) {
@@ -790,9 +809,10 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
                         const uint4 &part = v[step / 2];
                         mma_16x8x16(sum[step % CHAINS], w, step % 2 ? part.z : part.x, step % 2 ? part.w : part.y);
                     }
-                    float total[4];
 #pragma unroll
-                    for (int e = 0; e < 4; e++) total[e] = (sum[0][e] + sum[1][e]) + (sum[2][e] + sum[3][e]);
+                    for (int e = 0; e < 4; e++)
+                        total[e] = CHAINS == 4 ? (sum[0][e] + sum[1][e]) + (sum[2 % CHAINS][e] + sum[3 % CHAINS][e])
+                                               : sum[0][e] + sum[1][e];
                     if constexpr (CTAS == 1) {
                         dy_back[i][0] = total[0];
                         dy_back[i][1] = total[1];
@@ -812,7 +832,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         }
 #pragma unroll
         for (int i = 0; i < TILES; i++)
-            if (out_valid && p.b0 + 8 * i + row < B)
+            if (row_valid[i])
                 *(uint4 *)(dx + (size_t)8 * i * T * 4 * D) =
                     shared_load_vector(own + slot * Tile::D_SLOT + i * Tile::D_TILE);
         dx -= 4 * D;
