@@ -164,6 +164,18 @@ $(BUILD)/bench_%: dev/bench/bench_%.cu $(CUDA_SOURCES) $(BUILD)/nvcc_flags
 	@echo "  nvcc     $< -> $@  (SM=$(SM))"
 	$(Q)$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUDA_LIBS)
 
+# dev/bench/kernel_times.cpp, where the toolkit has CUPTI; CUPTI=DIR if that lies elsewhere
+CUPTI ?= $(CUDA_HOME) $(CUDA_HOME)/extras/CUPTI
+CUPTI_HEADER := $(firstword $(wildcard $(CUPTI:=/include/cupti.h)))
+CUPTI_LIB := $(firstword $(foreach folder,lib64 lib,$(wildcard $(CUPTI:=/$(folder)/libcupti.so*))))
+ifneq ($(and $(NVCC),$(CUPTI_HEADER),$(CUPTI_LIB)),)
+$(BUILD)/libkernel_times.so: dev/bench/kernel_times.cpp
+	@mkdir -p $(@D)
+	@echo "  compile  $< -> $@"
+	$(Q)$(NVCC) -std=c++17 -O2 -shared -cudart none -Xcompiler -fPIC,-Wall,-Wextra -I$(dir $(CUPTI_HEADER)) $< -o $@ \
+	    $(CUPTI_LIB) -Xlinker -rpath,$(dir $(CUPTI_LIB))
+endif
+
 .PHONY: test-gpu
 test-gpu: all $(BUILD)/test_xlstm_cu $(BUILD)/compare
 	$(BUILD)/test_xlstm_cu
