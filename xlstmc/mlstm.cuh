@@ -24,6 +24,7 @@
 
 #include "mlstm_gates.cuh"
 #include "mlstm_scan.cuh"
+#include "mma.cuh"
 
 // ----------------------------------------------------------------------------------------------------------------
 // Tiles in shared memory: panels of 64 columns; the 16-byte pieces of a row change places with the row, so that eight
@@ -70,25 +71,6 @@ __device__ inline void load_tile(F *tile, const F *src, size_t ld, int rows, int
 // ----------------------------------------------------------------------------------------------------------------
 // Products of a warp: 16 rows times NT tiles of 8 columns. A thread holds, for each of these tiles, the elements
 // (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1) with g = lane / 4, t = lane % 4.
-
-__device__ inline void ldmatrix(unsigned (&r)[4], const bf16 *p) {
-    unsigned address = (unsigned)__cvta_generic_to_shared(p);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-}
-__device__ inline void ldmatrix_trans(unsigned (&r)[4], const bf16 *p) {
-    unsigned address = (unsigned)__cvta_generic_to_shared(p);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-}
-__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // The B operand of one k16 step for two neighbouring tiles of 8 columns: b[0], b[1] the first, b[2], b[3] the second.
 // By columns (BY_ROWS = false) the tile is stored [n][k], else [k][n].

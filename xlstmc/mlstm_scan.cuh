@@ -32,6 +32,7 @@
 
 #include "hopper.cuh"
 #include "mlstm_gates.cuh"
+#include "mma.cuh"
 
 enum { SCAN_H, SCAN_DQ, SCAN_DK, SCAN_DV };
 enum { SCAN_THREADS = 384, SCAN_BORDER = SCAN_ANCHOR / SCAN_CHUNK };  // chunks from one snapshot of C to the next
@@ -46,12 +47,14 @@ struct Scan {
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                        // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                              // columns of M^T a warpgroup
     static constexpr int X_BYTES = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;    // of a tile of 64 tokens
-    static constexpr int X_STAGES = LOCAL ? 0 : A <= 384 ? 2 : 1, YZ_STAGES = A <= 256 ? 2 : 1;
+    static constexpr int STAGES = A * 2 + W <= 320 ? 3 : 2;  // what shared memory holds
+    static constexpr int X_STAGES = LOCAL ? 0 : A <= 384 ? STAGES : 1, YZ_STAGES = A <= 256 ? STAGES : 1;
+    static constexpr int X_AHEAD = X_STAGES > 1 ? X_STAGES - 1 : 1, YZ_AHEAD = YZ_STAGES > 1 ? YZ_STAGES - 1 : 1;
+    static constexpr int LIGHT_WARP = REVERSE ? 3 : 0;  // of the scores: its rows see the fewest columns; it also loads
     // The normaliser: n = sum of scale y (H, and dn of a LOCAL walk back), or the slice's part of sum of scale z
     static constexpr bool Y_VECTOR = MODE == SCAN_H || LOCAL, Z_VECTOR = TRANSPOSED;
-    static constexpr int V_COLS = Y_VECTOR ? A : W;                       // held in pairs by
-    static constexpr int V_GROUPS = V_COLS >= 192 ? 1 : 256 / V_COLS;     // so many groups of threads, a share of the
-    static constexpr int V_ROWS = 64 / V_GROUPS;                          // rows each
+    static constexpr bool VECTOR = Y_VECTOR || Z_VECTOR;
+    static constexpr int V_COLS = Y_VECTOR ? A : W;  // a quarter of them for each warp of the scores
     static constexpr int OUT_BYTES = LOCAL ? 0 : W * PANEL_ROW, P_BYTES = LOCAL ? 0 : PANEL_BYTES;
     static constexpr int RED_BYTES = SPLIT && !LOCAL ? 64 * 64 * 4 : 0;
     static constexpr int AT_YZ = X_STAGES * X_BYTES, AT_P = AT_YZ + YZ_STAGES * (X_BYTES + Z_BYTES),
@@ -76,8 +79,10 @@ struct ScanArgs {
 };
 
 struct ScanRows {  // of the 64 tokens of a chunk
-    float2 u[64], r[64];
-    float inv_den[64], ds[64], floor[64];
+    // The weight of query l and key j is exp2f(u_j - r_l) times X Y^T, plus add_l for dQ and dK: the logarithms of s and
+    // 1 / den are in r. A bf16 result does without the low halves of u and r: 1e-4 of the weight where gates are at
+    // their caps for a whole chunk, else 1e-6.
+    float u[64], r[64], add[64], floor[64];
     float factor[64], border[64], out_scale[64];  // of the row's part from the state, of n, of the sum (H)
     float scale[64], n_scale[64];                 // of the row in the update of M, of n
     int start[64];                                // of the document, counted from the chunk's first token
@@ -86,9 +91,10 @@ struct ScanRows {  // of the 64 tokens of a chunk
 template <class S>
 struct ScanShared {
     ScanRows rows[2];
-    float vector[2][S::V_GROUPS][S::V_COLS];  // n as it enters the chunk, in parts
+    float vector[3][S::V_COLS];   // n as it enters the chunk: of this one, and two more that others may still read
+    bf16 split[2][2][S::V_COLS];  // the same, high and low half
     float dots[2][4][64], sums[8];
-    uint64_t x_full[2], x_empty[2], yz_full[2], yz_empty[2], rows_full[2], p_full[2], p_empty[2], dot_full[2];
+    uint64_t x_full[3], x_empty[3], yz_full[3], yz_empty[3], rows_full[2], p_full[2], p_empty[2], dot_full[2];
 };
 
 template <class S>
@@ -167,147 +173,182 @@ __device__ __forceinline__ void scan_load_yz(const ScanArgs &p, const ScanPlace 
 // ----------------------------------------------------------------------------------------------------------------
 // The scores' warpgroup
 
-struct ScanRowValues {  // of one token: thread i holds u, r and start, thread 64 + i the rest
-    float v[4];
+// Of token threadIdx % 64: the first 64 threads hold u and r, the others qscale, kscale, and all of them 1 / den (H: the
+// floor of the denominator) and ds. Loaded a chunk ahead, so nothing is computed from them before they are stored.
+struct ScanRowValues {
+    float2 first, second;
+    float inv_den, ds;
     int start;
 };
 
 template <class S>
 __device__ __forceinline__ ScanRowValues scan_rows_load(const ScanArgs &p, const ScanPlace &at, int it) {
-    const int t0 = scan_chunk<S>(at, it) * SCAN_CHUNK, t = t0 + threadIdx.x % 64;
+    const int t = scan_chunk<S>(at, it) * SCAN_CHUNK + threadIdx.x % 64;
     const size_t gate = (size_t)at.bh * p.s.T + t;
-    ScanRowValues x = {{0, 0, 0, 0}, 1 << 20};  // a token beyond the end sees nothing and is worth nothing
+    ScanRowValues x = {{0, 0}, {0, 0}, 1, 0, 0};
+    if (threadIdx.x < 64) x.first.x = -1e30f, x.second.x = 1e30f;  // beyond the end: no weight with any other token
     if (it >= at.chunks || t >= p.s.T) return x;
     if (threadIdx.x < 64) {
-        const float2 u = p.gates.u[gate], r = p.gates.r[gate];
-        x.v[0] = u.x, x.v[1] = u.y, x.v[2] = r.x, x.v[3] = r.y;
-        x.start = p.doc_start[(size_t)at.b * p.s.T + t] - t0;
+        x.first = p.gates.u[gate], x.second = p.gates.r[gate];
+        x.start = p.doc_start[(size_t)at.b * p.s.T + t];
     } else {
-        x.v[0] = p.gates.qscale[gate], x.v[1] = p.gates.kscale[gate];
-        x.v[2] = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
-        if (S::MODE != SCAN_H) x.v[3] = p.ds[gate];
+        x.first.x = p.gates.qscale[gate], x.second.x = p.gates.kscale[gate];
     }
+    x.inv_den = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
+    if (S::MODE != SCAN_H) x.ds = p.ds[gate];
     return x;
 }
 
+// True in all threads if a document begins within chunk c, behind its first token. All 128 have stored.
 template <class S>
-__device__ __forceinline__ void scan_rows_store(ScanRows *rows, const ScanRowValues &x) {
-    const int i = threadIdx.x % 64;
+__device__ __forceinline__ bool scan_rows_store(ScanRows *rows, const ScanRowValues &x, float log2_s, int c) {
+    const int i = threadIdx.x % 64, start = x.start - c * SCAN_CHUNK;
+    const float inv_den = S::MODE == SCAN_H ? 1 : x.inv_den;
     if (threadIdx.x < 64) {
-        rows->u[i] = make_float2(x.v[0], x.v[1]);
-        rows->r[i] = make_float2(x.v[2], x.v[3]);
-        rows->start[i] = x.start;
-        return;
+        rows->u[i] = x.first.x + x.first.y;
+        rows->r[i] = x.second.x + x.second.y - log2_s - __log2f(inv_den);
+        rows->add[i] = __fdividef(x.ds, inv_den);
+        rows->start[i] = start;
+    } else {
+        const float qscale = x.first.x, kscale = x.second.x;
+        if (S::MODE == SCAN_H) rows->floor[i] = x.inv_den;
+        rows->factor[i] = S::REVERSE ? kscale : qscale * inv_den;
+        rows->border[i] = S::REVERSE ? kscale : qscale * x.ds;
+        rows->scale[i] = S::REVERSE ? qscale * inv_den : kscale;
+        rows->n_scale[i] = S::REVERSE ? qscale * x.ds : kscale;
     }
-    const float qscale = x.v[0], kscale = x.v[1], inv_den = x.v[2], ds = x.v[3];
-    if (S::MODE == SCAN_H) rows->floor[i] = x.v[2];
-    else rows->inv_den[i] = inv_den, rows->ds[i] = ds;
-    rows->factor[i] = S::REVERSE ? kscale : S::TRANSPOSED ? qscale * inv_den : qscale;
-    rows->border[i] = S::REVERSE ? kscale : qscale * ds;
-    rows->scale[i] = S::REVERSE ? qscale * inv_den : kscale;
-    rows->n_scale[i] = S::REVERSE ? qscale * ds : kscale;
+    return named_barrier_any(1, 128, threadIdx.x < 64 && start > 0);
 }
 
-// w[4j + 2h + e]: scores of rows i = 16 warp + g + 8h and columns 8j + 2t + e, to be weighted; row_sum: of the weighted
-template <class S>
-__device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *rows, float dk_scale, float (&row_sum)[2]) {
-    const int lane = threadIdx.x % 32, t = lane % 4, i0 = threadIdx.x / 32 * 16 + lane / 4;
-    float2 mine[2];  // forward: r of the query i; else u of the key i
-    float inv_den[2] = {1, 1}, ds[2] = {0, 0};
+// w[4j + 2h + e]: scores of rows i = 16 warp + g + 8h and columns k = 8j + 2t + e, to be weighted
+template <class S, bool DOCUMENTS>
+__device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *rows) {
+    const int lane = threadIdx.x % 32, t = lane % 4;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), i0 = warp * 16 + lane / 4;
+    float mine[2], add[2] = {0, 0};  // forward: of the queries i; else of the keys i
     int start[2] = {0, 0};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int i = i0 + 8 * h;
-        mine[h] = S::REVERSE ? rows->u[i] : rows->r[i];
-        if (!S::REVERSE) start[h] = rows->start[i];
-        if (S::MODE == SCAN_DQ) inv_den[h] = rows->inv_den[i], ds[h] = rows->ds[i];
+        mine[h] = S::REVERSE ? rows->u[i0 + 8 * h] : rows->r[i0 + 8 * h];
+        if (S::MODE == SCAN_DQ) add[h] = rows->add[i0 + 8 * h];
+        if (DOCUMENTS && !S::REVERSE) start[h] = rows->start[i0 + 8 * h];
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         const int k = 8 * j + 2 * t;
-        const float4 others = *(const float4 *)(S::REVERSE ? &rows->r[k] : &rows->u[k]);
-        float2 inv_den_k = {1, 1}, ds_k = {0, 0};
-        int2 start_k = {0, 0};
-        if (S::REVERSE) {
-            inv_den_k = *(const float2 *)&rows->inv_den[k], start_k = *(const int2 *)&rows->start[k];
-            if (S::MODE == SCAN_DK) ds_k = *(const float2 *)&rows->ds[k];
+        const bool diagonal = j / 2 == warp, none = S::REVERSE ? j / 2 < warp : j / 2 > warp;
+        if (none) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) w[4 * j + e] = 0;
+            continue;
         }
+        const float2 other = *(const float2 *)(S::REVERSE ? &rows->r[k] : &rows->u[k]);
+        const float2 add_k = S::MODE == SCAN_DK ? *(const float2 *)&rows->add[k] : make_float2(0, 0);
+        const int2 start_k = DOCUMENTS && S::REVERSE ? *(const int2 *)&rows->start[k] : make_int2(0, 0);
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const float2 other = e ? make_float2(others.z, others.w) : make_float2(others.x, others.y);
-                const float2 u = S::REVERSE ? mine[h] : other, r = S::REVERSE ? other : mine[h];
+                const float x = e ? other.y : other.x, plus = S::MODE == SCAN_DK ? (e ? add_k.y : add_k.x) : add[h];
                 const int query = S::REVERSE ? k + e : i0 + 8 * h, key = S::REVERSE ? i0 + 8 * h : k + e;
-                const int first = S::REVERSE ? (e ? start_k.y : start_k.x) : start[h];
-                const float D = key <= query && first <= key ? dk_scale * exp2f((u.x - r.x) + (u.y - r.y)) : 0;
-                const float inv = S::REVERSE ? (e ? inv_den_k.y : inv_den_k.x) : inv_den[h];
-                const float add = S::REVERSE ? (e ? ds_k.y : ds_k.x) : ds[h];
-                float *x = &w[4 * j + 2 * h + e];
-                *x = S::MODE == SCAN_H ? D * *x : D * (inv * *x + add);
-                if (S::MODE == SCAN_H) row_sum[h] += *x;
+                float D = exp2_fast(S::REVERSE ? mine[h] - x : x - mine[h]);
+                if (diagonal && key > query) D = 0;
+                if (DOCUMENTS && (S::REVERSE ? (e ? start_k.y : start_k.x) : start[h]) > key) D = 0;
+                float *to = &w[4 * j + 2 * h + e];
+                *to = D * (S::TRANSPOSED ? *to + plus : *to);
             }
     }
 }
 
-// <x_i, n> of row i = threadIdx / 2, in both threads of the pair
+// <x_i, n> of rows i = 16 warp + g and i + 8, in the lanes with t = 0: a product with the halves of n as columns 0 and 1
 template <class S>
-__device__ __forceinline__ float scan_row_dot_n(const unsigned char *x, const float (*n)[S::V_COLS]) {
-    const int row = threadIdx.x / 2, first = threadIdx.x % 2 * (S::A / 16);
-    float sum = 0;
-#pragma unroll 4
-    for (int k = 0; k < S::A / 16; k++) {  // the two of a pair read different banks
-        const int piece = first + (S::A % 128 == 0 ? k ^ threadIdx.x % 2 * 4 : k);
-        const uint4 eight = *(const uint4 *)(x + piece / 8 * PANEL_BYTES + panel_piece(row, piece % 8));
-        const unsigned pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+__device__ __forceinline__ float2 scan_rows_dot_n(const unsigned char *x, const bf16 (*split)[S::V_COLS]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16 + lane % 16;
+    float sum[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains
+    const bf16 *half = split[g % 2] + 2 * t;
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float2 two = unpack_two(pairs[e]);
+    for (int k = 0; k < S::A / 16; k++) {
+        unsigned a[4];
+        ldmatrix(a, (const bf16 *)(x + k / 4 * PANEL_BYTES + panel_piece(row, k % 4 * 2 + lane / 16)));
+        const unsigned b0 = *(const unsigned *)(half + 16 * k), b1 = *(const unsigned *)(half + 16 * k + 8);
+        mma(sum[k % 2], a, g < 2 ? b0 : 0, g < 2 ? b1 : 0);
+    }
+    return make_float2((sum[0][0] + sum[0][1]) + (sum[1][0] + sum[1][1]),
+                       (sum[0][2] + sum[0][3]) + (sum[1][2] + sum[1][3]));
+}
+
+// Column pair k of the thread, of those that a warp has: lanes 0 to 3 hold all
+template <class S>
+__device__ __forceinline__ void scan_store_n(ScanShared<S> *sh, int it, int k, float x, float y) {
+    const int column = threadIdx.x / 32 * (S::V_COLS / 4) + 8 * k + 2 * (threadIdx.x % 32);
+    *(float2 *)&sh->vector[it % 3][column] = make_float2(x, y);
+    if (S::MODE != SCAN_H) return;
+    const unsigned high = pack_two(x, y);
+    const float2 rounded = unpack_two(high);
+    *(unsigned *)&sh->split[it % 2][0][column] = high;
+    *(unsigned *)&sh->split[it % 2][1][column] = pack_two(x - rounded.x, y - rounded.y);
+}
+
+// n of the next chunk: decay n + sum over this one's tokens of scale_r tile_r: a product with the halves of scale as rows
+// 0 and 1; warp w has a quarter of the columns
+template <class S>
+__device__ __forceinline__ void scan_update_n(ScanShared<S> *sh, int it, float decay, const unsigned char *tile,
+                                              const float *scale) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = threadIdx.x / 32 * (S::V_COLS / 4);
+    unsigned a[4][4];
 #pragma unroll
-            for (int group = 0; group < S::V_GROUPS; group++) {
-                const float2 with = *(const float2 *)&n[group][8 * piece + 2 * e];
-                sum += two.x * with.x + two.y * with.y;
-            }
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            a[k][r] = 0;
+            if (r % 2) continue;  // rows 8 to 15
+            const float2 x = *(const float2 *)(scale + 16 * k + 4 * r + 2 * t);
+            const unsigned high = pack_two(x.x, x.y);
+            const float2 rounded = unpack_two(high);
+            const unsigned low = pack_two(x.x - rounded.x, x.y - rounded.y);
+            a[k][r] = g == 0 ? high : g == 1 ? low : 0;
+        }
+    float sum[S::V_COLS / 32][4];
+#pragma unroll
+    for (int i = 0; i < S::V_COLS / 64; i++) {
+        const int piece = first / 8 + 2 * i + lane / 16;
+        const unsigned char *from = tile + piece / 8 * PANEL_BYTES;
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum[2 * i][e] = sum[2 * i + 1][e] = 0;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            unsigned b[4];
+            ldmatrix_trans(b, (const bf16 *)(from + panel_piece(16 * k + lane % 16, piece % 8)));
+            mma(sum[2 * i], a[k], b[0], b[1]);
+            mma(sum[2 * i + 1], a[k], b[2], b[3]);
         }
     }
-    return sum + __shfl_xor_sync(0xffffffffu, sum, 1);
-}
-
-// n = decay n + the thread's share of the sum of scale_r tile_r
-template <class S>
-__device__ __forceinline__ void scan_update_n(float2 *n, float decay, const unsigned char *tile, const float *scale) {
-    const int pair = threadIdx.x % (S::V_COLS / 2), group = threadIdx.x / (S::V_COLS / 2);
-    if (group >= S::V_GROUPS) return;
-    tile += pair / 32 * PANEL_BYTES + pair % 4 * 4;
-    n->x *= decay, n->y *= decay;
-#pragma unroll 8
-    for (int k = 0; k < S::V_ROWS; k++) {
-        const int row = group * S::V_ROWS + k;
-        const float2 two = unpack_two(*(const unsigned *)(tile + panel_piece(row, pair % 32 / 4)));
-        n->x += scale[row] * two.x, n->y += scale[row] * two.y;
+#pragma unroll
+    for (int i = 0; i < S::V_COLS / 32; i++) {
+        sum[i][0] += __shfl_down_sync(0xffffffffu, sum[i][0], 4);
+        sum[i][1] += __shfl_down_sync(0xffffffffu, sum[i][1], 4);
     }
-}
-
-template <class S>
-__device__ __forceinline__ float scan_n_column(const float (*n)[S::V_COLS], int column) {
-    float sum = n[0][column];
-    for (int group = 1; group < S::V_GROUPS; group++) sum += n[group][column];
-    return sum;
+    if (lane >= 4) return;
+#pragma unroll
+    for (int i = 0; i < S::V_COLS / 32; i++) {
+        const float2 n = *(const float2 *)&sh->vector[it % 3][first + 8 * i + 2 * lane];
+        scan_store_n<S>(sh, it + 1, i, n.x * decay + sum[i][0], n.y * decay + sum[i][1]);
+    }
 }
 
 // At every 8th border: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
 template <class S>
 __device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh,
-                                              const float (*vector)[S::V_COLS], int c) {
+                                              const float *vector, int c) {
     const int border = (c + S::REVERSE) / SCAN_BORDER - 1, borders = (at.all_chunks - 1) / SCAN_BORDER;
     if ((c + S::REVERSE) % SCAN_BORDER || border < 0 || border >= borders || S::LOCAL) return;
     float *kept = p.n_snapshots + ((size_t)at.bh * borders + border) * p.s.dk;
     if (S::MODE == SCAN_H && at.slice == 0 && kept)
-        for (int k = threadIdx.x; k < p.s.dk; k += 128) kept[k] = scan_n_column<S>(vector, k);
+        for (int k = threadIdx.x; k < p.s.dk; k += 128) kept[k] = vector[k];
     if (S::MODE != SCAN_DK) return;
     float sum = 0;
     for (int k = threadIdx.x; k < S::W && at.slice * S::W + k < p.s.dk; k += 128)
-        sum += scan_n_column<S>(vector, k) * kept[at.slice * S::W + k];
+        sum += vector[k] * kept[at.slice * S::W + k];
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) sh->sums[threadIdx.x / 32] = sum;
     named_barrier_sync(1, 128);
@@ -317,23 +358,26 @@ __device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace
             (sh->sums[0] + sh->sums[1]) + (sh->sums[2] + sh->sums[3]);
 }
 
-// Weights the scores of chunk c and hands P, and for H the scale of the rows, to the state's warpgroups.
+// Weights the scores of chunk c and hands P, and for H the scale of the rows, to the state's warpgroups. q_n: see
+// scan_rows_dot_n
 template <class S>
 __device__ __forceinline__ void scan_publish(const ScanArgs &p, const ScanPlace &at, float (&w)[32], ScanRows *rows,
-                                             unsigned panel, float q_n, int c) {
+                                             bool documents, unsigned panel, float2 q_n, int c) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    float row_sum[2] = {0, 0};
-    scan_weights<S>(w, rows, rsqrtf((float)p.s.dk), row_sum);
+    if (documents) scan_weights<S, true>(w, rows);
+    else scan_weights<S, false>(w, rows);
     if (S::MODE == SCAN_H)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int row = 16 * warp + g + 8 * h, time = c * SCAN_CHUNK + row;
-            float sum = row_sum[h];
+            float sum = 0;
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum += w[4 * j + 2 * h] + w[4 * j + 2 * h + 1];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            const float sig = sum + rows->factor[row] * __shfl_sync(0xffffffffu, q_n, 2 * (g + 8 * h));
             if (t) continue;
-            rows->out_scale[row] = p.s.sigmoid_gate ? 1 : 1 / (fmaxf(fabsf(sig), rows->floor[row]) + p.s.eps);
+            const float sig = sum + rows->factor[row] * (h ? q_n.y : q_n.x);
+            rows->out_scale[row] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, fmaxf(fabsf(sig), rows->floor[row]) + p.s.eps);
             if (at.slice == 0 && time < p.s.T) p.gates.sig[(size_t)at.bh * p.s.T + time] = sig;
         }
     const int row = 16 * warp + lane % 16;
@@ -346,12 +390,15 @@ __device__ __forceinline__ void scan_publish(const ScanArgs &p, const ScanPlace 
 }
 
 template <class S>
-__device__ __forceinline__ float2 scan_initial_n(const ScanArgs &p, const ScanPlace &at) {
+__device__ __forceinline__ void scan_load_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
     const MlstmState initial = scan_initial<S>(p);
-    const int pair = threadIdx.x % (S::V_COLS / 2), column = 2 * pair + (S::Z_VECTOR ? at.slice * S::W : 0);
-    if (!initial.C || (int)threadIdx.x >= S::V_COLS / 2 || column >= p.s.dk) return make_float2(0, 0);
-    const float *from = initial.n + at.b * initial.row + (size_t)at.head * p.s.dk + column;  // dk is even
-    return make_float2(from[0], from[1]);
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * (S::V_COLS / 4) + (S::Z_VECTOR ? at.slice * S::W : 0);
+    for (int k = 0; k < S::V_COLS / 32 && lane < 4; k++) {
+        const int column = first + 8 * k + 2 * lane;
+        const bool given = initial.C && column < p.s.dk;  // dk is even
+        const float *from = initial.n + at.b * initial.row + (size_t)at.head * p.s.dk + column;
+        scan_store_n<S>(sh, 0, k, given ? from[0] : 0, given ? from[1] : 0);
+    }
 }
 
 template <class S>
@@ -359,57 +406,65 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
                                             ScanShared<S> *sh) {
     const int tid = threadIdx.x, lane = tid % 32, NC = at.all_chunks;
     const unsigned base = shared_address(smem);
-    const int pair = tid % (S::V_COLS / 2), group = tid / (S::V_COLS / 2);
-    constexpr bool VECTOR = S::Y_VECTOR || S::Z_VECTOR;
-    float2 n = VECTOR ? scan_initial_n<S>(p, at) : make_float2(0, 0);
-    const float *decay = p.gates.decay + (size_t)at.bh * NC;
+    const float *decay = p.gates.decay + (size_t)at.bh * NC, log2_s = -0.5f * __log2f((float)p.s.dk);
+    if (S::VECTOR) scan_load_n<S>(p, at, sh);
+    const bool loads = tid == 32 * S::LIGHT_WARP;
+    for (int it = 0; loads && it < 2; it++) {
+        if (it < S::X_AHEAD) scan_load_x<S>(p, at, base, sh, it);
+        if (it < S::YZ_AHEAD) scan_load_yz<S>(p, at, base, sh, it);
+    }
+    __syncwarp();
     ScanRowValues next = scan_rows_load<S>(p, at, 0);
     for (int it = 0; it < at.chunks; it++) {
         const int slot = it % 2, c = scan_chunk<S>(at, it);
         const float keep = decay[c];
         ScanRows *rows = &sh->rows[slot];
         barrier_wait(scan_slot<2>(sh->p_empty, it), scan_parity<2>(it) ^ 1);
-        scan_rows_store<S>(rows, next);
-        if (VECTOR && group < S::V_GROUPS) *(float2 *)&sh->vector[slot][group][2 * pair] = n;
-        named_barrier_sync(1, 128);
+        const bool documents = scan_rows_store<S>(rows, next, log2_s, c);
         if (tid == 0) barrier_arrive(scan_slot<2>(sh->rows_full, it));
         next = scan_rows_load<S>(p, at, it + 1);
-        if (VECTOR) scan_border_n<S>(p, at, sh, sh->vector[slot], c);
+        if (S::VECTOR) scan_border_n<S>(p, at, sh, sh->vector[it % 3], c);
 
         const unsigned yz = S::AT_YZ + it % S::YZ_STAGES * (S::X_BYTES + S::Z_BYTES);
         if (!S::LOCAL) {
             const unsigned x = it % (S::X_STAGES ? S::X_STAGES : 1) * S::X_BYTES;
-            float w[32], q_n = 0;
+            float w[32];
+            float2 q_n = {0, 0};
             barrier_wait(scan_slot<S::X_STAGES>(sh->x_full, it), scan_parity<S::X_STAGES>(it));
+            if (S::MODE == SCAN_H) q_n = scan_rows_dot_n<S>(smem + x, sh->split[slot]);
             barrier_wait(scan_slot<S::YZ_STAGES>(sh->yz_full, it), scan_parity<S::YZ_STAGES>(it));
+#pragma unroll
+            for (int k = 0; k < 32; k++) w[k] = 0;
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < S::A / 16; k++) {
                 const unsigned at_k = k / 4 * PANEL_BYTES + k % 4 * 32;
-                wgmma_ss<0, 0>(w, wgmma_operand(base + x + at_k), wgmma_operand(base + yz + at_k), k > 0);
+                wgmma_ss<0, 0>(w, wgmma_operand(base + x + at_k), wgmma_operand(base + yz + at_k), true);
             }
             wgmma_commit();
-            if (S::MODE == SCAN_H) q_n = scan_row_dot_n<S>(smem + x, sh->vector[slot]);
             wgmma_wait<0>();
             __syncwarp();
             if (lane == 0) barrier_arrive(scan_slot<S::X_STAGES>(sh->x_empty, it));
-            scan_publish<S>(p, at, w, rows, base + S::AT_P + slot * PANEL_BYTES, q_n, c);
+            scan_publish<S>(p, at, w, rows, documents, base + S::AT_P + slot * PANEL_BYTES, q_n, c);
             __syncwarp();
             if (lane == 0) barrier_arrive(scan_slot<2>(sh->p_full, it));
         } else {
             barrier_wait(scan_slot<S::YZ_STAGES>(sh->yz_full, it), scan_parity<S::YZ_STAGES>(it));
         }
-        if (VECTOR) scan_update_n<S>(&n, keep, smem + yz + (S::Y_VECTOR ? 0 : S::X_BYTES), rows->n_scale);
+        if (S::VECTOR) scan_update_n<S>(sh, it, keep, smem + yz + (S::Y_VECTOR ? 0 : S::X_BYTES), rows->n_scale);
         __syncwarp();
         if (lane == 0) barrier_arrive(scan_slot<S::YZ_STAGES>(sh->yz_empty, it));
+        if (loads) {  // as soon as the chunk that has the slot is done
+            scan_load_x<S>(p, at, base, sh, it + S::X_AHEAD);
+            scan_load_yz<S>(p, at, base, sh, it + S::YZ_AHEAD);
+        }
+        __syncwarp();
     }
     const MlstmState final = scan_final<S>(p, at);
     if (!final.C || !S::Y_VECTOR || at.slice) return;
     named_barrier_sync(1, 128);
-    if (group < S::V_GROUPS) *(float2 *)&sh->vector[0][group][2 * pair] = n;
-    named_barrier_sync(1, 128);
     for (int k = tid; k < p.s.dk; k += 128)
-        final.n[at.b * final.row + (size_t)at.head * p.s.dk + k] = scan_n_column<S>(sh->vector[0], k);
+        final.n[at.b * final.row + (size_t)at.head * p.s.dk + k] = sh->vector[at.chunks % 3][k];
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -534,7 +589,7 @@ __device__ __forceinline__ void scan_update_state(float (&M)[S::AW / 2], float d
     unsigned a[4][4];
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        matrices_load_transposed(a[k], from + k * 2048);
+        ldmatrix_trans(a[k], from + k * 2048);
         const float2 lo = *(const float2 *)(scale + 16 * k + 2 * t), hi = *(const float2 *)(scale + 16 * k + 8 + 2 * t);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -577,7 +632,7 @@ __device__ __forceinline__ void scan_row_dots(const ScanArgs &p, const ScanPlace
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
         unsigned with[4];
-        matrices_load_transposed(with, panel + panel_piece(8 * (j + lane / 16) + lane % 8, piece));
+        ldmatrix_trans(with, panel + panel_piece(8 * (j + lane / 16) + lane % 8, piece));
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             const float2 top = unpack_two(with[2 * k]), low = unpack_two(with[2 * k + 1]);
@@ -614,7 +669,7 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
         }
     if (S::TRANSPOSED) {
         const int w = 16 * warp + lane / 4 + (S::SPLIT ? 0 : wg * 64);
-        const float n0 = scan_n_column<S>(sh->vector[it % 2], w), n1 = scan_n_column<S>(sh->vector[it % 2], w + 8);
+        const float n0 = sh->vector[it % 3][w], n1 = sh->vector[it % 3][w + 8];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float2 by = *(const float2 *)&rows->border[8 * j + 2 * t];
@@ -660,7 +715,7 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     const int rows_panel = S::SPLIT ? 0 : wg * S::BLOCKS + b;
     const unsigned z = yz + S::X_BYTES + rows_panel * PANEL_BYTES, panel = base + S::AT_OUT + rows_panel * PANEL_BYTES;
     const ScanRows *rows = &sh->rows[it % 2];
-    const bool last = b == S::BLOCKS - 1, writes = !S::SPLIT || wg == 0, producer = threadIdx.x == 128;
+    const bool last = b == S::BLOCKS - 1, writes = !S::SPLIT || wg == 0;
     float out[32];
     barrier_wait(scan_slot<2>(sh->rows_full, it), scan_parity<2>(it));
     if (!S::LOCAL) {
@@ -681,15 +736,11 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
         for (int k = 0; k < STEPS; k++)
             wgmma_ss<1, 0>(out, wgmma_operand(z + (first + k) * 2048), wgmma_operand(scores + 32 * (first + k)), true);
         wgmma_commit();
-        if (last && producer) scan_load_x<S>(p, at, base, sh, it + S::X_STAGES);
-        __syncwarp();
     }
     wgmma_wait<0>();
     if (last) {
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(scan_slot<S::YZ_STAGES>(sh->yz_empty, it));
-        if (producer) scan_load_yz<S>(p, at, base, sh, it + S::YZ_STAGES);
-        __syncwarp();
     }
     if (S::LOCAL) return;
     if (S::SPLIT) scan_add_halves<S>(out, (float *)(smem + S::AT_RED), wg, it, at.chunks);
@@ -704,13 +755,6 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
     const bool elected = threadIdx.x % 128 == 0;
     const float *decay = p.gates.decay + (size_t)at.bh * at.all_chunks;
     float M[S::BLOCKS][S::AW / 2];
-    if (threadIdx.x == 128) {
-        for (int it = 0; it < S::YZ_STAGES || it < S::X_STAGES; it++) {
-            if (it < S::X_STAGES) scan_load_x<S>(p, at, base, sh, it);
-            if (it < S::YZ_STAGES) scan_load_yz<S>(p, at, base, sh, it);
-        }
-    }
-    __syncwarp();
     scan_load_state<S>(p, at, wg, M);
     float next_decay = decay[scan_chunk<S>(at, 0)];
     for (int it = 0; it < at.chunks; it++) {
@@ -733,7 +777,7 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
 // ----------------------------------------------------------------------------------------------------------------
 // The kernel: a block a slice (x), segment (y) and head (z)
 
-enum { SCAN_SCORES_REGISTERS = 88, SCAN_STATE_REGISTERS = 208 };
+enum { SCAN_SCORES_REGISTERS = 72, SCAN_STATE_REGISTERS = 216 };
 
 template <class S>
 static __global__ void __launch_bounds__(SCAN_THREADS, 1) mlstm_scan_kernel(const __grid_constant__ ScanArgs p) {
@@ -749,15 +793,17 @@ static __global__ void __launch_bounds__(SCAN_THREADS, 1) mlstm_scan_kernel(cons
     at.last_segment = blockIdx.y == (S::REVERSE ? 0 : gridDim.y - 1);
     if (S::LOCAL && at.last_segment) return;  // nobody asks for what it adds
     if (threadIdx.x == 0) {
-        for (int k = 0; k < 2; k++) {
+        for (int k = 0; k < 3; k++) {
             barrier_init(shared_address(sh->x_full + k), 1);
             barrier_init(shared_address(sh->yz_full + k), 1);
+            barrier_init(shared_address(sh->x_empty + k), 12);  // warps
+            barrier_init(shared_address(sh->yz_empty + k), 12);
+        }
+        for (int k = 0; k < 2; k++) {
             barrier_init(shared_address(sh->rows_full + k), 1);
             barrier_init(shared_address(sh->dot_full + k), 1);
-            barrier_init(shared_address(sh->p_full + k), 4);  // warps
+            barrier_init(shared_address(sh->p_full + k), 4);
             barrier_init(shared_address(sh->p_empty + k), 8);
-            barrier_init(shared_address(sh->x_empty + k), 12);
-            barrier_init(shared_address(sh->yz_empty + k), 12);
         }
         barrier_init_done();
     }
