@@ -164,6 +164,30 @@ $(BUILD)/bench_%: dev/bench/bench_%.cu $(CUDA_SOURCES) $(BUILD)/nvcc_flags
 	@echo "  nvcc     $< -> $@  (SM=$(SM))"
 	$(Q)$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUDA_LIBS)
 
+# The kernels behind a C interface (xlstmc/xlstm_kernels.h), for one chip: the GPU here, or sm_90a. What the assembler
+# says of each kernel (registers, stack, spills) stays beside the library; dev/test/cuda/kernel_resources.sh reads it.
+KERNELS_SM ?= $(if $(filter all,$(SM)),90a,$(SM))
+KERNELS_FLAGS := -std=c++17 -O3 -gencode arch=compute_$(KERNELS_SM),code=sm_$(KERNELS_SM) -shared -Xptxas -v \
+    -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wno-unused-function $(NVCCFLAGS)
+$(BUILD)/kernels_flags: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(NVCC) $(KERNELS_FLAGS)' | cmp -s - $@ || echo '$(NVCC) $(KERNELS_FLAGS)' >$@
+$(BUILD)/libxlstm_kernels.so: xlstmc/xlstm_kernels.cu $(wildcard xlstmc/*) $(BUILD)/kernels_flags
+	@echo "  nvcc     $< -> $@  (SM=$(KERNELS_SM))"
+	$(Q)$(NVCC) $(KERNELS_FLAGS) $< -o $@ 2>$@.ptxas || { cat $@.ptxas >&2; exit 1; }
+
+# dev/bench/kernel_times.cpp, where the toolkit has CUPTI; CUPTI=DIR if that lies elsewhere
+CUPTI ?= $(CUDA_HOME) $(CUDA_HOME)/extras/CUPTI
+CUPTI_HEADER := $(firstword $(wildcard $(CUPTI:=/include/cupti.h)))
+CUPTI_LIB := $(firstword $(foreach folder,lib64 lib,$(wildcard $(CUPTI:=/$(folder)/libcupti.so*))))
+ifneq ($(and $(NVCC),$(CUPTI_HEADER),$(CUPTI_LIB)),)
+$(BUILD)/libkernel_times.so: dev/bench/kernel_times.cpp
+	@mkdir -p $(@D)
+	@echo "  compile  $< -> $@"
+	$(Q)$(NVCC) -std=c++17 -O2 -shared -cudart none -Xcompiler -fPIC,-Wall,-Wextra -I$(dir $(CUPTI_HEADER)) $< -o $@ \
+	    $(CUPTI_LIB) -Xlinker -rpath,$(dir $(CUPTI_LIB))
+endif
+
 .PHONY: test-gpu
 test-gpu: all $(BUILD)/test_xlstm_cu $(BUILD)/compare
 	$(BUILD)/test_xlstm_cu

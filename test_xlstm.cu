@@ -4,6 +4,9 @@
 //
 //   make test-gpu                     builds and runs it, and dev/test/cuda/gpu_runs.sh
 //   build/test_xlstm_cu [WORD]        only the tests whose name holds WORD
+//   compute-sanitizer --tool racecheck build/test_xlstm_cu WORD small
+//                                     a few small cases of the kernels that use mma.sync (mlstm, slstm): racecheck
+//                                     makes them hundreds of times slower
 //
 // The CPU side is train_xlstm.c, compiled as C in dev/test/cuda/oracle_*.c. Prints a line a check with the measured
 // relative L2 error, and "N passed, N failed" last.
@@ -78,6 +81,7 @@ static void test_matmul(void) {
 typedef struct {
     const char *blocks;
     int D, heads, V, ffn, sigmoid, B, T, resets, states, recompute;
+    int tile;  // rows that the classifier works on at once; 0: as planned
 } ModelCase;
 
 static const ModelCase model_cases[] = {
@@ -93,6 +97,10 @@ static const ModelCase model_cases[] = {
     {"mlstm,slstm", 30, 3, 50, 20, 0, 2, 65, 1, 1, 0},
     {"(mlstm,slstm)*2", 128, 4, 256, 0, 0, 4, 256, 0, 0, 0},
     {"mlstm,mlstm_v1,slstm", 128, 2, 256, 0, 0, 1, 2048, 1, 0, 0},
+    {"mlstm,mlstm_v1,slstm", 64, 4, 256, 0, 0, 3, 200, 1, 1, 1},
+    {"mlstm,slstm,mlstm_v1", 33, 1, 51, 21, 1, 2, 70, 1, 1, 0},  // odd widths
+    {"mlstm", 64, 2, 70001, 0, 0, 2, 37, 0, 0, 0},               // tokens that need more than 16 bits
+    {"mlstm,slstm", 64, 2, 300, 0, 0, 3, 150, 1, 0, 0, 128},     // three tiles of logits and a part of one
 };
 
 static void release_models(void) {  // device memory of the last case
@@ -132,6 +140,7 @@ static Pair build_pair(const ModelCase *c, int in_bf16) {
     if (p.states.total > p.largest) p.largest = p.states.total;
     for (int side = 0; side < 2; side++) {
         p.backend[side]->build(&p.config, &p.table, &run);
+        if (side && c->tile) (in_bf16 ? model_bf16.logit_rows : model_fp32.logit_rows) = c->tile;  // less than planned
         p.values[side] = (float *)xcalloc(p.largest, sizeof(float));
     }
     for (int k = 0; k < p.table.num_tensors; k++) {  // zeros would hide errors: noise on everything
@@ -207,13 +216,35 @@ static void check_values(const char *label, const char *what, const float *got, 
     check_close(line, got, want, n, limit);
 }
 
+// A batch with fewer sequences than planned, as the last one of an evaluation may be: like the CPU; and with its graph
+// captured and replayed.
+static void check_fewer_rows(const Pair *p, const char *label, double loss_limit, double limit) {
+    Batch fewer = p->batch;
+    float loss[2];
+    double losses[3];
+    fewer.B--;
+    fewer.state_row = -1;
+    if (fewer.B == 0) return;
+    for (int side = 0; side < 2; side++) {
+        fewer.logits = p->logits[side];
+        loss[side] = (float)p->backend[side]->evaluate(&fewer);
+    }
+    check_values(label, "loss of fewer rows", &loss[1], &loss[0], 1, loss_limit);
+    check_values(label, "logits of fewer rows", p->logits[1], p->logits[0], p->num_logits / p->batch.B * fewer.B,
+                 limit);
+    fewer.logits = NULL;
+    for (int round = 0; round < 3; round++) losses[round] = cuda_backend.evaluate(&fewer);
+    const float one = 1, equal = losses[0] == losses[1] && losses[1] == losses[2] && (float)losses[0] == loss[1];
+    check_values(label, "graph replays of fewer rows give the same bits", &equal, &one, 1, 0);
+}
+
 static void test_model_case(const ModelCase *c, int in_bf16) {
     Pair p = build_pair(c, in_bf16);
     char label[120], line[200];
     double limit = in_bf16 ? 3e-2 : 1e-4, scale = 1.0 / ((double)c->B * c->T);
-    format_into(label, sizeof label, "%s %s%s D%d V%d B%d T%d%s%s", in_bf16 ? "bf16" : "fp32", c->blocks,
+    format_into(label, sizeof label, "%s %s%s D%d V%d B%d T%d%s%s%s%s", in_bf16 ? "bf16" : "fp32", c->blocks,
                 c->sigmoid ? " sig" : "", c->D, c->V, c->B, c->T, c->resets ? " resets" : "",
-                c->recompute ? " recompute" : "");
+                c->states ? " carried" : "", c->recompute ? " recompute" : "", c->tile ? " tiles" : "");
     for (int step = 0; step < (c->states ? 2 : 1); step++) {  // the second one starts from the states of the first
         float loss[2];
         for (int side = 0; side < 2; side++) {
@@ -231,6 +262,7 @@ static void test_model_case(const ModelCase *c, int in_bf16) {
         for (int side = 0; side < 2; side++) p.backend[side]->read_state(row, p.values[side]);
         check_values(label, "states", p.values[1], p.values[0], p.states.total, limit);
     }
+    check_fewer_rows(&p, label, in_bf16 ? 5e-3 : 1e-5, limit);
     // The same bits: an ordinary run, then captured, then replayed.
     float *first = (float *)xcalloc(p.largest, sizeof(float));
     int same = 1;
@@ -280,6 +312,7 @@ int main(int argc, char **argv) {
     const struct {
         const char *name;
         void (*run)(void);
+        int has_small;
     } tests[] = {{"matmul", test_matmul},
                  {"norm", test_norm},
                  {"head_norm", test_head_norm},
@@ -289,18 +322,20 @@ int main(int argc, char **argv) {
                  {"embedding", test_embedding},
                  {"classifier", test_classifier},
                  {"adamw", test_adamw},
-                 {"mlstm", test_mlstm},
+                 {"mlstm", test_mlstm, 1},
                  {"mlstm_step", test_mlstm_step},
-                 {"slstm", test_slstm},
+                 {"slstm", test_slstm, 1},
                  {"models_fp32", test_models_fp32},
                  {"models_bf16", test_models_bf16}};
+    if (argc > 2 && strcmp(argv[2], "small") != 0) die(EXIT_USAGE, "%s: the second word may only be 'small'", argv[2]);
+    small_tests = argc > 2;
     use_bf16 = 0;
     choose_device();
     void *workspace;
     CUDA_CHECK(cudaMalloc(&workspace, MATMUL_WORKSPACE));
     matmul_init(workspace);
     for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {
-        if (argc > 1 && !strstr(tests[k].name, argv[1])) continue;
+        if ((argc > 1 && !strstr(tests[k].name, argv[1])) || (small_tests && !tests[k].has_small)) continue;
         double start = now_seconds();
         tests[k].run();
         printf("%s: %.1f s\n", tests[k].name, now_seconds() - start);

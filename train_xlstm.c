@@ -16,6 +16,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(USE_OPENBLAS) && defined(__AVX512F__) && !defined(TESTING)
+#undef USE_OPENBLAS  // with AVX-512, training is faster with the built-in product (doc/results.md)
+#endif
 #ifdef USE_OPENBLAS
 #include <cblas.h>
 #undef I  // <complex.h>, which cblas.h brings in, makes it the imaginary unit; here it is a width
@@ -118,17 +121,20 @@ static real dot(const real *a, const real *b, size_t n) {
 // however many threads there are, so the result does not depend on their number.
 
 #if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, MR = 12 };  // 24 of 32 registers hold the tile of C
+enum { VECTOR_BYTES = 64, MR = 12, EMBEDDED = 6 };  // 24 of 32 registers hold the tile of C
 #elif defined(__AVX__)
-enum { VECTOR_BYTES = 32, MR = 6 };  // 12 of 16
+enum { VECTOR_BYTES = 32, MR = 6, EMBEDDED = 0 };  // 12 of 16
 #else
-enum { VECTOR_BYTES = 16, MR = 6 };
+enum { VECTOR_BYTES = 16, MR = 6, EMBEDDED = 0 };
 #endif
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 enum { VLEN = VECTOR_BYTES / sizeof(real), NR = 2 * VLEN };
 enum { KC = 512, MC = 4 * MR, NC = 2048 };  // a block KC x MC of A stays in L2, a block KC x NC of B in L3
 
 // c[rows, cols] (+)= a[K, MR]^T b[K, NR]; rows is a constant after inlining, so the accumulators become registers.
+// An element of a that serves two products costs an instruction that spreads it over a register. AVX-512 can also
+// spread it within the product, for a second load. The first EMBEDDED rows do that, the others not: all of either kind
+// is slower by some 4 to 8 % on a core that is shared, for want of instruction slots or of loads.
 static inline __attribute__((always_inline)) void micro_kernel(const int rows, int cols, int K, const real *a,
                                                                size_t a_step, const real *b, size_t b_step, real *c,
                                                                size_t ldc, int accumulate) {
@@ -139,14 +145,16 @@ static inline __attribute__((always_inline)) void micro_kernel(const int rows, i
         __builtin_prefetch(c + r * ldc, 1);  // wanted at the end
         __builtin_prefetch(c + r * ldc + VLEN, 1);
     }
-    for (int k = 0; k < K; k++, a += a_step, b += b_step) {
+    const real *again = a;
+    __asm__("" : "+r"(again));  // hides that both are the same, or the compiler would load once
+    for (int k = 0; k < K; k++, a += a_step, again += a_step, b += b_step) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VLEN);
         __builtin_prefetch(b + 10 * b_step);  // from L2 in time; past the end it does nothing
         __builtin_prefetch(b + 10 * b_step + VLEN);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             acc[r][0] += a[r] * b0;
-            acc[r][1] += a[r] * b1;
+            acc[r][1] += (r < EMBEDDED ? again : a)[r] * b1;
         }
     }
     if (cols == NR) {
@@ -214,21 +222,26 @@ static inline void transpose4(real *dst, size_t width, const real *src, size_t s
 
 // Copies src[count, K] (element i, k at i*step + k*k_step) into panels [count/width][K][width], padded with zeros.
 // Whole panels go by rows (step 1) or by 4 x 4 transposes (k_step 1): element by element it would take a fifth of the
-// time of a product.
+// time of a product. Rows and panels that come next are fetched ahead; past the end that does nothing.
 static inline __attribute__((always_inline)) void pack_panels(real *dst, const real *src, size_t step, size_t k_step,
                                                               int count, int K, const int width) {
     int whole = step == 1 || (k_step == 1 && width % 4 == 0) ? count / width : 0;
     int k_whole = step == 1 ? K : K & ~15;
     if (step == 1)
         for (int k = 0; k < K; k++)
-            for (int p = 0; p < whole; p++)
-                memcpy(dst + ((size_t)p * K + k) * width, src + k * k_step + (size_t)p * width, sizeof(real) * width);
+            for (int p = 0; p < whole; p++) {
+                const real *from = src + k * k_step + (size_t)p * width;
+                for (int i = 0; i < width; i += 64 / (int)sizeof(real)) __builtin_prefetch(from + 8 * k_step + i);
+                memcpy(dst + ((size_t)p * K + k) * width, from, sizeof(real) * width);
+            }
     else
         for (int i = 0; i < whole * width; i += width)
-            for (int k0 = 0; k0 < k_whole; k0 += 16)  // a few lines of dst at a time, which then stay in L1
+            for (int k0 = 0; k0 < k_whole; k0 += 16) {  // a few lines of dst at a time, which then stay in L1
+                for (int r = 0; r < width; r++) __builtin_prefetch(src + (i + width + r) * step + k0, 0, 2);
                 for (int r = 0; r < width; r += 4)
                     for (int k = k0; k < k0 + 16; k += 4)
                         transpose4(dst + (size_t)i * K + (size_t)k * width + r, width, src + (i + r) * step + k, step);
+            }
     for (int i0 = 0; i0 < count; i0 += width) {  // what is left
         int n = imin(width, count - i0);
         real *panel = dst + (size_t)i0 * K;
@@ -238,10 +251,34 @@ static inline __attribute__((always_inline)) void pack_panels(real *dst, const r
     }
 }
 
+// This thread's room for the panels of A.
+static real *panels_of_a(void) {
+    static _Thread_local real *panels = NULL;
+    if (!panels) panels = (real *)xcalloc((size_t)KC * MC, sizeof(real));
+    return panels;
+}
+
+// c[m, n] (+)= a[m, k] b[k, n] for m <= MC rows and a block of B in panels
+static void gemm_rows(int m, int n, int k, const real *a, size_t a_row, size_t a_col, const real *b_panels, real *c,
+                      size_t ldc, int accumulate) {
+    real *a_panels = panels_of_a();
+    pack_panels(a_panels, a, a_row, a_col, m, k, MR);
+    for (int j = 0; j < n; j += NR)
+        for (int i = 0; i < m; i += MR)
+            micro_kernel_rows(imin(MR, m - i), imin(NR, n - j), k, a_panels + (size_t)i * k, MR,
+                              b_panels + (size_t)j * k, NR, c + i * ldc + j, ldc, accumulate);
+}
+
+// Length of the blocks that K is cut into. They are about equal: a short last one would cost a whole pass over C.
+static int block_length(int K) {
+    int blocks = (K + KC - 1) / KC;
+    return blocks > 1 ? ((K + blocks - 1) / blocks + 15) / 16 * 16 : imax(K, 1);
+}
+
 // The product on one thread.
 static void gemm_serial(int M, int N, int K, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row,
                         size_t b_col, real *c, size_t ldc, int accumulate) {
-    static _Thread_local real *pack_a = NULL, *pack_b = NULL;
+    static _Thread_local real *b_panels = NULL;
 #ifdef USE_OPENBLAS
     if ((double)M * N * K > 32768 && (a_row == 1 || a_col == 1) && (b_row == 1 || b_col == 1)) {
         int trans_a = a_col != 1, trans_b = b_col != 1;
@@ -251,44 +288,65 @@ static void gemm_serial(int M, int N, int K, const real *a, size_t a_row, size_t
         return;
     }
 #endif
-    if (!pack_a) {
-        pack_a = (real *)xcalloc((size_t)KC * MC, sizeof(real));
-        pack_b = (real *)xcalloc((size_t)KC * NC, sizeof(real));
-    }
+    if (!b_panels) b_panels = (real *)xcalloc((size_t)KC * NC, sizeof(real));
     for (int n0 = 0; n0 < N; n0 += NC)
-        for (int k0 = 0; k0 < K; k0 += KC) {
-            int n = imin(NC, N - n0), k = imin(KC, K - k0);
-            pack_panels(pack_b, b + k0 * b_row + n0 * b_col, b_col, b_row, n, k, NR);
-            for (int m0 = 0; m0 < M; m0 += MC) {
-                int m = imin(MC, M - m0);
-                pack_panels(pack_a, a + m0 * a_row + k0 * a_col, a_row, a_col, m, k, MR);
-                for (int j = 0; j < n; j += NR)
-                    for (int i = 0; i < m; i += MR)
-                        micro_kernel_rows(imin(MR, m - i), imin(NR, n - j), k, pack_a + (size_t)i * k, MR,
-                                          pack_b + (size_t)j * k, NR, c + (m0 + i) * ldc + n0 + j, ldc,
-                                          accumulate || k0 > 0);
-            }
+        for (int k0 = 0, length = block_length(K); k0 < K; k0 += length) {
+            int n = imin(NC, N - n0), k = imin(length, K - k0);
+            pack_panels(b_panels, b + k0 * b_row + n0 * b_col, b_col, b_row, n, k, NR);
+            for (int m0 = 0; m0 < M; m0 += MC)
+                gemm_rows(imin(MC, M - m0), n, k, a + m0 * a_row + k0 * a_col, a_row, a_col, b_panels,
+                          c + m0 * ldc + n0, ldc, accumulate || k0 > 0);
         }
 }
 
-// The product on all threads: C is cut into a grid of one rectangle a thread.
+// The product on all threads.
 static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row,
                  size_t b_col, real *c, size_t ldc, int accumulate) {
-    int threads = 1, grid_m = 1, grid_n = 1;
+    int threads = 1;
 #ifdef _OPENMP
     if ((double)M * N * K > 20000) threads = omp_get_max_threads();
 #endif
+    if (threads == 1) {
+        gemm_serial(M, N, K, a, a_row, a_col, b, b_row, b_col, c, ldc, accumulate);
+        return;
+    }
+#ifdef USE_OPENBLAS  // a grid of one rectangle of C a thread
+    int grid_m = 1, grid_n = 1;
     while (grid_m * grid_n * 2 <= threads)
         if (M / grid_m >= N / grid_n) grid_m *= 2;
         else grid_n *= 2;
     int rows = MR * ((M + MR * grid_m - 1) / (MR * grid_m)), cols = NR * ((N + NR * grid_n - 1) / (NR * grid_n));
-#pragma omp parallel for if (threads > 1)
+#pragma omp parallel for
     for (int task = 0; task < grid_m * grid_n; task++) {
         int i = task / grid_n * rows, j = task % grid_n * cols;
         if (i < M && j < N)
             gemm_serial(imin(rows, M - i), imin(cols, N - j), K, a + i * a_row, a_row, a_col, b + j * b_col, b_row,
                         b_col, c + i * ldc + j, ldc, accumulate);
     }
+#else  // the threads pack a block of B together; then each takes some rows of C whenever it is done with its last ones
+    static real *b_panels = NULL;
+    int rows = MR * imax(1, imin(MC / MR, M / (8 * MR * threads)));
+    if (!b_panels) b_panels = (real *)xcalloc((size_t)KC * NC, sizeof(real));
+#pragma omp parallel
+    for (int n0 = 0; n0 < N; n0 += NC)
+        for (int k0 = 0, length = block_length(K); k0 < K; k0 += length) {
+            int n = imin(NC, N - n0), k = imin(length, K - k0);
+#pragma omp for schedule(dynamic)
+            for (int j = 0; j < n; j += 2 * NR)
+                pack_panels(b_panels + (size_t)j * k, b + k0 * b_row + (n0 + j) * b_col, b_col, b_row,
+                            imin(2 * NR, n - j), k, NR);
+#pragma omp for schedule(dynamic)
+            for (int m0 = 0; m0 < M; m0 += rows)
+                gemm_rows(imin(rows, M - m0), n, k, a + m0 * a_row + k0 * a_col, a_row, a_col, b_panels,
+                          c + m0 * ldc + n0, ldc, accumulate || k0 > 0);
+        }
+#endif
+}
+
+// dst = src. One thread alone does not get all that memory gives.
+static void copy(real *dst, const real *src, size_t count) {
+#pragma omp parallel for if (count > 100000)
+    for (size_t i = 0; i < count; i++) dst[i] = src[i];
 }
 
 // out[4] = x[K] times four rows of w[4, K]: four streams at once get more out of memory than one.
@@ -1316,7 +1374,7 @@ static void ffn_forward(real *out, const real *x, const FfnActs *a, const Norm *
     norm_forward(a->u, a->stats, x, w_norm, norm, rows);
     matmul_forward(a->gate_up, 2 * (size_t)U, a->u, width, w_up, rows, 2 * U, width, 0);
     gated_forward(a->act, a->gate_up, rows, U, use_gelu);
-    memcpy(out, x, sizeof(real) * (size_t)rows * width);
+    copy(out, x, (size_t)rows * width);
     matmul_forward(out, width, a->act, U, w_down, rows, width, U, 1);
 }
 
@@ -1396,7 +1454,7 @@ static void mlstm_block_forward(Model *m, int b, const Sequence *s, const real *
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < Dv; c++)
             a->y[(size_t)r * Dv + c] = sigmoid(ogate[r * in.ld + c]) * a->hn[(size_t)r * Dv + c];
-    memcpy(a->x_mid, x, sizeof(real) * (size_t)rows * D);
+    copy(a->x_mid, x, (size_t)rows * D);
     matmul_forward(a->x_mid, D, a->y, Dv, param(m, b, M_OUT_PROJ), rows, D, Dv, 1);
     ffn_forward(out, a->x_mid, &a->ffn, &norm, param(m, b, M_NORM_FFN), param(m, b, M_FFN_GATE),
                 param(m, b, M_FFN_DOWN), rows, D, dim(m, DIM_U), 0);
@@ -1465,7 +1523,7 @@ static void mlstm_v1_block_forward(Model *m, int b, const Sequence *s, const rea
             a->ht[at] = a->hn[at] + skip[c] * a->ca[at];
             a->y[at] = a->ht[at] * silu(z[(size_t)r * 2 * I + c]);
         }
-    memcpy(out, x, sizeof(real) * (size_t)rows * D);
+    copy(out, x, (size_t)rows * D);
     matmul_forward(out, D, a->y, I, param(m, b, V1_DOWN), rows, D, I, 1);
 }
 
@@ -1732,7 +1790,11 @@ static void cpu_decode_step(int token, float *logits) {
 // ----------------------------------------------------------------------------------------------------------------
 // AdamW
 
-static void cpu_zero_grad(void) { memset(model.grads, 0, sizeof(real) * model.table.total); }
+static void cpu_zero_grad(void) {
+    use_threads(4);
+#pragma omp parallel for
+    for (size_t i = 0; i < model.table.total; i++) model.grads[i] = 0;
+}
 
 static double cpu_grad_norm(void) {  // blocks of fixed size, added in order: the same bits for any number of threads
     enum { BLOCK = 16384 };

@@ -234,14 +234,8 @@ static void ffn_backward(Model<F> *m, const F *x, const FfnActs<F> *a, NormShape
 
 template <typename F>
 static MlstmShape mlstm_shape(const Model<F> *m, int B, int T, int v1) {
-    int NH = m->config.num_heads;
-    MlstmShape s = {B,
-                    T,
-                    NH,
-                    dim(m, v1 ? DIM_I : DIM_DK) / NH,
-                    dim(m, v1 ? DIM_I : DIM_DV) / NH,
-                    m->config.sigmoid_gate,
-                    (float)m->config.eps};
+    int NH = m->config.num_heads, dk = dim(m, v1 ? DIM_I : DIM_DK) / NH, dv = dim(m, v1 ? DIM_I : DIM_DV) / NH;
+    MlstmShape s = {B, T, NH, dk, dv, m->config.sigmoid_gate, (float)m->config.eps, mlstm_chunk<F>(dk, dv, NH * dk)};
     return s;
 }
 

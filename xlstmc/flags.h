@@ -127,7 +127,8 @@ static const FlagSpec flag_specs[] = {
 
     GROUP("Machine"),
     INT(threads, "threads", "N", NULL, 1, 4096, 0, "CPU threads (default: OMP_NUM_THREADS, else all cores)"),
-    INT(chunk, "chunk", "L", NULL, 1, 1 << 20, 0, "chunk length of the mLSTM kernel (default: the model's chunk_size)"),
+    INT(chunk, "chunk", "L", NULL, 1, 1 << 20, 0,
+        "chunk length of the mLSTM on the CPU (default: the model's chunk_size); on a GPU the kernels have their own"),
     CHOICE(recompute, "recompute", "none|block", "none", 0,
            "block: keep only the blocks' inputs and run each forward again in the backward pass; less memory"),
     CHOICE(precision, "precision", "fp32|bf16", NULL, 0,

@@ -57,6 +57,17 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same; true in all of them if `mine` is in any
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine) {
+    unsigned any;
+    asm volatile(
+        "{\n .reg .pred p, q;\n setp.ne.u32 p, %3, 0;\n bar.red.or.pred q, %1, %2, p;\n selp.u32 %0, 1, 0, q;\n}\n"
+        : "=r"(any)
+        : "r"(id), "r"(threads), "r"((unsigned)mine)
+        : "memory");
+    return any;
+}
+
 // Ordinary stores to shared memory become visible to TMA and wgmma; by each thread that stored.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -217,12 +228,6 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[COUNT], const unsigned (&a)[
 // Four 8 x 8 matrices between registers and shared memory, each row 16 bytes at an address that lane 8 i + r names for
 // matrix i, row r. Transposed: a register holds two elements of a column of the matrix in memory.
 
-__device__ __forceinline__ void matrices_load_transposed(unsigned (&r)[4], unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
 __device__ __forceinline__ void matrices_store(unsigned address, unsigned r0, unsigned r1, unsigned r2, unsigned r3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r0), "r"(r1),
                  "r"(r2), "r"(r3)
@@ -233,6 +238,11 @@ __device__ __forceinline__ void matrices_store_transposed(unsigned address, unsi
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r0),
                  "r"(r1), "r"(r2), "r"(r3)
                  : "memory");
+}
+__device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; what is below 2^-126 is 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 __device__ __forceinline__ unsigned pack_two(float x, float y) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);

@@ -23,6 +23,8 @@
 #define XLSTMC_MLSTM_CUH
 
 #include "mlstm_gates.cuh"
+#include "mlstm_scan.cuh"
+#include "mma.cuh"
 
 // ----------------------------------------------------------------------------------------------------------------
 // Tiles in shared memory: panels of 64 columns; the 16-byte pieces of a row change places with the row, so that eight
@@ -69,25 +71,6 @@ __device__ inline void load_tile(F *tile, const F *src, size_t ld, int rows, int
 // ----------------------------------------------------------------------------------------------------------------
 // Products of a warp: 16 rows times NT tiles of 8 columns. A thread holds, for each of these tiles, the elements
 // (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1) with g = lane / 4, t = lane % 4.
-
-__device__ inline void ldmatrix(unsigned (&r)[4], const bf16 *p) {
-    unsigned address = (unsigned)__cvta_generic_to_shared(p);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-}
-__device__ inline void ldmatrix_trans(unsigned (&r)[4], const bf16 *p) {
-    unsigned address = (unsigned)__cvta_generic_to_shared(p);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-}
-__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // The B operand of one k16 step for two neighbouring tiles of 8 columns: b[0], b[1] the first, b[2], b[3] the second.
 // By columns (BY_ROWS = false) the tile is stored [n][k], else [k][n].
@@ -225,85 +208,177 @@ constexpr size_t states_shared_bytes() {
     return STATE_STAGES<F, N> * (sizeof(F) * 64 * (64 + N) + sizeof(float) * 3 * 64) + sizeof(float) * 256;
 }
 
+template <typename F, int N>
+struct StatesBlock {     // what a block works on, and where a thread stands in it
+    int b, head, bh;     // bh = b NH + head
+    int NC;              // chunks of the sequence
+    int a0, v0;          // the block's tile of C: rows from a0 on, columns from v0 on
+    int m0, n0;          // the warp's part of that tile
+    int row, col;        // a thread's acc[nt][2h], acc[nt][2h+1] are elements of C from (row + 8h, col + 8nt) on
+    int n_col, quarter;  // element a0 + n_col of n is summed by four threads, each over a quarter of a tile's tokens
+    const F *X, *Y;      // [T, a0 ..], [T, v0 ..] of the sequence and head
+
+    __device__ __forceinline__ explicit StatesBlock(const StatesArgs<F> &p) {
+        const MlstmShape &s = p.s;
+        int dv_tiles = (s.dv + N - 1) / N, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        a0 = blockIdx.x / dv_tiles * 64, v0 = blockIdx.x % dv_tiles * N;
+        bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + MLSTM_CHUNK - 1) / MLSTM_CHUNK;
+        m0 = warp % 4 * 16, n0 = warp / 4 * (N / 2);
+        row = a0 + m0 + lane / 4, col = v0 + n0 + 2 * (lane % 4);
+        X = p.x + (size_t)b * s.T * p.ld_x + (size_t)head * s.dk + a0;
+        Y = p.y + (size_t)b * s.T * p.ld_y + (size_t)head * s.dv + v0;
+        n_col = threadIdx.x % 64, quarter = threadIdx.x / 64;
+    }
+};
+
+// The states that a segment begins and ends with; C == NULL: zeros, not wanted.
+template <typename F, bool REVERSE>
+__device__ __forceinline__ void states_ends(const StatesArgs<F> &p, MlstmState *initial, MlstmState *final) {
+    *initial = p.initial, *final = p.final;
+    if (!p.segments) return;
+    const MlstmShape &s = p.s;
+    int segment = blockIdx.z, last_segment = REVERSE ? 0 : (int)gridDim.z - 1;
+    size_t matrices = (size_t)s.NH * s.dk * s.dv, record = matrices + (size_t)s.NH * s.dk;
+    float *at = p.segments + segment * s.B * record;
+    MlstmState stored = {at, at + matrices, NULL, record}, none = {NULL, NULL, NULL, 0};
+    *initial = p.local ? none : stored;
+    *final = p.local ? stored : segment == last_segment ? *final : none;
+}
+
+// Starts the copies of 64 tokens from t0 on: X and Y, and their scales [3][64].
 template <typename F, int N, bool REVERSE>
-static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(StatesArgs<F> p) {
+__device__ __forceinline__ void states_load(const StatesArgs<F> &p, const StatesBlock<F, N> &at, F *tile, float *scales,
+                                            int t0) {
+    int T = p.s.T;
+    load_tile<F, 64, 64>(tile, at.X + (size_t)t0 * p.ld_x, p.ld_x, T - t0, p.s.dk - at.a0, p.aligned);
+    load_tile<F, 64, N>(tile + 64 * 64, at.Y + (size_t)t0 * p.ld_y, p.ld_y, T - t0, p.s.dv - at.v0, p.aligned);
+    if (threadIdx.x < (REVERSE ? 192 : 64)) {
+        int which = threadIdx.x / 64, l = threadIdx.x % 64;
+        const float *from = which == 0 ? p.scale : which == 1 ? p.inv_den : p.ds;
+        bool valid = t0 + l < T;
+        copy_async<4>(scales + which * 64 + l, from + (size_t)at.bh * T + (valid ? t0 + l : 0), valid);
+    }
+}
+
+// acc, n_part: the state before the first tile. next: C entering chunk c_next, which the walk has left behind.
+template <typename F, int N, bool REVERSE>
+__device__ __forceinline__ void states_begin(const StatesArgs<F> &p, const StatesBlock<F, N> &at, MlstmState initial,
+                                             int c_next, float (&acc)[N / 16][4], float2 (&next)[N / 16][2],
+                                             float *n_part) {
+    const MlstmShape &s = p.s;
+    const F *entering = REVERSE ? p.entering + ((size_t)at.bh * at.NC + c_next) * s.dk * p.pitch : NULL;
+#pragma unroll
+    for (int nt = 0; nt < N / 16; nt++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int row = at.row + 8 * h, col = at.col + 8 * nt, count = row < s.dk ? s.dv - col : 0;
+            acc[nt][2 * h] = acc[nt][2 * h + 1] = 0;
+            if (REVERSE)
+                next[nt][h] =
+                    c_next < at.NC ? load_two(entering + (size_t)row * p.pitch + col, count, true) : make_float2(0, 0);
+            if (initial.C && row < s.dk) {
+                const float *from = initial.C + at.b * initial.row + ((size_t)at.head * s.dk + row) * s.dv;
+                if (col < s.dv) acc[nt][2 * h] = from[col];
+                if (col + 1 < s.dv) acc[nt][2 * h + 1] = from[col + 1];
+            }
+        }
+    *n_part = 0;
+    if (initial.C && at.quarter == 0 && at.a0 + at.n_col < s.dk)
+        *n_part = initial.n[at.b * initial.row + (size_t)at.head * s.dk + at.a0 + at.n_col];
+}
+
+// At the border of chunk c: saves the state unless this is the first of two walks, and lets it decay.
+template <typename F, int N, bool REVERSE>
+__device__ __forceinline__ void states_save(const StatesArgs<F> &p, const StatesBlock<F, N> &at, int c, float keep,
+                                            float (&acc)[N / 16][4], float2 (&next)[N / 16][2], float *n_part,
+                                            float *n_sum) {
+    const MlstmShape &s = p.s;
+    size_t first = ((size_t)at.bh * at.NC + c) * s.dk * p.pitch;
+    float share = 0;
+#pragma unroll
+    for (int nt = 0; nt < N / 16; nt++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int row = at.row + 8 * h, col = at.col + 8 * nt, count = row < s.dk ? s.dv - col : 0;
+            size_t place = (size_t)row * p.pitch + col;
+            float *x = &acc[nt][2 * h];
+            if (REVERSE && !p.local) {
+                share += x[0] * next[nt][h].x + x[1] * next[nt][h].y;
+                next[nt][h] = load_two(p.entering + first + place, count, true);
+            }
+            if (!p.local) store_two(p.C + first + place, x[0], x[1], count, true);
+            x[0] *= keep;
+            x[1] *= keep;
+        }
+    bool keeps_n = at.v0 == 0;
+    if (keeps_n) n_sum[threadIdx.x] = *n_part;
+    *n_part *= keep;
+    __syncthreads();
+    if (!p.local && keeps_n && threadIdx.x < 64 && at.a0 + at.n_col < s.dk) {
+        float n = n_sum[at.n_col] + n_sum[64 + at.n_col] + n_sum[128 + at.n_col] + n_sum[192 + at.n_col];
+        size_t place = ((size_t)at.bh * at.NC + c) * s.dk + at.a0 + at.n_col;
+        p.n[place] = n;
+        if (REVERSE && c + 1 < at.NC) share += n * p.n_entering[place + s.dk];
+    }
+    if (REVERSE && !p.local) {
+        share = block_sum(share);
+        if (threadIdx.x == 0)
+            p.anchor[(size_t)blockIdx.x * gridDim.y * at.NC + (size_t)at.bh * at.NC + c] = c + 1 < at.NC ? share : 0;
+    }
+}
+
+// Writes the state after the last tile.
+template <typename F, int N>
+__device__ __forceinline__ void states_end(const MlstmShape &s, const StatesBlock<F, N> &at, MlstmState final,
+                                           const float (&acc)[N / 16][4], float n_part, float *n_sum) {
+#pragma unroll
+    for (int nt = 0; nt < N / 16; nt++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int row = at.row + 8 * h, col = at.col + 8 * nt;
+            if (row >= s.dk) continue;
+            float *to = final.C + at.b * final.row + ((size_t)at.head * s.dk + row) * s.dv;
+            if (col < s.dv) to[col] = acc[nt][2 * h];
+            if (col + 1 < s.dv) to[col + 1] = acc[nt][2 * h + 1];
+        }
+    __syncthreads();
+    n_sum[threadIdx.x] = n_part;
+    __syncthreads();
+    if (at.v0 == 0 && threadIdx.x < 64 && at.a0 + at.n_col < s.dk)
+        final.n[at.b * final.row + (size_t)at.head * s.dk + at.a0 + at.n_col] =
+            n_sum[at.n_col] + n_sum[64 + at.n_col] + n_sum[128 + at.n_col] + n_sum[192 + at.n_col];
+}
+
+// On a multiprocessor of an H100 shared memory has room for 3 blocks with N = 64, and 2 with N = 128.
+template <typename F, int N, bool REVERSE>
+static __global__ void __launch_bounds__(MLSTM_THREADS, N == 64 ? 3 : 2) mlstm_states_kernel(StatesArgs<F> p) {
     constexpr int NT = N / 16, STAGES = STATE_STAGES<F, N>, STAGE = 64 * (64 + N);
     extern __shared__ __align__(128) unsigned char shared[];
     F *tiles = (F *)shared;
     float *scales = (float *)(tiles + STAGES * STAGE);  // [STAGES][3][64]
     float *n_sum = scales + STAGES * 3 * 64;            // [4][64]
-    const MlstmShape s = p.s;
-    int dv_tiles = (s.dv + N - 1) / N, a0 = blockIdx.x / dv_tiles * 64, v0 = blockIdx.x % dv_tiles * N;
-    int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + MLSTM_CHUNK - 1) / MLSTM_CHUNK, T = s.T;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, m0 = warp % 4 * 16,
-        n0 = warp / 4 * (N / 2);
-    int segment = blockIdx.z, last_segment = REVERSE ? 0 : (int)gridDim.z - 1;
-    int first_chunk = segment * p.segment_chunks, last_chunk = min(first_chunk + p.segment_chunks, NC) - 1;
-    int first_tile = 2 * first_chunk, last_tile = min(2 * last_chunk + 1, (T + 63) / 64 - 1);
-    int num_tiles = last_tile - first_tile + 1, rows = s.dk - a0, cols = s.dv - v0;
-    if (p.local && segment == last_segment) return;  // nobody asks for what it adds
-    MlstmState initial = p.initial, final = p.final;
-    if (p.segments) {
-        size_t matrices = (size_t)s.NH * s.dk * s.dv, record = matrices + (size_t)s.NH * s.dk;
-        float *at = p.segments + segment * s.B * record;
-        MlstmState stored = {at, at + matrices, NULL, record}, none = {NULL, NULL, NULL, 0};
-        initial = p.local ? none : stored;
-        final = p.local ? stored : segment == last_segment ? final : none;
-    }
-    const F *X = p.x + (size_t)b * T * p.ld_x + (size_t)head * s.dk + a0;
-    const F *Y = p.y + (size_t)b * T * p.ld_y + (size_t)head * s.dv + v0;
-    const float *decay = p.decay + (size_t)bh * NC;
-    size_t at_gate = (size_t)bh * T, state_size = (size_t)s.dk * p.pitch;
-    F *C = p.C + (size_t)bh * NC * state_size;
-    const F *entering = REVERSE ? p.entering + (size_t)bh * NC * state_size : NULL;
-    bool keeps_n = v0 == 0;
-    float acc[NT][4], n_part = 0;  // n_part: column threadIdx % 64, tokens of quarter threadIdx / 64
-    float2 next[NT][2];            // reverse: C entering the chunk that was done last
-    int n_col = threadIdx.x % 64, quarter = threadIdx.x / 64;
+    const StatesBlock<F, N> at(p);
+    int first_chunk = blockIdx.z * p.segment_chunks, last_chunk = min(first_chunk + p.segment_chunks, at.NC) - 1;
+    int first_tile = 2 * first_chunk, last_tile = min(2 * last_chunk + 1, (p.s.T + 63) / 64 - 1);
+    int num_tiles = last_tile - first_tile + 1;
+    if (p.local && blockIdx.z == (REVERSE ? 0 : gridDim.z - 1)) return;  // nobody asks for what the last segment adds
+    MlstmState initial, final;
+    states_ends<F, REVERSE>(p, &initial, &final);
+    const float *decay = p.decay + (size_t)at.bh * at.NC;
+    float acc[NT][4], n_part;  // n_part: a thread's share of n
+    float2 next[NT][2];        // reverse: C entering the chunk that was done last
 
     auto tile_of = [&](int step) { return REVERSE ? last_tile - step : first_tile + step; };
     auto load = [&](int step) {
-        if (step < num_tiles) {
-            int t0 = tile_of(step) * 64, slot = step % STAGES;
-            F *tile = tiles + slot * STAGE;
-            load_tile<F, 64, 64>(tile, X + (size_t)t0 * p.ld_x, p.ld_x, T - t0, rows, p.aligned);
-            load_tile<F, 64, N>(tile + 64 * 64, Y + (size_t)t0 * p.ld_y, p.ld_y, T - t0, cols, p.aligned);
-            if (threadIdx.x < (REVERSE ? 192 : 64)) {
-                int which = threadIdx.x / 64, l = threadIdx.x % 64;
-                const float *from = which == 0 ? p.scale : which == 1 ? p.inv_den : p.ds;
-                bool valid = t0 + l < T;
-                copy_async<4>(scales + (slot * 3 + which) * 64 + l, from + at_gate + (valid ? t0 + l : 0), valid);
-            }
-        }
+        int slot = step % STAGES;
+        if (step < num_tiles)
+            states_load<F, N, REVERSE>(p, at, tiles + slot * STAGE, scales + slot * 3 * 64, tile_of(step) * 64);
         copy_commit();
     };
-    // element (i, j) of the block's tile that a thread's acc[nt][2h], acc[nt][2h+1] begin at
-    auto row_of = [&](int h) { return a0 + m0 + g + 8 * h; };
-    auto col_of = [&](int nt) { return v0 + n0 + 8 * nt + 2 * t; };
 
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            acc[nt][2 * h] = acc[nt][2 * h + 1] = 0;
-            int count = row_of(h) < s.dk ? s.dv - col_of(nt) : 0;
-            if (REVERSE)
-                next[nt][h] =
-                    last_chunk + 1 < NC
-                        ? load_two(entering + (last_chunk + 1) * state_size + (size_t)row_of(h) * p.pitch + col_of(nt),
-                                   count, true)
-                        : make_float2(0, 0);
-            if (initial.C && row_of(h) < s.dk) {
-                const float *from = initial.C + b * initial.row + ((size_t)head * s.dk + row_of(h)) * s.dv;
-                if (col_of(nt) < s.dv) acc[nt][2 * h] = from[col_of(nt)];
-                if (col_of(nt) + 1 < s.dv) acc[nt][2 * h + 1] = from[col_of(nt) + 1];
-            }
-        }
-    if (initial.C && quarter == 0 && n_col < rows)
-        n_part = initial.n[b * initial.row + (size_t)head * s.dk + a0 + n_col];
+    states_begin<F, N, REVERSE>(p, at, initial, last_chunk + 1, acc, next, &n_part);
     float next_decay = decay[REVERSE ? last_chunk : first_chunk];
     for (int step = 0; step < STAGES - 1; step++) load(step);
-
     for (int step = 0; step < num_tiles; step++) {
         int tile = tile_of(step), c = tile / 2;
         bool begins = REVERSE ? tile % 2 == 1 || tile == last_tile : tile % 2 == 0;
@@ -311,38 +386,10 @@ static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(Stat
         __syncthreads();
         load(step + STAGES - 1);
         if (begins) {
-            float share = 0, keep = next_decay;
+            float keep = next_decay;
             int c_next = REVERSE ? c - 1 : c + 1;
-            if (c_next >= 0 && c_next < NC) next_decay = decay[c_next];
-#pragma unroll
-            for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    int count = row_of(h) < s.dk ? s.dv - col_of(nt) : 0;
-                    size_t at = (size_t)row_of(h) * p.pitch + col_of(nt);
-                    float *x = &acc[nt][2 * h];
-                    if (REVERSE && !p.local) {
-                        share += x[0] * next[nt][h].x + x[1] * next[nt][h].y;
-                        next[nt][h] = load_two(entering + c * state_size + at, count, true);
-                    }
-                    if (!p.local) store_two(C + c * state_size + at, x[0], x[1], count, true);
-                    x[0] *= keep;
-                    x[1] *= keep;
-                }
-            if (keeps_n) n_sum[threadIdx.x] = n_part;
-            n_part *= keep;
-            __syncthreads();
-            if (!p.local && keeps_n && threadIdx.x < 64 && n_col < rows) {
-                float n = n_sum[n_col] + n_sum[64 + n_col] + n_sum[128 + n_col] + n_sum[192 + n_col];
-                size_t at = ((size_t)bh * NC + c) * s.dk + a0 + n_col;
-                p.n[at] = n;
-                if (REVERSE && c + 1 < NC) share += n * p.n_entering[at + s.dk];
-            }
-            if (REVERSE && !p.local) {
-                share = block_sum(share);
-                if (threadIdx.x == 0)
-                    p.anchor[(size_t)blockIdx.x * gridDim.y * NC + (size_t)bh * NC + c] = c + 1 < NC ? share : 0;
-            }
+            if (c_next >= 0 && c_next < at.NC) next_decay = decay[c_next];
+            states_save<F, N, REVERSE>(p, at, c, keep, acc, next, &n_part, n_sum);
         }
         const F *x_tile = tiles + step % STAGES * STAGE, *y_tile = x_tile + 64 * 64;
         float *scale = scales + step % STAGES * 3 * 64;
@@ -354,30 +401,14 @@ static __global__ void __launch_bounds__(MLSTM_THREADS) mlstm_states_kernel(Stat
             }
             __syncthreads();
         }
-        multiply_scaled_transposed<F, NT>(acc, x_tile, m0, scale, y_tile, n0);
-        if (keeps_n) {
+        multiply_scaled_transposed<F, NT>(acc, x_tile, at.m0, scale, y_tile, at.n0);
+        if (at.v0 == 0) {
             const float *scale_n = REVERSE ? scale + 64 : scale;
-            for (int k = quarter * 16; k < quarter * 16 + 16; k++)
-                n_part += scale_n[k] * to_float(x_tile[tile_at<F, 64>(k, n_col)]);
+            for (int k = at.quarter * 16; k < at.quarter * 16 + 16; k++)
+                n_part += scale_n[k] * to_float(x_tile[tile_at<F, 64>(k, at.n_col)]);
         }
     }
-
-    if (!final.C) return;
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-            if (row_of(h) < s.dk) {
-                float *to = final.C + b * final.row + ((size_t)head * s.dk + row_of(h)) * s.dv;
-                if (col_of(nt) < s.dv) to[col_of(nt)] = acc[nt][2 * h];
-                if (col_of(nt) + 1 < s.dv) to[col_of(nt) + 1] = acc[nt][2 * h + 1];
-            }
-    __syncthreads();
-    n_sum[threadIdx.x] = n_part;
-    __syncthreads();
-    if (keeps_n && threadIdx.x < 64 && n_col < rows)
-        final.n[b * final.row + (size_t)head * s.dk + a0 + n_col] =
-            n_sum[n_col] + n_sum[64 + n_col] + n_sum[128 + n_col] + n_sum[192 + n_col];
+    if (final.C) states_end(p.s, at, final, acc, n_part, n_sum);
 }
 
 enum { STATES_BLOCKS = 264 };  // two for each multiprocessor of an H100
@@ -517,70 +548,184 @@ constexpr size_t attend_shared_bytes() {
 }
 
 template <typename F, int MODE, int COLS>
+struct AttendBlock {  // what a block works on, and where a thread stands in it
+    static constexpr bool FORWARD = MODE == ATTEND_H || MODE == ATTEND_DQ;      // rows look back
+    static constexpr bool TRANSPOSED = MODE == ATTEND_DQ || MODE == ATTEND_DK;  // contracted dv, output dk
+    static constexpr int NT = COLS / 16, STAGE = 64 * 64 + 64 * 64 * ((COLS + 63) / 64);
+    int b, head, T, contracted, out_width;  // the widths of a head
+    int t0, row0, col0, mine;  // the chunk's first token; the block's first row and column; its tile in the chunk
+    int half, m0, n0;          // the warp's half of the columns; its part of the output. Of the weights, n0 is 32 half.
+    int K, cols;               // pieces of 64 of the contracted width; columns from col0 on
+    int first_key, state_steps, steps;  // the first tile of keys; steps for the state, and in all
+    size_t at_gate;                     // of the head's first token in [B, NH, T]
+    const F *Y, *Z, *val, *state;       // from row0; from t0; from t0 and col0; of the chunk
+    const float *n;
+
+    __device__ __forceinline__ explicit AttendBlock(const AttendArgs<F> &p) {
+        const MlstmShape &s = p.s;
+        int bh = blockIdx.z, c = blockIdx.x / 2, NC = (s.T + MLSTM_CHUNK - 1) / MLSTM_CHUNK, warp = threadIdx.x / 32;
+        T = s.T, contracted = TRANSPOSED ? s.dv : s.dk, out_width = TRANSPOSED ? s.dk : s.dv;
+        b = bh / s.NH, head = bh % s.NH, mine = blockIdx.x % 2;
+        t0 = c * MLSTM_CHUNK, row0 = blockIdx.x * 64, col0 = blockIdx.y * COLS;
+        m0 = warp % 4 * 16, n0 = warp / 4 * (COLS / 2), half = warp / 4;
+        K = (contracted + 63) / 64, cols = out_width - col0;
+        at_gate = (size_t)bh * T;
+        Y = p.y + ((size_t)b * T + row0) * p.ld_y + (size_t)head * contracted;
+        Z = p.z + ((size_t)b * T + t0) * p.ld_z + (size_t)head * contracted;
+        val = p.val + ((size_t)b * T + t0) * p.ld_val + (size_t)head * out_width + col0;
+        state = p.state + ((size_t)bh * NC + c) * s.dk * p.pitch;
+        n = p.n + ((size_t)bh * NC + c) * s.dk;
+        int tiles_here = min(2, (T - t0 + 63) / 64), keys = FORWARD ? mine + 1 : tiles_here - mine;
+        first_key = FORWARD ? 0 : mine;
+        state_steps = c == p.zero_chunk ? 0 : K, steps = state_steps + keys * (K + 1);
+    }
+    // Where rows g (h = 0) and g + 8 (h = 1) of the warp's 16 lie in the chunk
+    __device__ __forceinline__ int row_local(int h) const { return mine * 64 + m0 + threadIdx.x % 32 / 4 + 8 * h; }
+};
+
+template <typename F, int MODE, int COLS>
+__device__ __forceinline__ void attend_load_gates(ChunkGates &gates, const AttendArgs<F> &p,
+                                                  const AttendBlock<F, MODE, COLS> &at) {
+    for (int i = threadIdx.x; i < MLSTM_CHUNK; i += MLSTM_THREADS) {
+        bool valid = at.t0 + i < at.T;
+        size_t place = at.at_gate + (valid ? at.t0 + i : 0);
+        gates.u[i] = valid ? p.gates.u[place] : make_float2(0, 0);
+        gates.r[i] = valid ? p.gates.r[place] : make_float2(0, 0);
+        gates.inv_den[i] = valid && MODE != ATTEND_H ? p.inv_den[place] : 0;
+        gates.ds[i] = valid && MODE != ATTEND_H ? p.ds[place] : 0;
+        gates.doc_start[i] = valid ? p.doc_start[(size_t)at.b * at.T + at.t0 + i] : 0;
+    }
+}
+
+// Starts the copies of a step: state_steps pieces Y, state; then for each key tile K pieces Y, Z and one of values.
+template <typename F, int MODE, int COLS>
+__device__ __forceinline__ void attend_load(F *stages, int step, const AttendArgs<F> &p,
+                                            const AttendBlock<F, MODE, COLS> &at) {
+    F *A = stages + step % 2 * at.STAGE, *B = A + 64 * 64;
+    int in_key = (step - at.state_steps) % (at.K + 1), key = at.first_key + (step - at.state_steps) / (at.K + 1);
+    if (step < at.state_steps) {
+        int k = step * 64;
+        load_tile<F, 64, 64>(A, at.Y + k, p.ld_y, at.T - at.row0, at.contracted - k, p.aligned);
+        if (at.TRANSPOSED)
+            load_tile<F, COLS, 64>(B, at.state + (size_t)at.col0 * p.pitch + k, p.pitch, at.cols, at.contracted - k,
+                                   p.aligned);
+        else
+            load_tile<F, 64, COLS>(B, at.state + (size_t)k * p.pitch + at.col0, p.pitch, at.contracted - k, at.cols,
+                                   p.aligned);
+    } else if (in_key < at.K) {
+        int k = in_key * 64;
+        load_tile<F, 64, 64>(A, at.Y + k, p.ld_y, at.T - at.row0, at.contracted - k, p.aligned);
+        load_tile<F, 64, 64>(B, at.Z + (size_t)key * 64 * p.ld_z + k, p.ld_z, at.T - at.t0 - key * 64,
+                             at.contracted - k, p.aligned);
+    } else {
+        load_tile<F, 64, COLS>(B, at.val + (size_t)key * 64 * p.ld_val, p.ld_val, at.T - at.t0 - key * 64, at.cols,
+                               p.aligned);
+    }
+}
+
+// acc: the rows' products with the state; they get the rows' scales.
+template <typename F, int MODE, int COLS>
+__device__ __forceinline__ void attend_scale_state(float (&acc)[COLS / 16][4], const ChunkGates &gates,
+                                                   const AttendArgs<F> &p, const AttendBlock<F, MODE, COLS> &at) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int i = at.row_local(h), t = at.t0 + i;
+        float factor = t >= at.T ? 0 : (at.FORWARD ? p.gates.qscale : p.gates.kscale)[at.at_gate + t];
+        if (MODE == ATTEND_DQ) factor *= gates.inv_den[i];
+#pragma unroll
+        for (int nt = 0; nt < COLS / 16; nt++) {
+            acc[nt][2 * h] *= factor;
+            acc[nt][2 * h + 1] *= factor;
+        }
+    }
+}
+
+// P[64, 64] = the weights of rows and keys, from their products S; row_sum: of rows g and g + 8.
+template <typename F, int MODE, int COLS>
+__device__ __forceinline__ void attend_weigh(F *P, float (&row_sum)[2], const float (&S)[4][4], int key, float scale,
+                                             const ChunkGates &gates, const AttendBlock<F, MODE, COLS> &at) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int nt = 0; nt < 4; nt++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int i = at.row_local(h), col = at.half * 32 + 8 * nt + 2 * t, j = key * 64 + col;
+            float w[2];
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                w[k] = attend_weight<MODE>(gates, S[nt][2 * h + k], at.FORWARD ? i : j + k, at.FORWARD ? j + k : i,
+                                           at.t0, at.T, scale);
+            row_sum[h] += w[0] + w[1];
+            store_two(P + tile_at<F, 64>(at.m0 + g + 8 * h, col), w[0], w[1], 2, true);
+        }
+}
+
+// row_sums[half][row] = sum over the four threads that share a row; sum: of rows g and g + 8
+__device__ __forceinline__ void attend_add_rows(float (&row_sums)[2][64], float (&sum)[2], int m0) {
+    const int lane = threadIdx.x % 32, g = lane / 4, half = threadIdx.x / 128;
+#pragma unroll
+    for (int k = 1; k < 4; k *= 2) {
+        sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], k);
+        sum[1] += __shfl_xor_sync(0xffffffffu, sum[1], k);
+    }
+    if (lane % 4 == 0) {
+        row_sums[half][m0 + g] = sum[0];
+        row_sums[half][m0 + g + 8] = sum[1];
+    }
+}
+
+// Divides, adds what comes from n or dn, and writes the output; dot_sum: of rows g and g + 8, what a thread has of
+// their products with p.dot.
+template <typename F, int MODE, int COLS>
+__device__ __forceinline__ void attend_store(const float (&acc)[COLS / 16][4], float (&dot_sum)[2],
+                                             const float (&row_sums)[2][64], const float (&q_n)[64],
+                                             const AttendArgs<F> &p, const AttendBlock<F, MODE, COLS> &at) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int row = at.m0 + g + 8 * h, time = at.row0 + row;
+        if (time >= at.T) continue;
+        size_t gate = at.at_gate + time, token = (size_t)at.b * at.T + time;
+        float factor = 1, border = 0;  // border: what multiplies n or dn
+        if (MODE == ATTEND_H) {
+            float sig = row_sums[0][row] + row_sums[1][row] + p.gates.qscale[gate] * q_n[row];
+            if (!p.s.sigmoid_gate) factor = 1 / (fmaxf(fabsf(sig), p.gates.floor[gate]) + p.s.eps);
+            if (at.col0 == 0 && at.half == 0 && t == 0) p.gates.sig[gate] = sig;
+        }
+        if (MODE == ATTEND_DQ && at.state_steps) border = p.gates.qscale[gate] * p.ds[gate];
+        if (MODE == ATTEND_DK && at.state_steps) border = p.gates.kscale[gate];
+        F *out = p.out + token * p.ld_out + (size_t)at.head * at.out_width + at.col0;
+        const F *dot = at.TRANSPOSED ? p.dot + token * p.ld_dot + (size_t)at.head * at.out_width + at.col0 : NULL;
+#pragma unroll
+        for (int nt = 0; nt < COLS / 16; nt++) {
+            int col = at.n0 + 8 * nt + 2 * t, count = at.cols - col;
+            float x = acc[nt][2 * h] * factor, y = acc[nt][2 * h + 1] * factor;
+            if (at.TRANSPOSED) {
+                if (border != 0 && count > 0) x += border * at.n[at.col0 + col];
+                if (border != 0 && count > 1) y += border * at.n[at.col0 + col + 1];
+                float2 with = load_two(dot + col, count, p.aligned);
+                dot_sum[h] += with.x * x + with.y * y;
+            }
+            store_two(out + col, x, y, count, p.aligned);
+        }
+    }
+}
+
+template <typename F, int MODE, int COLS>
 static __global__ void __launch_bounds__(MLSTM_THREADS, sizeof(F) == 2 ? 2 : 1) mlstm_attend_kernel(AttendArgs<F> p) {
-    constexpr bool FORWARD = MODE == ATTEND_H || MODE == ATTEND_DQ;      // rows look back
-    constexpr bool TRANSPOSED = MODE == ATTEND_DQ || MODE == ATTEND_DK;  // contracted dv, output dk
-    constexpr int NT = COLS / 16, PANELS = (COLS + 63) / 64, STAGE = 64 * 64 + 64 * 64 * PANELS;
+    typedef AttendBlock<F, MODE, COLS> Block;
+    constexpr int NT = Block::NT;
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ ChunkGates gates;
     __shared__ float row_sums[2][64], q_n[64];
-    F *stages = (F *)shared, *P = stages + 2 * STAGE;
-    const MlstmShape s = p.s;
-    int contracted = TRANSPOSED ? s.dv : s.dk, out_width = TRANSPOSED ? s.dk : s.dv, T = s.T,
-        NC = (T + MLSTM_CHUNK - 1) / MLSTM_CHUNK;
-    int tile = blockIdx.x, c = tile / 2, t0 = c * MLSTM_CHUNK, row0 = tile * 64, col0 = blockIdx.y * COLS;
-    int bh = blockIdx.z, b = bh / s.NH, head = bh % s.NH, tiles_here = min(2, (T - t0 + 63) / 64), mine = tile % 2;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, m0 = warp % 4 * 16,
-        n0 = warp / 4 * (COLS / 2);
-    int K = (contracted + 63) / 64, cols = out_width - col0;
-    float scale = rsqrtf((float)s.dk);
-    size_t at_gate = (size_t)bh * T;
-    const F *Y = p.y + ((size_t)b * T + row0) * p.ld_y + (size_t)head * contracted;
-    const F *Z = p.z + ((size_t)b * T + t0) * p.ld_z + (size_t)head * contracted;
-    const F *val = p.val + ((size_t)b * T + t0) * p.ld_val + (size_t)head * out_width + col0;
-    const F *state = p.state + ((size_t)bh * NC + c) * s.dk * p.pitch;
-    const float *n = p.n + ((size_t)bh * NC + c) * s.dk;
-    int first_key = FORWARD ? 0 : mine, keys = FORWARD ? mine + 1 : tiles_here - mine;
-    int state_steps = c == p.zero_chunk ? 0 : K, steps = state_steps + keys * (K + 1);
-
-    for (int i = threadIdx.x; i < MLSTM_CHUNK; i += MLSTM_THREADS) {
-        bool valid = t0 + i < T;
-        size_t at = at_gate + (valid ? t0 + i : 0);
-        gates.u[i] = valid ? p.gates.u[at] : make_float2(0, 0);
-        gates.r[i] = valid ? p.gates.r[at] : make_float2(0, 0);
-        gates.inv_den[i] = valid && MODE != ATTEND_H ? p.inv_den[at] : 0;
-        gates.ds[i] = valid && MODE != ATTEND_H ? p.ds[at] : 0;
-        gates.doc_start[i] = valid ? p.doc_start[(size_t)b * T + t0 + i] : 0;
-    }
-
-    // The steps: state_steps pieces Y, state; then for each key tile K pieces Y, Z and one of values.
+    F *stages = (F *)shared, *P = stages + 2 * Block::STAGE;
+    const Block at(p);
+    const float scale = rsqrtf((float)p.s.dk);
+    attend_load_gates(gates, p, at);
     auto load = [&](int step) {
-        if (step < steps) {
-            F *A = stages + step % 2 * STAGE, *B = A + 64 * 64;
-            int in_key = (step - state_steps) % (K + 1), key = first_key + (step - state_steps) / (K + 1);
-            if (step < state_steps) {
-                int k = step * 64;
-                load_tile<F, 64, 64>(A, Y + k, p.ld_y, T - row0, contracted - k, p.aligned);
-                if (TRANSPOSED)
-                    load_tile<F, COLS, 64>(B, state + (size_t)col0 * p.pitch + k, p.pitch, cols, contracted - k,
-                                           p.aligned);
-                else
-                    load_tile<F, 64, COLS>(B, state + (size_t)k * p.pitch + col0, p.pitch, contracted - k, cols,
-                                           p.aligned);
-            } else if (in_key < K) {
-                int k = in_key * 64;
-                load_tile<F, 64, 64>(A, Y + k, p.ld_y, T - row0, contracted - k, p.aligned);
-                load_tile<F, 64, 64>(B, Z + (size_t)key * 64 * p.ld_z + k, p.ld_z, T - t0 - key * 64, contracted - k,
-                                     p.aligned);
-            } else {
-                load_tile<F, 64, COLS>(B, val + (size_t)key * 64 * p.ld_val, p.ld_val, T - t0 - key * 64, cols,
-                                       p.aligned);
-            }
-        }
+        if (step < at.steps) attend_load(stages, step, p, at);
         copy_commit();
     };
-    // rows g and g + 8 of the warp's 16; local: in the chunk
-    auto row_local = [&](int h) { return mine * 64 + m0 + g + 8 * h; };
 
     float acc[NT][4], S[4][4], row_sum[2] = {0, 0}, q_n_part = 0;
 #pragma unroll
@@ -588,114 +733,48 @@ static __global__ void __launch_bounds__(MLSTM_THREADS, sizeof(F) == 2 ? 2 : 1) 
 #pragma unroll
         for (int k = 0; k < 4; k++) acc[nt][k] = 0;
     load(0);
-    for (int step = 0; step < steps; step++) {
+    for (int step = 0; step < at.steps; step++) {
         load(step + 1);
         copy_wait<1>();
         __syncthreads();
-        const F *A = stages + step % 2 * STAGE, *B = A + 64 * 64;
-        int in_key = (step - state_steps) % (K + 1), key = first_key + (step - state_steps) / (K + 1);
-        if (step < state_steps) {
-            multiply<F, NT, !TRANSPOSED, TRANSPOSED ? COLS : 64>(acc, A, m0, B, n0);
+        const F *A = stages + step % 2 * Block::STAGE, *B = A + 64 * 64;
+        int in_key = (step - at.state_steps) % (at.K + 1), key = at.first_key + (step - at.state_steps) / (at.K + 1);
+        if (step < at.state_steps) {
+            multiply<F, NT, !Block::TRANSPOSED, Block::TRANSPOSED ? COLS : 64>(acc, A, at.m0, B, at.n0);
             if (MODE == ATTEND_H) {  // <q, n>: four threads a row
                 int row = threadIdx.x / 4, k0 = threadIdx.x % 4 * 16;
-                for (int k = k0; k < k0 + 16 && step * 64 + k < s.dk; k++)
-                    q_n_part += to_float(A[tile_at<F, 64>(row, k)]) * n[step * 64 + k];
+                for (int k = k0; k < k0 + 16 && step * 64 + k < p.s.dk; k++)
+                    q_n_part += to_float(A[tile_at<F, 64>(row, k)]) * at.n[step * 64 + k];
             }
-            if (step == state_steps - 1)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    int i = row_local(h);
-                    float factor = t0 + i >= T ? 0 : (FORWARD ? p.gates.qscale : p.gates.kscale)[at_gate + t0 + i];
-                    if (MODE == ATTEND_DQ) factor *= gates.inv_den[i];
-#pragma unroll
-                    for (int nt = 0; nt < NT; nt++) {
-                        acc[nt][2 * h] *= factor;
-                        acc[nt][2 * h + 1] *= factor;
-                    }
-                }
-        } else if (in_key < K) {
+            if (step == at.state_steps - 1) attend_scale_state(acc, gates, p, at);
+        } else if (in_key < at.K) {
             if (in_key == 0)
 #pragma unroll
                 for (int nt = 0; nt < 4; nt++)
 #pragma unroll
                     for (int k = 0; k < 4; k++) S[nt][k] = 0;
-            multiply<F, 4, false, 64>(S, A, m0, B, warp / 4 * 32);
-            if (in_key == K - 1)
-#pragma unroll
-                for (int nt = 0; nt < 4; nt++)
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        int i = row_local(h), col = warp / 4 * 32 + 8 * nt + 2 * t, j = key * 64 + col;
-                        float w[2];
-#pragma unroll
-                        for (int k = 0; k < 2; k++)
-                            w[k] = attend_weight<MODE>(gates, S[nt][2 * h + k], FORWARD ? i : j + k,
-                                                       FORWARD ? j + k : i, t0, T, scale);
-                        row_sum[h] += w[0] + w[1];
-                        store_two(P + tile_at<F, 64>(m0 + g + 8 * h, col), w[0], w[1], 2, true);
-                    }
+            multiply<F, 4, false, 64>(S, A, at.m0, B, at.half * 32);
+            if (in_key == at.K - 1) attend_weigh(P, row_sum, S, key, scale, gates, at);
         } else {
-            multiply<F, NT, true, 64>(acc, P, m0, B, n0);
+            multiply<F, NT, true, 64>(acc, P, at.m0, B, at.n0);
         }
         __syncthreads();
     }
 
-    if (MODE == ATTEND_H) {  // the denominator: sums over the four threads of a row, then over the two warps
+    if (MODE == ATTEND_H) {  // the denominator
 #pragma unroll
-        for (int k = 1; k < 4; k *= 2) {
-            row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], k);
-            row_sum[1] += __shfl_xor_sync(0xffffffffu, row_sum[1], k);
-            q_n_part += __shfl_xor_sync(0xffffffffu, q_n_part, k);
-        }
-        if (t == 0) {
-            row_sums[warp / 4][m0 + g] = row_sum[0];
-            row_sums[warp / 4][m0 + g + 8] = row_sum[1];
-        }
+        for (int k = 1; k < 4; k *= 2) q_n_part += __shfl_xor_sync(0xffffffffu, q_n_part, k);
         if (threadIdx.x % 4 == 0) q_n[threadIdx.x / 4] = q_n_part;
+        attend_add_rows(row_sums, row_sum, at.m0);
         __syncthreads();
     }
     float dot_sum[2] = {0, 0};
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int row = m0 + g + 8 * h, time = row0 + row;
-        if (time >= T) continue;
-        size_t gate = at_gate + time, token = (size_t)b * T + time;
-        float factor = 1, border = 0;  // border: what multiplies n or dn
-        if (MODE == ATTEND_H) {
-            float sig = row_sums[0][row] + row_sums[1][row] + p.gates.qscale[gate] * q_n[row];
-            if (!s.sigmoid_gate) factor = 1 / (fmaxf(fabsf(sig), p.gates.floor[gate]) + s.eps);
-            if (col0 == 0 && warp / 4 == 0 && t == 0) p.gates.sig[gate] = sig;
-        }
-        if (MODE == ATTEND_DQ && state_steps) border = p.gates.qscale[gate] * p.ds[gate];
-        if (MODE == ATTEND_DK && state_steps) border = p.gates.kscale[gate];
-        F *out = p.out + token * p.ld_out + (size_t)head * out_width + col0;
-        const F *dot = TRANSPOSED ? p.dot + token * p.ld_dot + (size_t)head * out_width + col0 : NULL;
-#pragma unroll
-        for (int nt = 0; nt < NT; nt++) {
-            int col = n0 + 8 * nt + 2 * t, count = cols - col;
-            float x = acc[nt][2 * h] * factor, y = acc[nt][2 * h + 1] * factor;
-            if (TRANSPOSED) {
-                if (border != 0 && count > 0) x += border * n[col0 + col];
-                if (border != 0 && count > 1) y += border * n[col0 + col + 1];
-                float2 with = load_two(dot + col, count, p.aligned);
-                dot_sum[h] += with.x * x + with.y * y;
-            }
-            store_two(out + col, x, y, count, p.aligned);
-        }
-    }
-    if (TRANSPOSED) {
-#pragma unroll
-        for (int k = 1; k < 4; k *= 2) {
-            dot_sum[0] += __shfl_xor_sync(0xffffffffu, dot_sum[0], k);
-            dot_sum[1] += __shfl_xor_sync(0xffffffffu, dot_sum[1], k);
-        }
-        if (t == 0) {
-            row_sums[warp / 4][m0 + g] = dot_sum[0];
-            row_sums[warp / 4][m0 + g + 8] = dot_sum[1];
-        }
+    attend_store(acc, dot_sum, row_sums, q_n, p, at);
+    if (Block::TRANSPOSED) {
+        attend_add_rows(row_sums, dot_sum, at.m0);
         __syncthreads();
-        if (threadIdx.x < 64 && row0 + threadIdx.x < T)
-            p.dot_out[(size_t)blockIdx.y * gridDim.z * T + at_gate + row0 + threadIdx.x] =
+        if (threadIdx.x < 64 && at.row0 + threadIdx.x < at.T)
+            p.dot_out[(size_t)blockIdx.y * gridDim.z * at.T + at.at_gate + at.row0 + threadIdx.x] =
                 row_sums[0][threadIdx.x] + row_sums[1][threadIdx.x];
     }
 }
@@ -740,8 +819,9 @@ static void mlstm_attend(const AttendArgs<F> &p, cudaStream_t stream) {
 template <typename F>
 struct MlstmSaved {  // what forward keeps for backward
     MlstmGates gates;
-    F *C;      // [B, NH, NC, dk, pitch] entering each chunk
-    float *n;  // [B, NH, NC, dk]
+    F *C;            // [B, NH, NC, dk, pitch] entering each chunk
+    float *n;        // [B, NH, NC, dk]
+    ScanSaved scan;  // instead of C and n
 };
 
 template <typename F>
@@ -752,7 +832,8 @@ struct MlstmScratch {     // of backward
     float *q_dq, *k_dk;   // [column tiles][B, NH, T]
     float *anchor;        // [state tiles][B, NH, NC]
     float *segments;      // see StatesArgs; forward uses it, too
-    float *partial;       // sums of the bias gradient
+    float *segments_back;  // of the scan
+    float *partial;        // sums of the bias gradient
 };
 
 static size_t mlstm_pitch(const MlstmShape *s) { return (size_t)(s->dv + 7) / 8 * 8; }
@@ -760,9 +841,22 @@ static size_t mlstm_states_elements(const MlstmShape *s) {
     return (size_t)s->B * s->NH * mlstm_chunks(s) * s->dk * mlstm_pitch(s);
 }
 
+// Partial row sums <q, dq> of a token: a kernel's blocks along dk
+template <typename F>
+static int mlstm_dot_tiles(const MlstmShape *s) {
+    if (s->chunk != SCAN_CHUNK) return ceil_div(s->dk, attend_columns<F>(s->dk));
+    return scan_slices(s, true) * scan_columns(scan_pad(s->dv, true), true) / 64;
+}
+
 template <typename F>
 static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved) {
+    memset((void *)saved, 0, sizeof *saved);
     mlstm_take_gates(a, s, &saved->gates);
+    if (s->chunk == SCAN_CHUNK) {
+        saved->scan.snapshots = take<uint32_t>(a, scan_snapshot_words(s));
+        saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * (mlstm_chunks(s) / SCAN_BORDER) * s->dk);
+        return;
+    }
     saved->C = take<F>(a, mlstm_states_elements(s));
     saved->n = take<float>(a, (size_t)s->B * s->NH * mlstm_chunks(s) * s->dk);
 }
@@ -770,19 +864,28 @@ static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved
 template <typename F>
 static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *scratch) {
     size_t tokens = (size_t)s->B * s->NH * s->T, chunks = (size_t)s->B * s->NH * mlstm_chunks(s);
-    size_t tiles = (size_t)ceil_div(s->dk, attend_columns<F>(s->dk));
-    scratch->dC = take<F>(a, mlstm_states_elements(s));
-    scratch->dn = take<float>(a, chunks * s->dk);
+    const bool scan = s->chunk == SCAN_CHUNK;
+    size_t tiles = (size_t)mlstm_dot_tiles<F>(s);
+    memset((void *)scratch, 0, sizeof *scratch);
     scratch->inv_den = take<float>(a, tokens);
     scratch->ds = take<float>(a, tokens);
     scratch->q_dq = take<float>(a, tiles * tokens);
     scratch->k_dk = take<float>(a, tiles * tokens);
+    scratch->partial = take<float>(a, mlstm_gates_partial_floats(s));
+    if (scan) {
+        scratch->anchor =
+            take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, SCAN_ANCHOR));
+        scratch->segments = take<float>(a, scan_segments_floats(s));
+        scratch->segments_back = take<float>(a, scan_segments_floats(s));
+        return;
+    }
+    scratch->dC = take<F>(a, mlstm_states_elements(s));
+    scratch->dn = take<float>(a, chunks * s->dk);
     scratch->anchor = take<float>(a, (size_t)ceil_div(s->dk, 64) * ceil_div(s->dv, 64) * chunks);
     // Segments x sequences x heads x tiles stay below STATES_BLOCKS + STATES_BLOCKS / 2 where there are segments at
     // all.
     scratch->segments = take<float>(
         a, (size_t)(ceil_div(2 * STATES_BLOCKS, ceil_div(s->dk, 64) * ceil_div(s->dv, 64)) + 1) * s->dk * (s->dv + 1));
-    scratch->partial = take<float>(a, mlstm_gates_partial_floats(s));
 }
 
 template <typename F>
@@ -799,6 +902,11 @@ static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, Ml
     bool aligned = mlstm_aligned(&s, &in) && vector_aligned(h, ld_h);
     mlstm_gates_forward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, initial.C ? initial.m : NULL,
                         initial.C ? initial.row : final.row, final.C ? final.m : NULL, &saved->gates, stream);
+    if constexpr (sizeof(F) == 2)
+        if (s.chunk == SCAN_CHUNK) {
+            mlstm_scan_forward(s, in, initial, final, h, saved->gates, saved->scan, scratch->segments, stream);
+            return;
+        }
     StatesArgs<F> states = {};
     states.s = s, states.pitch = mlstm_pitch(&s), states.aligned = aligned;
     states.x = in.k, states.ld_x = in.ld;
@@ -818,18 +926,15 @@ static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, Ml
     mlstm_attend<F, ATTEND_H>(attend, stream);
 }
 
-// Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
-// constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
-// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row; dgates [B, T, 2NH]: of the raw pre-activations.
+// dq, dk, dv by the kernels of this file
 template <typename F>
-static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
-                           F *dq, F *dk, F *dv, size_t ld_grad, F *dgates, size_t ld_dgates, float *dbias,
-                           const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
+static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, F *dq, F *dk, F *dv,
+                                 size_t ld_grad, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
+                                 cudaStream_t stream) {
     size_t ld_h = (size_t)s.NH * s.dv;
     bool aligned = mlstm_aligned(&s, &in) && vector_aligned(dh, ld_h) && vector_aligned(dq, ld_grad) &&
                    vector_aligned(dk, ld_grad) && vector_aligned(dv, ld_grad);
     const MlstmGates *gates = &saved->gates;
-    mlstm_row_factors(&s, dh_dot_h, gates, scratch->inv_den, scratch->ds, stream);
     StatesArgs<F> states = {};
     states.s = s, states.pitch = mlstm_pitch(&s), states.aligned = aligned;
     states.x = in.q, states.ld_x = in.ld;
@@ -865,10 +970,29 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     attend.val = dh, attend.ld_val = ld_h;
     attend.out = dv;
     mlstm_attend<F, ATTEND_DV>(attend, stream);
+}
 
+// Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
+// constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
+// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row; dgates [B, T, 2NH]: of the raw pre-activations.
+template <typename F>
+static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
+                           F *dq, F *dk, F *dv, size_t ld_grad, F *dgates, size_t ld_dgates, float *dbias,
+                           const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
+    const MlstmGates *gates = &saved->gates;
+    mlstm_row_factors(&s, dh_dot_h, gates, scratch->inv_den, scratch->ds, stream);
+    bool scanned = false;
+    if constexpr (sizeof(F) == 2)
+        if (s.chunk == SCAN_CHUNK) {
+            const ScanScratch scan = {scratch->inv_den, scratch->ds,       scratch->q_dq,         scratch->k_dk,
+                                      scratch->anchor,  scratch->segments, scratch->segments_back};
+            mlstm_scan_backward(s, in, initial, dh, dq, dk, dv, ld_grad, *gates, saved->scan, scan, stream);
+            scanned = true;
+        }
+    if (!scanned) mlstm_split_backward(s, in, initial, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
-                         ceil_div(s.dk, attend_columns<F>(s.dk)), scratch->anchor, states_tiles<F, true>(&s), saved->n,
-                         dgates, ld_dgates, dbias, scratch->partial, stream);
+                         mlstm_dot_tiles<F>(&s), scratch->anchor, scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s),
+                         initial, dgates, ld_dgates, dbias, scratch->partial, stream);
 }
 
 #endif

@@ -6,15 +6,17 @@
 #include "cuda_util.cuh"
 #include "floats.cuh"
 
-enum { MLSTM_CHUNK = 128 };  // tokens a chunk
+enum { MLSTM_CHUNK = 128, SCAN_CHUNK = 64 };  // tokens a chunk: of the kernels of mlstm.cuh, of mlstm_scan.cuh
+enum { SCAN_ANCHOR = 256 };                   // there, tokens from one exact sum of the forget gates' gradients to the next
 
 typedef struct {
     int B, T, NH, dk, dv, sigmoid_gate;
     float eps;
+    int chunk;  // MLSTM_CHUNK or SCAN_CHUNK: which kernels (mlstm_chunk)
 } MlstmShape;
 
 MAYBE_UNUSED
-static int mlstm_chunks(const MlstmShape *s) { return ceil_div(s->T, MLSTM_CHUNK); }
+static int mlstm_chunks(const MlstmShape *s) { return ceil_div(s->T, s->chunk); }
 
 template <typename F>
 struct MlstmInput {
@@ -55,10 +57,10 @@ static void mlstm_take_gates(Arena *a, const MlstmShape *s, MlstmGates *g) {
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Gate values and their running sums in a chunk. A warp takes one chunk of one head: group g of its tokens is
+// Gate values and their running sums in a chunk. A warp takes one chunk of one head, of GROUPS * 32 tokens: group g is
 // t0 + 32g + lane. Sums are in double, as on the CPU: what matters later are small differences of long sums.
 
-enum { MLSTM_GROUPS = MLSTM_CHUNK / 32, MLSTM_GATE_WARPS = 4 };
+enum { MLSTM_GATE_WARPS = 4 };
 
 typedef struct {  // as in MlstmInput
     const float *gates;
@@ -82,33 +84,36 @@ typedef struct {  // the chunk of a warp
 } MlstmWarpChunk;
 
 // Neighbouring warps take the heads of one chunk, whose gates share sectors of memory. False: nothing left to do.
+template <int GROUPS>
 __device__ inline bool mlstm_warp_chunk(const MlstmShape &s, int chunks, MlstmWarpChunk *w) {
     const size_t item = (size_t)blockIdx.x * MLSTM_GATE_WARPS + threadIdx.x / 32;
     w->head = (int)(item % s.NH);
     w->c = (int)(item / s.NH % chunks);
     w->b = (int)(item / s.NH / chunks);
-    w->t0 = w->c * MLSTM_CHUNK;
+    w->t0 = w->c * 32 * GROUPS;
     w->bh = (size_t)w->b * s.NH + w->head;
     return w->b < s.B;
 }
 
-typedef struct {
-    int start[MLSTM_GROUPS];   // doc_start
-    double b[MLSTM_GROUPS];    // sum of log sig(f) from the document's first token in this chunk on
-    double u[MLSTM_GROUPS];    // i - b
-    double top[MLSTM_GROUPS];  // max of u over the same tokens as b
-    double b_last, top_last;   // of the chunk's last token
+template <int GROUPS>
+struct MlstmScan {
+    int start[GROUPS];        // doc_start
+    double b[GROUPS];         // sum of log sig(f) from the document's first token in this chunk on
+    double u[GROUPS];         // i - b
+    double top[GROUPS];       // max of u over the same tokens as b
+    double b_last, top_last;  // of the chunk's last token
     int start_last;
-} MlstmScan;
+};
 
 // A token beyond T counts as one of the last document that adds nothing, so that lane 31 of the last group always
 // holds the values of the chunk's end.
-__device__ inline void mlstm_scan_chunk(MlstmScan *scan, const MlstmShape &s, const MlstmGateInput &in,
+template <int GROUPS>
+__device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShape &s, const MlstmGateInput &in,
                                         const MlstmWarpChunk &w) {
     const int lane = threadIdx.x % 32;
-    float i[MLSTM_GROUPS], f[MLSTM_GROUPS];
+    float i[GROUPS], f[GROUPS];
 #pragma unroll
-    for (int g = 0; g < MLSTM_GROUPS; g++) {  // all loads first
+    for (int g = 0; g < GROUPS; g++) {  // all loads first
         const size_t token = (size_t)w.b * s.T + min(w.t0 + 32 * g + lane, s.T - 1);
         scan->start[g] = in.doc_start[token];
         i[g] = mlstm_gate(in, token, w.head);
@@ -116,7 +121,7 @@ __device__ inline void mlstm_scan_chunk(MlstmScan *scan, const MlstmShape &s, co
     }
     double b_carry = 0, top_carry = -INFINITY;  // of the last token of the group before
 #pragma unroll
-    for (int g = 0; g < MLSTM_GROUPS; g++) {
+    for (int g = 0; g < GROUPS; g++) {
         const int first = w.t0 + 32 * g, l = first + lane, inside = l < s.T, start = scan->start[g];
         double b = inside ? mlstm_log_sigmoid(f[g]) : 0;
 #pragma unroll
@@ -136,7 +141,7 @@ __device__ inline void mlstm_scan_chunk(MlstmScan *scan, const MlstmShape &s, co
         top_carry = __shfl_sync(0xffffffffu, top, 31);
         scan->b[g] = b, scan->u[g] = u, scan->top[g] = top;
     }
-    scan->start_last = __shfl_sync(0xffffffffu, scan->start[MLSTM_GROUPS - 1], 31);
+    scan->start_last = __shfl_sync(0xffffffffu, scan->start[GROUPS - 1], 31);
     scan->b_last = b_carry;
     scan->top_last = top_carry;
 }
@@ -147,10 +152,11 @@ __device__ inline void mlstm_scan_chunk(MlstmScan *scan, const MlstmShape &s, co
 // So a chunk maps m to max(b_L + m, b_L + top_L), or to a constant if a document begins in it. Three kernels: these
 // maps, their composition over the chunks, the values of every token. Bytes a token and head: 60 or so, most in L2.
 
+template <int GROUPS>
 static __global__ void mlstm_gate_summary_kernel(MlstmShape s, MlstmGateInput in, float *summary, int chunks) {
     MlstmWarpChunk w;
-    MlstmScan scan;
-    if (!mlstm_warp_chunk(s, chunks, &w)) return;
+    MlstmScan<GROUPS> scan;
+    if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
     mlstm_scan_chunk(&scan, s, in, w);
     if (threadIdx.x % 32) return;
     const int fresh = scan.start_last >= w.t0;
@@ -194,10 +200,11 @@ __device__ inline float2 mlstm_split_log2(double x) {
     return make_float2(high, (float)(x - high));
 }
 
+template <int GROUPS>
 static __global__ void mlstm_gate_tokens_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, int chunks) {
     MlstmWarpChunk w;
-    MlstmScan scan;
-    if (!mlstm_warp_chunk(s, chunks, &w)) return;
+    MlstmScan<GROUPS> scan;
+    if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
     mlstm_scan_chunk(&scan, s, in, w);
     const int lane = threadIdx.x % 32, fresh_end = scan.start_last >= w.t0;
     const float *m = out.m + w.bh * (chunks + 1) + w.c;
@@ -205,7 +212,7 @@ static __global__ void mlstm_gate_tokens_kernel(MlstmShape s, MlstmGateInput in,
     const float scale = 1 / sqrtf((float)s.dk);
     if (lane == 0) out.decay[w.bh * chunks + w.c] = fresh_end ? 0 : expf((float)(m_enter - r_next));
 #pragma unroll
-    for (int g = 0; g < MLSTM_GROUPS; g++) {
+    for (int g = 0; g < GROUPS; g++) {
         const int l = w.t0 + 32 * g + lane, fresh = scan.start[g] >= w.t0;
         if (l >= s.T) break;
         const size_t at = w.bh * s.T + l;
@@ -218,8 +225,8 @@ static __global__ void mlstm_gate_tokens_kernel(MlstmShape s, MlstmGateInput in,
     }
 }
 
-static inline int mlstm_gate_blocks(const MlstmShape *s) {
-    return ceil_div((size_t)s->B * s->NH * mlstm_chunks(s), MLSTM_GATE_WARPS);
+static inline int mlstm_gate_blocks(const MlstmShape *s, int chunks) {
+    return ceil_div((size_t)s->B * s->NH * chunks, MLSTM_GATE_WARPS);
 }
 
 // gates, bias, cap, doc_start as in MlstmInput. m0 [B][NH] (NULL: zeros) and m_final [B][NH] (NULL: not wanted): rows
@@ -229,12 +236,15 @@ static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t 
                                 const int *doc_start, const float *m0, size_t m0_row, float *m_final,
                                 const MlstmGates *g, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
-    const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s), threads = 32 * MLSTM_GATE_WARPS;
-    mlstm_gate_summary_kernel<<<blocks, threads, 0, stream>>>(*s, in, g->summary, chunks);
+    const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s, chunks), threads = 32 * MLSTM_GATE_WARPS;
+    const bool scan = s->chunk == SCAN_CHUNK;
+    auto summary = scan ? mlstm_gate_summary_kernel<SCAN_CHUNK / 32> : mlstm_gate_summary_kernel<MLSTM_CHUNK / 32>;
+    auto tokens = scan ? mlstm_gate_tokens_kernel<SCAN_CHUNK / 32> : mlstm_gate_tokens_kernel<MLSTM_CHUNK / 32>;
+    summary<<<blocks, threads, 0, stream>>>(*s, in, g->summary, chunks);
     LAUNCH_CHECK();
     mlstm_gate_scale_kernel<<<s->B * s->NH, 32, 0, stream>>>(g->m, g->summary, m0, m_final, m0_row, s->NH, chunks);
     LAUNCH_CHECK();
-    mlstm_gate_tokens_kernel<<<blocks, threads, 0, stream>>>(*s, in, *g, chunks);
+    tokens<<<blocks, threads, 0, stream>>>(*s, in, *g, chunks);
     LAUNCH_CHECK();
 }
 
@@ -264,70 +274,110 @@ static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const 
 
 // ----------------------------------------------------------------------------------------------------------------
 // Gradient of the gates from q, k and their gradients (doc/math.md):
-//   di_j = <k_j, dk_j>,   d log f_l = anchor + sum over l <= r in l's document and chunk of <q_r, dq_r> - <k_r, dk_r>
-// anchor = <C', dC'> + <n', dn'> of the states that leave the chunk: it reaches the chunk's last document only. The
-// log f of a document's first token has no effect. Bytes a token and head: 24 and 8 a tile of the row sums.
+//   di_j = <k_j, dk_j>,   d log f_l = anchor + sum over l <= r in l's document and span of <q_r, dq_r> - <k_r, dk_r>
+// anchor = <C', dC'> + <n', dn'> of the states that leave the span: it reaches the span's last document only. A span is
+// a chunk of 128 tokens, or SCAN_ANCHOR of them. At its first token the sum must arrive at the anchor of the span before:
+// by what it misses (bf16 products) it is corrected, in proportion to the tokens summed. The log f of a document's first
+// token has no effect. Bytes a token and head: 24 and 8 a tile of the row sums.
 
 typedef struct {               // `tiles` partial sums of every value, added in order
     const float *q_dq, *k_dk;  // [tiles][B, NH, T]
     int tiles;
-    const float *anchor;  // [anchor_tiles][B, NH, NC]
+    const float *anchor;  // [anchor_tiles][B, NH, spans]
     int anchor_tiles;
 } MlstmGateSums;
 
-// bias_partial [2NH][B * NC]: the sums over the tokens of each chunk; n [B, NH, NC, dk] enters them
-template <typename F>
-static __global__ void mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n,
-                                                   F *dgates, size_t ld_dgates, float *bias_partial, int chunks) {
-    MlstmWarpChunk w;
-    if (!mlstm_warp_chunk(s, chunks, &w)) return;
-    const int lane = threadIdx.x % 32, NH = s.NH;
-    const size_t tile = (size_t)s.B * NH * s.T, anchor_tile = (size_t)s.B * NH * chunks;
-    double carry = 0;  // what the tokens behind this group add, if the document that begins at carry_start does
-    int carry_start = in.doc_start[(size_t)w.b * s.T + min(w.t0 + MLSTM_CHUNK, s.T) - 1];
-    for (int p = 0; w.c + 1 < chunks && p < sums.anchor_tiles; p++)
-        carry += sums.anchor[p * anchor_tile + w.bh * chunks + w.c];
-    int empty = w.c == 0;  // no state enters: the first forget gate has no effect, as at a reset
-    for (int a0 = 0; empty && a0 < s.dk; a0 += 32)
-        empty = __all_sync(0xffffffffu, a0 + lane >= s.dk || n[w.bh * chunks * s.dk + a0 + lane] == 0);
-    float di_sum = 0, df_sum = 0;
+enum { GATE_WARP_TOKENS = 64 };  // a warp of the backward kernel; SPAN / 64 warps a block
+
+// What leaves span c and reaches the tokens before, from all tiles
+__device__ inline double mlstm_anchor(const MlstmGateSums &sums, const MlstmShape &s, size_t bh, int c, int spans) {
+    double sum = 0;
+    if (c < 0 || c + 1 >= spans) return 0;
+    for (int p = 0; p < sums.anchor_tiles; p++) sum += sums.anchor[((size_t)p * s.B * s.NH + bh) * spans + c];
+    return sum;
+}
+
+// Suffix sums of <q, dq> - <k, dk> over the warp's tokens, each within its document; k_dk for di
+__device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums &sums, size_t bh, int t0,
+                                       const int (&start)[2], double (&sum)[2], float (&k_dk)[2]) {
+    const int lane = threadIdx.x % 32;
+    const size_t tile = (size_t)s.B * s.NH * s.T;
 #pragma unroll
-    for (int g = MLSTM_GROUPS - 1; g >= 0; g--) {
-        const int l = w.t0 + 32 * g + lane, inside = l < s.T;
-        const size_t token = (size_t)w.b * s.T + min(l, s.T - 1);
-        const int start = in.doc_start[token];
-        float q_dq = 0, k_dk = 0;
-        for (int p = 0; inside && p < sums.tiles; p++) {
-            q_dq += sums.q_dq[p * tile + w.bh * s.T + l];
-            k_dk += sums.k_dk[p * tile + w.bh * s.T + l];
+    for (int g = 1; g >= 0; g--) {
+        const int l = t0 + 32 * g + lane;
+        float q_dq = 0;
+        k_dk[g] = 0;
+        for (int p = 0; l < s.T && p < sums.tiles; p++) {
+            q_dq += sums.q_dq[p * tile + bh * s.T + l];
+            k_dk[g] += sums.k_dk[p * tile + bh * s.T + l];
         }
-        double sum = (double)q_dq - k_dk;
+        sum[g] = (double)q_dq - k_dk[g];
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
-            double behind = __shfl_down_sync(0xffffffffu, sum, d);
-            int start_behind = __shfl_down_sync(0xffffffffu, start, d);
-            if (lane + d < 32 && start_behind <= l) sum += behind;
-        }
-        if (carry_start <= l) sum += carry;
-        carry = __shfl_sync(0xffffffffu, sum, 0);
-        carry_start = __shfl_sync(0xffffffffu, start, 0);
-        if (inside) {
-            const float i = mlstm_gate(in, token, w.head), f = mlstm_gate(in, token, NH + w.head);
-            float di = s.sigmoid_gate ? k_dk / (1 + expf(i)) : k_dk;
-            float df = start == l || (empty && l == 0) ? 0 : (float)sum / (1 + expf(f));
-            if (in.cap > 0) {
-                di *= 1 - (i / in.cap) * (i / in.cap);
-                df *= 1 - (f / in.cap) * (f / in.cap);
-            }
-            di_sum += di, df_sum += df;
-            dgates[token * ld_dgates + w.head] = from_float<F>(di);
-            dgates[token * ld_dgates + NH + w.head] = from_float<F>(df);
+            double behind = __shfl_down_sync(0xffffffffu, sum[g], d);
+            int start_behind = __shfl_down_sync(0xffffffffu, start[g], d);
+            if (lane + d < 32 && start_behind <= l) sum[g] += behind;
         }
     }
-    di_sum = warp_sum(di_sum), df_sum = warp_sum(df_sum);
-    const size_t parts = (size_t)s.B * chunks, part = (size_t)w.b * chunks + w.c;
-    if (lane == 0) bias_partial[w.head * parts + part] = di_sum;
-    if (lane == 0) bias_partial[(NH + w.head) * parts + part] = df_sum;
+    const double behind = __shfl_sync(0xffffffffu, sum[1], 0);
+    if (__shfl_sync(0xffffffffu, start[1], 0) <= t0 + lane) sum[0] += behind;
+}
+
+// A block takes a span of one head. bias_partial [2NH][B * spans]: the sums over its tokens; n0 [B][NH, dk] enters the
+// sequence, NULL: zeros
+template <typename F, int SPAN>
+static __global__ void __launch_bounds__(SPAN / 2)
+    mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
+                                F *dgates, size_t ld_dgates, float *bias_partial, int spans) {
+    constexpr int WARPS = SPAN / GATE_WARP_TOKENS;
+    __shared__ double first_sum[WARPS];  // of each warp's first token
+    __shared__ int first_start[WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, NH = s.NH, head = blockIdx.x % NH,
+              c = blockIdx.x / NH % spans, b = blockIdx.x / NH / spans, begin = c * SPAN, end = min(begin + SPAN, s.T);
+    const size_t bh = (size_t)b * NH + head;
+    const int t0 = begin + warp * GATE_WARP_TOKENS;
+    int start[2];
+    double sum[2];
+    float k_dk[2], di_sum = 0, df_sum = 0;
+    for (int g = 0; g < 2; g++) start[g] = in.doc_start[(size_t)b * s.T + min(t0 + 32 * g + lane, s.T - 1)];
+    mlstm_warp_sums(s, sums, bh, t0, start, sum, k_dk);
+    if (lane == 0) first_sum[warp] = sum[0], first_start[warp] = start[0];
+    const double leaves = mlstm_anchor(sums, s, bh, c, spans), enters = mlstm_anchor(sums, s, bh, c - 1, spans);
+    const int last_start = in.doc_start[(size_t)b * s.T + end - 1];
+    int empty = c == 0;  // no state enters: the first forget gate has no effect, as at a reset
+    for (int a0 = 0; empty && n0 && a0 < s.dk; a0 += 32)
+        empty = __all_sync(0xffffffffu, a0 + lane >= s.dk || n0[b * n0_row + (size_t)head * s.dk + a0 + lane] == 0);
+    __syncthreads();
+
+    double carry = leaves;         // what the tokens behind a warp add to those of the same document: it begins at
+    int carry_start = last_start;  // carry_start
+    for (int w = WARPS - 1; w >= 0; w--) {
+        for (int g = 0; g < 2 && w == warp; g++)
+            if (carry_start <= t0 + 32 * g + lane) sum[g] += carry;
+        carry = first_sum[w] + (carry_start <= begin + w * GATE_WARP_TOKENS ? carry : 0);
+        carry_start = first_start[w];
+    }
+    const double missing = c > 0 && last_start < begin ? enters - carry : 0;
+    for (int g = 0; g < 2; g++) {
+        const int l = t0 + 32 * g + lane;
+        if (l >= s.T) continue;
+        const size_t token = (size_t)b * s.T + l;
+        const float i = mlstm_gate(in, token, head), f = mlstm_gate(in, token, NH + head);
+        const float d_log_f = (float)(sum[g] + missing * (end - l) / (end - begin));
+        float di = s.sigmoid_gate ? k_dk[g] / (1 + expf(i)) : k_dk[g];
+        float df = start[g] == l || (empty && l == 0) ? 0 : d_log_f / (1 + expf(f));
+        if (in.cap > 0) {
+            di *= 1 - (i / in.cap) * (i / in.cap);
+            df *= 1 - (f / in.cap) * (f / in.cap);
+        }
+        di_sum += di, df_sum += df;
+        dgates[token * ld_dgates + head] = from_float<F>(di);
+        dgates[token * ld_dgates + NH + head] = from_float<F>(df);
+    }
+    di_sum = block_sum(di_sum), df_sum = block_sum(df_sum);
+    const size_t parts = (size_t)s.B * spans, part = (size_t)b * spans + c;
+    if (threadIdx.x == 0) bias_partial[head * parts + part] = di_sum;
+    if (threadIdx.x == 0) bias_partial[(NH + head) * parts + part] = df_sum;
 }
 
 // dbias[column] += sum of partial[column, parts]; a block a column
@@ -341,22 +391,24 @@ static __global__ void mlstm_gate_bias_kernel(float *dbias, const float *partial
 MAYBE_UNUSED
 static size_t mlstm_gates_partial_floats(const MlstmShape *s) { return (size_t)2 * s->NH * s->B * mlstm_chunks(s); }
 
-// gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, NC]:
-// partial sums, to be added in order (the last chunk's anchor is 0 and not read). n [B, NH, NC, dk] entering. dgates
+// gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, spans]:
+// partial sums, to be added in order (the last span's anchor is not read). initial: of the forward pass. dgates
 // [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dbias [2NH] is added
 // to; partial [mlstm_gates_partial_floats].
 template <typename F>
 static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
                                  const int *doc_start, const float *q_dq, const float *k_dk, int tiles,
-                                 const float *anchor, int anchor_tiles, const float *n, F *dgates, size_t ld_dgates,
-                                 float *dbias, float *partial, cudaStream_t stream) {
+                                 const float *anchor, int anchor_tiles, MlstmState initial, F *dgates,
+                                 size_t ld_dgates, float *dbias, float *partial, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
     const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles};
-    const int chunks = mlstm_chunks(s);
-    mlstm_gates_backward_kernel<<<mlstm_gate_blocks(s), 32 * MLSTM_GATE_WARPS, 0, stream>>>(*s, in, sums, n, dgates,
-                                                                                            ld_dgates, partial, chunks);
+    const int span = s->chunk == SCAN_CHUNK ? (int)SCAN_ANCHOR : (int)MLSTM_CHUNK, spans = ceil_div(s->T, span);
+    auto kernel = span == SCAN_ANCHOR ? mlstm_gates_backward_kernel<F, SCAN_ANCHOR>
+                                      : mlstm_gates_backward_kernel<F, MLSTM_CHUNK>;
+    kernel<<<(unsigned)((size_t)s->B * s->NH * spans), span / 2, 0, stream>>>(
+        *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans);
     LAUNCH_CHECK();
-    mlstm_gate_bias_kernel<<<2 * s->NH, 256, 0, stream>>>(dbias, partial, s->B * chunks);
+    mlstm_gate_bias_kernel<<<2 * s->NH, 256, 0, stream>>>(dbias, partial, s->B * spans);
     LAUNCH_CHECK();
 }
 

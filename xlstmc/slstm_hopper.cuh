@@ -18,6 +18,7 @@
 #define XLSTMC_SLSTM_HOPPER_CUH
 
 #include "hopper.cuh"
+#include "mma.cuh"
 #include "slstm_cell.cuh"
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -93,11 +94,6 @@ __device__ __forceinline__ void matrix_store_transposed(unsigned address, unsign
 __device__ __forceinline__ void matrix_pair_store_transposed(unsigned address, unsigned r0, unsigned r1) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1)
                  : "memory");
-}
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 __device__ __forceinline__ float log2_fast(float x) {
     float y;
@@ -409,7 +405,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     auto take = [&](int t) {
 #pragma unroll
         for (int i = 0; i < TILES; i++)
-            matrices_load_transposed(x_now[i], ring + t % RING * WARPS * Tile::X_BYTES + i * 512);
+            ldmatrix_trans(x_now[i], ring + t % RING * WARPS * Tile::X_BYTES + i * 512);
     };
     fetch_resets<ROWS>(docs, job, p.b0, 1 + lane);
     for (int t = 0; t < RING; t++) fetch(t);
@@ -681,7 +677,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     auto take = [&](int k) {
 #pragma unroll
         for (int i = 0; i < TILES; i++)
-            matrices_load_transposed(next[i], ring + k % RING * WARPS * Tile::TRACE_BYTES + i * Tile::TRACE_TILE);
+            ldmatrix_trans(next[i], ring + k % RING * WARPS * Tile::TRACE_BYTES + i * Tile::TRACE_TILE);
     };
     fetch_resets<ROWS>(docs, job, p.b0, T - lane);
     for (int k = 0; k < RING; k++) fetch(k);

@@ -176,6 +176,9 @@ static void check_flags(const Trainer *t) {
             "--sp %" PRId64 ": there is one rank; ranks come from mpirun, and --sp must divide their number", f->sp);
     if (strcmp(t->backend->name, "cpu") == 0 && f->precision && strcmp(f->precision, "fp32") != 0)
         die(EXIT_USAGE, "--precision %s: the CPU trainer computes in fp32 only; leave the flag out", f->precision);
+    if (strcmp(t->backend->name, "cpu") != 0 && flag_given(f, "chunk"))
+        fprintf(stderr, "note: --chunk %" PRId64 " has no effect: on a GPU the kernels have their own chunk length\n",
+                f->chunk);
     if (f->resume && !f->out) die(EXIT_USAGE, "--resume needs --out DIR, the run to continue");
     if (f->generate && f->dump) die(EXIT_USAGE, "--generate and --dump exclude each other; give one of them");
     if (f->generate && !f->load && !f->resume)
@@ -776,15 +779,17 @@ static void open_log(Trainer *t) {
     int first = log_open_json(&t->log, f->out, resumed);
     log_open_events(&t->log, f->out, resumed);
     Flags resolved = *f;  // the defaults that were worked out, too
+    int on_cpu = strcmp(t->backend->name, "cpu") == 0;
     if (f->load || f->blocks) resolved.model = "";
-    if (!f->precision) resolved.precision = strcmp(t->backend->name, "cpu") == 0 ? "fp32" : "bf16";
+    if (!f->precision) resolved.precision = on_cpu ? "fp32" : "bf16";
     resolved.given[flag_index("precision")] = 1;
     resolved.dim = c->hidden_size;
     resolved.heads = c->num_heads;
     resolved.vocab = c->vocab_size;
     resolved.ffn = c->ffn_dim;
     resolved.threads = num_threads(f);
-    resolved.chunk = f->chunk ? f->chunk : c->chunk_size;
+    resolved.chunk = !on_cpu ? 0 : f->chunk ? f->chunk : c->chunk_size;  // 0: not written, a GPU does not use it
+    if (!on_cpu) resolved.given[flag_index("chunk")] = 0;
     JsonWriter line;
     log_begin(&line);
     if (!first) json_write_int(&line, "resume", t->step);

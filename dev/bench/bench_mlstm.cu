@@ -192,6 +192,7 @@ int main(int argc, char **argv) {
         if (sscanf(text, "%d,%d,%d,%d,%d%n", &s.B, &s.NH, &s.T, &s.dk, &s.dv, &end) != 5 || text[end] || s.B < 1 ||
             s.NH < 1 || s.T < 1 || s.dk < 1 || s.dv < 1)
             die(EXIT_USAGE, "%s is not B,NH,T,dk,dv", text);
+        s.chunk = mlstm_chunk<bf16>(s.dk, s.dv, (size_t)2 * s.NH * (s.dk + s.dv));
         Cell c;
         cell_build(&c, &s);
         double forward = time_steps(1, [&](int) { cell_forward(&c, stream); })[0];

@@ -68,6 +68,12 @@ mkdir carry_half && cp -r "$(step carry 10)" carry_half/
 quiet "$GPU" "${MODEL[@]}" "${CARRY[@]}" --steps 20 --save-every 10 --resume --out carry_half
 check "carried states, resumed in the middle" same "$(step carry 20)" "$(step carry_half 20)"
 
+ignores_chunk() { # one note, and the log does not record a chunk length
+    "$GPU" "${MODEL[@]}" --steps 1 --chunk 32 --out chunk 2>chunk.err || return 1
+    grep -q '^note: --chunk 32 ' chunk.err && ! grep '"chunk"' chunk/log.jsonl
+}
+check "--chunk: says that it has no effect" ignores_chunk
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One step of every family, the widest heads among them
 
@@ -82,6 +88,9 @@ check "does not fit: names a batch that does" says 2 'would fit' \
     "$GPU" --model 406m --vocab 256 --train text.txt --batch 64 --seq-len 4096 --steps 1
 check "heads too wide" says 2 '--heads' "$GPU" --blocks slstm --dim 2048 --heads 1 --train text.txt --steps 1
 check "no GPU" says 2 'no GPU' env CUDA_VISIBLE_DEVICES= "$GPU" --train text.txt --steps 1
+LARGE=(--blocks mlstm --train text.txt --seq-len 2 --steps 2) # 65535 sequences and heads, and one more
+check "as many sequences as a grid takes" quiet "$GPU" "${LARGE[@]}" --dim 60 --heads 15 --batch 4369
+check "more sequences than a grid takes" says 2 '--batch' "$GPU" "${LARGE[@]}" --dim 64 --heads 16 --batch 4096
 check "--precision fp8" says 2 '--precision' "$GPU" --train text.txt --precision fp8
 
 # ---------------------------------------------------------------------------------------------------------------------

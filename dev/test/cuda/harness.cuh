@@ -9,6 +9,7 @@
 #include "../../../xlstmc/rng.h"
 
 static int tests_passed, tests_failed;
+static int small_tests;  // 1: only a few small cases
 
 static float *fill_random(size_t n, uint64_t seed, float scale) {
     float *x = (float *)xcalloc(n, sizeof(float));

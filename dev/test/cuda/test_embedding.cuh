@@ -44,9 +44,9 @@ static void test_embedding_case(int rows, int D, int V, int favourite) {
 }
 
 static void test_embedding(void) {
-    static const int cases[][4] = {{1, 3, 2, 0},        {64, 4, 256, 100},    {65, 8, 1, 0},
-                                   {200, 33, 5, 50},    {2000, 132, 256, 20}, {9000, 20, 300, 95},
-                                   {1500, 516, 700, 3}, {3000, 64, 50304, 10}};
+    static const int cases[][4] = {{1, 3, 2, 0},        {64, 4, 256, 100},     {65, 8, 1, 0},
+                                   {200, 33, 5, 50},    {2000, 132, 256, 20},  {9000, 20, 300, 95},
+                                   {1500, 516, 700, 3}, {3000, 64, 50304, 10}, {700, 24, 70001, 5}};
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         test_embedding_case<float>(cases[k][0], cases[k][1], cases[k][2], cases[k][3]);
         test_embedding_case<bf16>(cases[k][0], cases[k][1], cases[k][2], cases[k][3]);

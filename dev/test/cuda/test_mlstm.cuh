@@ -115,10 +115,10 @@ static MlstmState mlstm_test_state(float *base, const MlstmCase *c, size_t row) 
 
 // Everything the kernels write is poisoned, or random where they must not write: the gaps of `wide`.
 template <typename F>
-static MlstmDevice<F> mlstm_test_device(const MlstmCase *c, const MlstmHost *x) {
+static MlstmDevice<F> mlstm_test_device(const MlstmCase *c, const MlstmHost *x, int chunk) {
     MlstmDevice<F> d;
     memset((void *)&d, 0, sizeof d);
-    d.shape = MlstmShape{c->B, c->T, c->NH, c->dk, c->dv, c->sigmoid, mlstm_test_eps};
+    d.shape = MlstmShape{c->B, c->T, c->NH, c->dk, c->dv, c->sigmoid, mlstm_test_eps, chunk};
     const size_t ld_gates = x->G + 1;
     float *qkv = fill_random(x->rows * x->ld, 11, 1), *gates = fill_random(x->rows * ld_gates, 12, 1);
     float *wide = fill_random(x->rows * x->ld, 13, 1);
@@ -177,10 +177,10 @@ typedef struct {
 } MlstmLabel;
 
 template <typename F>
-static MlstmLabel mlstm_test_label(const MlstmCase *c) {
+static MlstmLabel mlstm_test_label(const MlstmCase *c, int chunk) {
     MlstmLabel l;
-    format_into(l.label, sizeof l.label, "mlstm %s%s B%d T%d NH%d %d/%d f%g%s%s%s%s", format_name<F>(),
-                c->sigmoid ? " sig" : "", c->B, c->T, c->NH, c->dk, c->dv, c->f_mean, c->cap > 0 ? " cap" : "",
+    format_into(l.label, sizeof l.label, "mlstm%s %s%s B%d T%d NH%d %d/%d f%g%s%s%s%s",
+                chunk == SCAN_CHUNK ? "_scan" : "", format_name<F>(), c->sigmoid ? " sig" : "", c->B, c->T, c->NH, c->dk, c->dv, c->f_mean, c->cap > 0 ? " cap" : "",
                 c->every ? " resets" : "", c->carried ? " carried" : "", c->odd ? " odd" : "");
     return l;
 }
@@ -216,7 +216,7 @@ static int mlstm_test_remembers(const MlstmHost *x) {
 
 template <typename F>
 static void mlstm_check_all(const MlstmCase *c, const MlstmHost *x, const MlstmDevice<F> *d) {
-    const MlstmLabel l = mlstm_test_label<F>(c);
+    const MlstmLabel l = mlstm_test_label<F>(c, d->shape.chunk);
     const double forward = tolerance<F>(1e-5, 1e-2), backward = tolerance<F>(5e-5, 1e-2),
                  gates = tolerance<F>(5e-5, 3e-2);
     float *states = to_host(d->states, c->B * x->state), *wide = to_host(d->wide, x->rows * x->ld);
@@ -268,30 +268,34 @@ static void mlstm_check_again(const MlstmCase *c, const MlstmHost *x, MlstmDevic
         if (memcmp(runs[0][k], runs[1][k], counts[k] * sizeof(float)) != 0) same = 0;
         free(runs[0][k]), free(runs[1][k]);
     }
-    const MlstmLabel l = mlstm_test_label<F>(c);
+    const MlstmLabel l = mlstm_test_label<F>(c, d->shape.chunk);
     char what[200];
     format_into(what, sizeof what, "%s: the same bits again", l.label);
     check_close(what, &same, &one, 1, 0);
 }
 
+// Both sets of kernels, where both take the shape
 template <typename F>
 static void test_mlstm_case(const MlstmCase *c) {
     MlstmHost x = mlstm_test_host<F>(c);
-    MlstmDevice<F> d = mlstm_test_device<F>(c, &x);
-    mlstm_test_run(&d, &x);
-    mlstm_check_all(c, &x, &d);
-    mlstm_check_again(c, &x, &d);
-    mlstm_test_device_free(&d);
+    for (int chunk : {(int)MLSTM_CHUNK, (int)SCAN_CHUNK}) {
+        if (chunk == SCAN_CHUNK && (c->odd || mlstm_chunk<F>(c->dk, c->dv, x.ld) != chunk)) continue;
+        MlstmDevice<F> d = mlstm_test_device<F>(c, &x, chunk);
+        mlstm_test_run(&d, &x);
+        mlstm_check_all(c, &x, &d);
+        mlstm_check_again(c, &x, &d);
+        mlstm_test_device_free(&d);
+    }
     mlstm_test_host_free(&x);
 }
 
 // The first tokens of one sequence and then the rest, from the states that the first left
 template <typename F>
-static void test_mlstm_split(const MlstmCase *c, int first) {
+static void test_mlstm_split(const MlstmCase *c, int first, int chunk) {
     MlstmHost x = mlstm_test_host<F>(c);
     for (int t = first; t < c->T; t++)  // doc_start as the second window sees it
         x.doc_start[t] = x.resets[t] ? t - first : t > first ? x.doc_start[t - 1] : NO_RESET;
-    MlstmDevice<F> d = mlstm_test_device<F>(c, &x);
+    MlstmDevice<F> d = mlstm_test_device<F>(c, &x, chunk);
     MlstmShape head = d.shape, tail = d.shape;
     head.T = first, tail.T = c->T - first;
     MlstmInput<F> rest = d.in;
@@ -302,7 +306,7 @@ static void test_mlstm_split(const MlstmCase *c, int first) {
     mlstm_forward<F>(head, d.in, d.initial, passed, d.h, &d.saved, &d.scratch, 0);
     mlstm_forward<F>(tail, rest, passed, d.final, d.h + first * x.Dv, &d.saved, &d.scratch, 0);
 
-    MlstmLabel l = mlstm_test_label<F>(c);
+    MlstmLabel l = mlstm_test_label<F>(c, chunk);
     const size_t end = strlen(l.label);
     format_into(l.label + end, sizeof l.label - end, " cut at %d", first);
     const double limit = tolerance<F>(1e-5, 1e-2);
@@ -339,9 +343,25 @@ static const MlstmCase mlstm_cases[] = {
     {1, 140, 1, 1024, 1024, 0, 70, 1, 0, 6, 15},
     {1, 2500, 2, 64, 128, 0, 400, 1, 0, 6, 15},  // walked in segments
     {1, 2500, 1, 24, 40, 1, 0, 0, 0, 6, 0},
+    {34, 200, 4, 24, 136, 0, 60, 1, 0, 6, 15},  // enough heads for wide tiles of C
+    {4369, 2, 15, 8, 8, 0, 0, 1, 0, 6, 15},     // 65535 sequences and heads, as many as a grid takes
+};
+
+// Every kernel once: each width of attend, both widths of states, rows that are not aligned, segments.
+static const MlstmCase mlstm_small_cases[] = {
+    {1, 200, 1, 24, 40, 0, 50, 1, 0, 6, 15},  {1, 200, 1, 7, 13, 1, 50, 1, 1, 6, 0},
+    {1, 140, 1, 64, 128, 0, 70, 1, 0, 6, 15}, {1, 140, 1, 96, 192, 1, 70, 0, 0, 6, 15},
+    {1, 140, 1, 128, 256, 0, 0, 1, 0, 6, 15}, {1, 140, 1, 256, 96, 0, 0, 1, 0, 6, 15},
+    {1, 140, 1, 192, 40, 1, 0, 1, 0, 6, 15},  {34, 130, 4, 16, 72, 0, 0, 1, 0, 6, 15},
+    {1, 1100, 1, 16, 24, 0, 400, 1, 0, 6, 0},
 };
 
 static void test_mlstm(void) {
+    for (size_t k = 0; small_tests && k < sizeof mlstm_small_cases / sizeof *mlstm_small_cases; k++) {
+        test_mlstm_case<float>(&mlstm_small_cases[k]);
+        test_mlstm_case<bf16>(&mlstm_small_cases[k]);
+    }
+    if (small_tests) return;
     for (size_t k = 0; k < sizeof mlstm_cases / sizeof *mlstm_cases; k++) {
         test_mlstm_case<float>(&mlstm_cases[k]);
         test_mlstm_case<bf16>(&mlstm_cases[k]);
@@ -349,8 +369,9 @@ static void test_mlstm(void) {
     static const MlstmCase whole[] = {{1, 300, 3, 24, 40, 0, 0, 1, 0, 6, 15}, {1, 300, 2, 64, 128, 1, 40, 0, 0, 6, 15}};
     for (int k = 0; k < 2; k++)
         for (int first : {128, 1, 130}) {
-            test_mlstm_split<float>(&whole[k], first);
-            test_mlstm_split<bf16>(&whole[k], first);
+            test_mlstm_split<float>(&whole[k], first, MLSTM_CHUNK);
+            test_mlstm_split<bf16>(&whole[k], first, MLSTM_CHUNK);
+            test_mlstm_split<bf16>(&whole[k], first, mlstm_chunk<bf16>(whole[k].dk, whole[k].dv, 8));
         }
 }
 

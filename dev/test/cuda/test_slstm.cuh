@@ -167,9 +167,11 @@ static void test_slstm(void) {
         {12, 18, 2, 384, 6, 1},
     };
     // clang-format on
-    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
-        test_slstm_case<float>(&cases[k]);
-        test_slstm_case<bf16>(&cases[k]);
+    static const SlstmCase small[] = {{3, 5, 2, 64, 3, 1}, {2, 3, 1, 100, 0, 1}, {9, 4, 1, 256, 3, 0}};
+    const size_t count = small_tests ? sizeof small / sizeof *small : sizeof cases / sizeof *cases;
+    for (size_t k = 0; k < count; k++) {
+        test_slstm_case<float>(small_tests ? &small[k] : &cases[k]);
+        test_slstm_case<bf16>(small_tests ? &small[k] : &cases[k]);
     }
 }
 

@@ -1,0 +1,784 @@
+#!/usr/bin/env python3
+"""The mLSTM cell alone on one GPU: build/libxlstm_kernels.so against the authors' Triton kernels and attention.
+
+Contenders, all bf16 (gates fp32), all in one process a shape and in turns: this library with exponential and sigmoid
+input gate; mlstm_kernels' "xl_chunk", chunk 128 (the largest whose gradients are right), exponential and sigmoid gate;
+causal attention of the same model width NH * dv with heads of 128: PyTorch's FlashAttention-2 and cuDNN.
+
+First, errors: on small shapes, for random, saturated (+-15) and long-memory (forget gates around 6) gates, the relative
+L2 distance to an fp64 reference of h and the gradients of q, k, v and both gates. The authors' kernels take the
+normaliser for a constant, so their gradients are compared with those of a reference that does so, too.
+
+Then times, with an empty L2 cache before every run, medians and the 10-90 % range, the clock of the multiprocessors
+beside them, by two protocols:
+  kernels   all buffers preallocated, explicit gradient of h, no autograd in the forward pass; a CUDA graph of the calls
+            is replayed, so no side waits for Python ("eager" where a graph could not be captured). Our backward pass
+            makes the row sums <dh, h> itself; "dh.h given" is handed them, as by the head norm in the trainer
+  theirs    as mlstm_kernels' benchmarks measure: autograd, gates in bf16, loss = sum of h, gradients accumulated,
+            memory given back to the driver after every run, so that it is allocated anew
+
+Every shape is a process of its own, and all of them compile at once; then one after another measures. A contender that
+fails or aborts is left out on that shape.
+
+    pip install torch mlstm_kernels einops              (or PYTHONPATH=FOLDER with the sources of mlstm_kernels, einops)
+    make build/libxlstm_kernels.so && python3 dev/bench/bench_mlstm.py --out out/bench_mlstm
+    python3 dev/bench/bench_mlstm.py --shapes 32,8,2048,256,512 1,8,65536,256,512 --no-check
+
+Writes bench_mlstm.md and bench_mlstm.svg (time a token against T, a curve a kernel) to the folder --out. Exit code 1 if
+an error of ours is larger than theirs, or one of our calls failed.
+"""
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+SHAPES = ["1,8,65536,256,512", "2,8,8192,256,512", "8,8,2048,256,512", "32,4,2048,128,256", "4,4,16384,128,256",
+          "16,4,2048,192,384", "16,12,2048,64,128", "16,6,4096,64,128"]
+CHECKED = ["2,2,512,64,128", "1,2,2048,192,384", "1,2,2048,256,512", "1,1,8192,256,512", "1,1,65536,128,256"]
+GATES = ["random", "saturated", "long memory"]
+OURS, OURS_SIG, OURS_DOT = "xlstm.c exp", "xlstm.c sig", "xlstm.c exp, dh.h given"
+PEER, PEER_SIG = "xl_chunk exp", "xl_chunk sig"
+FA2, CUDNN = "FlashAttention-2", "cuDNN attention"
+CONTENDERS = [OURS, PEER, OURS_SIG, PEER_SIG, OURS_DOT, FA2, CUDNN]
+ATTENTION_WIDTH = 128                                                       # of a head
+EPS = 1e-6
+DEVICE = "cuda"
+L2_BYTES = 256 << 20                                                        # cleared before every run
+KERNEL_RUNS, KERNEL_MS = 50, 250                                            # runs of a call: so many, in so much time,
+THEIR_RUNS, THEIR_MS, LEAST_RUNS = 20, 200, 3                               # but at least three
+WORSE = 1.05                                                                # an error so many times theirs is worse
+MESSAGE = "@ "                                                              # begins a line from child to parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library
+
+class MlstmProblem(ctypes.Structure):                                       # as in xlstmc/xlstm_kernels.h
+    _fields_ = [(name, ctypes.c_int) for name in ("format", "B", "T", "NH", "dk", "dv", "sigmoid_gate")] + \
+               [(name, ctypes.c_float) for name in ("eps", "gate_cap")] + \
+               [(name, ctypes.c_size_t) for name in ("ld", "ld_gates", "ld_grad", "ld_grad_gates")]
+
+
+class MlstmTensors(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in
+                ("q", "k", "v", "gates", "bias", "doc_start", "initial", "final", "h", "grad_h", "dh_dot_h", "grad_q",
+                 "grad_k", "grad_v", "grad_gates", "grad_bias")]
+
+
+BF16 = 1
+
+
+class Library:
+    def __init__(self, path):
+        self.functions = ctypes.CDLL(path)
+        self.functions.xlstm_error.restype = ctypes.c_char_p
+        for name in ("mlstm_forward", "mlstm_backward"):
+            getattr(self.functions, name).argtypes = [ctypes.c_void_p] * 5
+
+    def call(self, name, *arguments):
+        error = getattr(self.functions, name)(*arguments)
+        if error:
+            raise RuntimeError(f"{name}: {self.functions.xlstm_error(error).decode()}")
+
+    def workspace(self, problem):
+        """Two tensors: saved and scratch."""
+        import torch
+        sizes = ctypes.c_size_t(), ctypes.c_size_t()
+        self.call("mlstm_workspace", ctypes.byref(problem), ctypes.byref(sizes[0]), ctypes.byref(sizes[1]))
+        return [torch.empty(size.value, dtype=torch.uint8, device=DEVICE) for size in sizes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs
+
+class Inputs:
+    """q, k, v, dh in bf16 and the gates i, f in fp32, [B, NH, T, ...]; the same for the library as
+    qkv [B, T, NH (dk + dk + dv)], gates [B, T, 2 NH], dh [B, T, NH, dv]."""
+
+    def __init__(self, shape, gates="random"):
+        import torch
+        self.B, self.NH, self.T, self.dk, self.dv = self.shape = shape
+        generator = torch.Generator(DEVICE).manual_seed(1)
+
+        def normal(*size):
+            return torch.randn(self.B, self.NH, self.T, *size, generator=generator, device=DEVICE)
+        self.q, self.k = normal(self.dk).bfloat16(), normal(self.dk).bfloat16()
+        self.v, self.dh = normal(self.dv).bfloat16(), normal(self.dv).bfloat16()
+        i, f = normal(), normal()
+        if gates == "saturated":
+            self.i, self.f = 15 * i.sign(), 15 * f.sign()
+        else:                                   # forget gates lean open, as in a trained model
+            self.i, self.f = (i, f + 6) if gates == "long memory" else (i - 1, f + 3)
+        self.rows = [x.transpose(1, 2).reshape(self.B, self.T, -1) for x in (self.q, self.k, self.v)]
+        self.rows = torch.cat(self.rows, dim=-1)
+        self.gates = torch.cat([x.transpose(1, 2) for x in (self.i, self.f)], dim=-1).contiguous()
+        self.dh_rows = self.dh.transpose(1, 2).contiguous()
+
+
+class Ours:
+    """The library on preallocated buffers."""
+    GRADIENTS = ("grad_q", "grad_k", "grad_v")
+
+    def __init__(self, x, library, sigmoid, dot_given=False):
+        import torch
+        self.x, self.library = x, library
+        width = x.rows.shape[-1]
+        self.problem = MlstmProblem(BF16, x.B, x.T, x.NH, x.dk, x.dv, sigmoid, EPS, 0, width, 2 * x.NH, width, 2 * x.NH)
+        self.bias = torch.zeros(2 * x.NH, device=DEVICE)
+        self.grad_bias = torch.zeros(2 * x.NH, device=DEVICE)
+        self.doc_start = torch.full((x.B, x.T), -1 << 30, dtype=torch.int32, device=DEVICE)
+        self.h, self.grad_rows = torch.empty_like(x.dh_rows), torch.empty_like(x.rows)
+        self.grad_gates = torch.empty(x.B, x.T, 2 * x.NH, dtype=torch.bfloat16, device=DEVICE)
+        self.saved, self.scratch = library.workspace(self.problem)
+        self.dot = None
+        self.tensors = self.pointers(x.rows, x.gates, self.h, x.dh_rows, self.grad_rows, self.grad_gates)
+        if dot_given:
+            self.forward()
+            self.dot = (self.h.float() * x.dh_rows.float()).sum(-1)
+            self.tensors.dh_dot_h = self.dot.data_ptr()
+
+    def pointers(self, rows, gates, h, dh, grad_rows, grad_gates):
+        t = MlstmTensors()
+        at = [0, self.x.NH * self.x.dk * 2, self.x.NH * self.x.dk * 4]      # bytes: q, k, v side by side
+        t.q, t.k, t.v = [rows.data_ptr() + offset for offset in at]
+        t.gates, t.bias, t.doc_start = gates.data_ptr(), self.bias.data_ptr(), self.doc_start.data_ptr()
+        t.h, t.grad_bias = h.data_ptr(), self.grad_bias.data_ptr()
+        if grad_rows is not None:
+            t.grad_q, t.grad_k, t.grad_v = [grad_rows.data_ptr() + offset for offset in at]
+            t.grad_h, t.grad_gates = dh.data_ptr(), grad_gates.data_ptr()
+        return t
+
+    def run(self, name, tensors, saved, scratch):
+        import torch
+        self.library.call(name, ctypes.addressof(self.problem), ctypes.addressof(tensors), saved.data_ptr(),
+                          scratch.data_ptr(), torch.cuda.current_stream().cuda_stream)
+
+    def forward(self):
+        self.run("mlstm_forward", self.tensors, self.saved, self.scratch)
+
+    def both(self):
+        self.forward()
+        self.run("mlstm_backward", self.tensors, self.saved, self.scratch)
+
+    def results(self):
+        """h, dq, dk, dv, di, df, each [B, NH, T, ...]"""
+        x = self.x
+        self.both()
+        dq, dk, dv = self.grad_rows.split([x.NH * x.dk, x.NH * x.dk, x.NH * x.dv], dim=-1)
+        heads = [y.unflatten(-1, (x.NH, -1)).transpose(1, 2) for y in (dq, dk, dv)]
+        return [self.h.transpose(1, 2), *heads, *(g.transpose(1, 2) for g in self.grad_gates.split(x.NH, dim=-1))]
+
+    def autograd(self):
+        """(function, its inputs): allocates what it needs at every call, as the other contenders do"""
+        import torch
+        ours = self
+
+        class Cell(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, rows, gates):
+                h, gates = torch.empty_like(ours.x.dh_rows), gates.float()
+                saved, scratch = (torch.empty_like(y) for y in (ours.saved, ours.scratch))
+                ours.run("mlstm_forward", ours.pointers(rows, gates, h, None, None, None), saved, scratch)
+                ctx.save_for_backward(rows, gates, h, saved)
+                return h
+
+            @staticmethod
+            def backward(ctx, dh):
+                rows, gates, h, saved = ctx.saved_tensors
+                grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(gates, dtype=torch.bfloat16)
+                tensors = ours.pointers(rows, gates, h, dh.contiguous(), grad_rows, grad_gates)
+                ours.run("mlstm_backward", tensors, saved, torch.empty_like(ours.scratch))
+                return grad_rows, grad_gates
+        return Cell.apply, [self.x.rows.clone(), self.x.gates.bfloat16()]
+
+
+class Torch:
+    """A contender that is a function of PyTorch tensors."""
+
+    def __init__(self, function, inputs, dh):
+        self.function, self.dh = function, dh
+        self.inputs = [y.detach().requires_grad_() for y in inputs]
+
+    def forward(self):
+        import torch
+        with torch.no_grad():
+            return self.function(*self.inputs)
+
+    def both(self):
+        import torch
+        h = self.function(*self.inputs)
+        return [h.detach(), *torch.autograd.grad(h, self.inputs, self.dh)]
+
+    results = both
+
+    def autograd(self):
+        import torch
+        return self.function, [y.detach().to(torch.bfloat16) for y in self.inputs]
+
+
+def official(x, sigmoid):
+    import torch
+    from mlstm_kernels.torch.chunkwise.triton_xl_chunk import mlstm_chunkwise__xl_chunk
+    from mlstm_kernels.torch.chunkwise.triton_xl_chunk_siging import mlstm_siging_chunkwise__xl_chunk
+    kernel = mlstm_siging_chunkwise__xl_chunk if sigmoid else mlstm_chunkwise__xl_chunk
+    options = {"normalize": False} if sigmoid else {}
+
+    def function(q, k, v, i, f):
+        return kernel(q, k, v, i, f, chunk_size=128, eps=EPS, autocast_kernel_dtype=torch.bfloat16, **options)
+    return Torch(function, [x.q, x.k, x.v, x.i, x.f], x.dh)
+
+
+def attention(x, backend):
+    import torch
+    from torch.nn.attention import sdpa_kernel
+    width = x.NH * x.dv
+    if width % ATTENTION_WIDTH:
+        raise ValueError(f"width {width} is no multiple of {ATTENTION_WIDTH}")
+
+    def function(q, k, v):
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    shape = (x.B, width // ATTENTION_WIDTH, x.T, ATTENTION_WIDTH)
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    tensors = [torch.randn(shape, generator=generator, device=DEVICE).bfloat16() for _ in range(4)]
+    return Torch(function, tensors[:3], tensors[3])
+
+
+def make_contender(name, x, library):
+    from torch.nn.attention import SDPBackend
+    if name in (PEER, PEER_SIG):
+        return official(x, name == PEER_SIG)
+    if name in (FA2, CUDNN):
+        return attention(x, SDPBackend.FLASH_ATTENTION if name == FA2 else SDPBackend.CUDNN_ATTENTION)
+    return Ours(x, library, name == OURS_SIG, name == OURS_DOT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors against fp64
+
+def reference(x, sigmoid, constant_normaliser, chunk=256):
+    """h, dq, dk, dv, di, df in fp64, chunk by chunk, the gradients by autograd (formulas: doc/math.md 3.4)."""
+    import torch
+    inputs = [y.detach().double().flatten(0, 1).requires_grad_() for y in (x.q, x.k, x.v, x.i, x.f)]
+    scale, outputs = x.dk ** -0.5, []
+    C = inputs[1].new_zeros(x.B * x.NH, x.dk, x.dv)
+    n, m = C.new_zeros(x.B * x.NH, x.dk), C.new_zeros(x.B * x.NH, 1)
+    for t in range(0, x.T, chunk):
+        q, k, v, i, f = (y[:, t:t + chunk] for y in inputs)
+        i = torch.nn.functional.logsigmoid(i) if sigmoid else i
+        b = torch.nn.functional.logsigmoid(f).cumsum(1)
+        # the scale M of each row: any will do (but for eps), so it is a constant
+        M = torch.zeros_like(b) if sigmoid else (b + torch.maximum(m, (i - b).cummax(1).values)).detach()
+        future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=DEVICE).triu(1)
+        log_D = (b - M)[:, :, None] + (i - b)[:, None, :]
+        S = scale * log_D.masked_fill(future, -math.inf).exp() * (q @ k.transpose(1, 2))
+        from_state = scale * (b + m - M).exp()[:, :, None] * q
+        sums = S.sum(2) + (from_state @ n[:, :, None])[:, :, 0]
+        den = torch.maximum(sums.abs(), (-M).exp()) + EPS
+        den = torch.ones_like(den) if sigmoid else den.detach() if constant_normaliser else den
+        outputs.append((S @ v + from_state @ C) / den[:, :, None])
+        end, m_next = b[:, -1:], M[:, -1:]
+        keys = (end + i - b - m_next).exp()[:, :, None] * k
+        keep = (end + m - m_next).exp()
+        C, n, m = keep[:, :, None] * C + keys.transpose(1, 2) @ v, keep * n + keys.sum(1), m_next
+    h = torch.cat(outputs, 1)
+    gradients = torch.autograd.grad(h, inputs, x.dh.double().flatten(0, 1))
+    return [y.detach().unflatten(0, (x.B, x.NH)) for y in (h, *gradients)]
+
+
+def distances(results, expected):
+    return [float((y.double() - z).norm() / z.norm()) for y, z in zip(results, expected)]
+
+
+def check_shape(shape, library, names, say):
+    """[(gates, contender, six errors or None, what failed)]"""
+    rows = []
+    for gates in GATES:
+        x = Inputs(shape, gates)
+        for ours, peer, sigmoid in ((OURS, PEER, False), (OURS_SIG, PEER_SIG, True)):
+            expected = None
+            for name in (ours, peer):
+                if name not in names:
+                    rows.append((gates, name, None, "aborted"))
+                    continue
+                say("doing", name)
+                if expected is None or (name == peer and not sigmoid):
+                    expected = reference(x, sigmoid, name == peer)
+                try:
+                    rows.append((gates, name, distances(make_contender(name, x, library).results(), expected), ""))
+                except Exception as error:                  # whatever a peer raises concerns only that peer
+                    rows.append((gates, name, None, describe(error)))
+    return rows
+
+
+def describe(error):
+    return (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0][:160]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Times of a shape
+
+def capture(work):
+    """(a CUDA graph's replay, True), or (work itself, False) if it cannot be captured"""
+    import torch
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = work()                                   # lives in the graph's memory as long as the graph
+    except Exception:
+        torch.cuda.synchronize()
+        return work, False
+    return lambda: (graph.replay(), kept)[0], True
+
+
+class Stopwatch:
+    def __init__(self):
+        import torch
+        self.torch = torch
+        self.l2 = torch.empty(L2_BYTES, dtype=torch.int8, device=DEVICE)
+
+    def record(self, work):
+        """Queues a run behind one that empties L2; its two events."""
+        events = [self.torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.l2.zero_()
+        events[0].record()
+        work()
+        events[1].record()
+        return events
+
+    def measure(self, works, runs, total_ms, after=lambda: None):
+        """{key: times in ms} of {key: work}, in turns; at most `runs` each, or what takes total_ms."""
+        counts, pending, times = {}, {key: [] for key in works}, {}
+        for key, work in works.items():
+            begin, end = self.record(work)
+            self.torch.cuda.synchronize()
+            counts[key] = max(LEAST_RUNS, min(runs, int(total_ms / max(begin.elapsed_time(end), 1e-3))))
+        for run in range(max(counts.values(), default=0)):
+            for key, work in works.items():
+                if run < counts[key]:
+                    pending[key].append(self.record(work))
+                    after()
+            self.torch.cuda.synchronize()
+        for key, events in pending.items():
+            times[key] = sorted(begin.elapsed_time(end) for begin, end in events)
+        return times
+
+
+def their_work(contender, backward):
+    """What mlstm_kernels' benchmarks run"""
+    function, inputs = contender.autograd()
+    inputs = [y.detach().requires_grad_(backward) for y in inputs]
+
+    def work():
+        h = function(*inputs)
+        if backward:
+            h.sum().backward()
+    return work
+
+
+def summary(times):
+    n = len(times)
+    return [statistics.median(times), times[int(0.1 * (n - 1) + 0.5)], times[int(0.9 * (n - 1) + 0.5)], n]
+
+
+def prepare_shape(x, library, names, failures, say):
+    """Runs everything once, which compiles it, and compares ours with the official kernels on the way."""
+    import torch
+    compared = {}
+    for name in names:
+        say("doing", name)
+        try:
+            results = [y for y in make_contender(name, x, library).results() if y is not None] \
+                if name not in (FA2, CUDNN) else make_contender(name, x, library).both()
+            if not all(torch.isfinite(y).all() for y in results):
+                raise ValueError("a result is not finite")
+            if name in (OURS, PEER, OURS_SIG, PEER_SIG):
+                compared[name] = results[0], results[3]                     # h and dv do not depend on the normaliser's
+            torch.cuda.synchronize()                                        # gradient
+        except Exception as error:
+            failures[name] = describe(error)
+    differences = {}
+    for ours, peer in ((OURS, PEER), (OURS_SIG, PEER_SIG)):
+        if ours in compared and peer in compared:
+            differences[ours] = [float((a.float() - b.float()).norm() / b.float().norm())
+                                 for a, b in zip(compared[ours], compared[peer])]
+    return differences
+
+
+def time_shape(x, library, names, failures, say):
+    """{protocol: {contender: {"fwd" | "fwd+bwd": summary}}}, and the contenders that ran without a graph"""
+    import torch
+    watch, eager = Stopwatch(), set()
+    contenders, works = {}, {"kernels": {}, "theirs": {}}
+    for name in names:
+        say("doing", name)
+        try:
+            contender = make_contender(name, x, library)
+            for key, work in (("fwd", contender.forward), ("fwd+bwd", contender.both)):
+                works["kernels"][name, key], captured = capture(work)
+                if not captured:
+                    eager.add(name)
+            contenders[name] = contender
+        except Exception as error:
+            failures[name] = describe(error)
+            works["kernels"] = {key: work for key, work in works["kernels"].items() if key[0] != name}
+    times = {"kernels": watch.measure(works["kernels"], KERNEL_RUNS, KERNEL_MS)}
+    works["kernels"].clear()                                                # and the graphs' memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    gc.freeze()                                                             # so that gc.collect() takes no time
+    for name, contender in contenders.items():
+        if name == OURS_DOT:
+            continue
+        say("doing", name)
+        try:
+            for key, backward in (("fwd", False), ("fwd+bwd", True)):
+                works["theirs"][name, key] = their_work(contender, backward)
+                works["theirs"][name, key]()
+        except Exception as error:
+            failures[name + ", their protocol"] = describe(error)
+            works["theirs"] = {key: work for key, work in works["theirs"].items() if key[0] != name}
+
+    def give_back():
+        gc.collect()
+        torch.cuda.empty_cache()
+    times["theirs"] = watch.measure(works["theirs"], THEIR_RUNS, THEIR_MS, give_back)
+    table = {protocol: {} for protocol in times}
+    for protocol, measured in times.items():
+        for (name, key), values in measured.items():
+            table[protocol].setdefault(name, {})[key] = summary(values)
+    return table, sorted(eager)
+
+
+def child(options):
+    """One shape: prepares, says so, waits for its turn on the GPU, measures. Or: one shape's errors."""
+    def say(kind, value):
+        print(MESSAGE + json.dumps([kind, value]), flush=True)
+    say("doing", "PyTorch")
+    import torch
+    shape = tuple(map(int, options.shape.split(",")))
+    torch.zeros(1, device=DEVICE)
+    names = [name for name in CONTENDERS if name not in options.without]
+    failures = {name: "aborted" for name in options.without}
+    library = None
+    try:
+        library = Library(os.path.abspath(options.library))
+    except OSError as error:
+        failures.update({name: describe(error) for name in (OURS, OURS_SIG, OURS_DOT)})
+        names = [name for name in names if name not in failures]
+    if options.errors:
+        return say("result", check_shape(shape, library, names, say))
+    x = Inputs(shape)
+    differences = prepare_shape(x, library, names, failures, say)
+    del x
+    gc.collect()
+    torch.cuda.empty_cache()
+    say("ready", None)
+    sys.stdin.readline()
+    names = [name for name in names if name not in failures]
+    table, eager = time_shape(Inputs(shape), library, names, failures, say)
+    say("result", {"times": table, "eager": eager, "failures": failures, "differences": differences})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parent
+
+class Child:
+    """A process for one shape. An abort in it is put down to what it was doing, and a new one starts without that."""
+
+    def __init__(self, options, shape, errors=False):
+        self.shape, self.without = shape, []
+        self.command = [sys.executable, os.path.abspath(__file__), "--library", options.library, "--shape", shape] + \
+                       (["--errors"] if errors else [])
+        self.start()
+
+    def start(self):
+        environment = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1")   # the children are parallel enough
+        without = [word for name in self.without for word in ("--without", name)]
+        self.doing, self.result, self.ready = "", None, threading.Event()
+        self.process = subprocess.Popen(self.command + without, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env=environment)
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        for line in self.process.stdout:
+            if not line.startswith(MESSAGE):
+                print(line, end="", file=sys.stderr)
+                continue
+            kind, value = json.loads(line[len(MESSAGE):])
+            if kind == "doing":
+                self.doing = value
+            elif kind == "ready":
+                self.ready.set()
+            else:
+                self.result = value
+        self.process.wait()
+        self.ready.set()
+
+    def revive(self):
+        """False if the child has died of something else than a contender."""
+        if self.doing not in CONTENDERS:
+            return False
+        print(f"{self.shape}: aborted in {self.doing}; again without it", file=sys.stderr)
+        self.without.append(self.doing)
+        self.start()
+        return True
+
+    def prepare(self):
+        self.ready.wait()
+        while self.process.poll() is not None and self.result is None and self.revive():
+            self.ready.wait()
+
+    def measure(self):
+        """The result, or None"""
+        while True:
+            self.prepare()
+            try:
+                self.process.stdin.write("go\n")
+                self.process.stdin.flush()
+            except OSError:
+                pass
+            self.reader.join()
+            if self.result is not None or not self.revive():
+                return self.result
+
+
+class Clocks:
+    """The clock of the multiprocessors in MHz, as nvidia-smi reads it ten times a second."""
+
+    def __init__(self):
+        self.readings = []
+        device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+        try:
+            self.process = subprocess.Popen(["nvidia-smi", "-i", device, "--query-gpu=clocks.sm",
+                                             "--format=csv,noheader,nounits", "-lms", "100"], stdout=subprocess.PIPE,
+                                            text=True)
+        except OSError:
+            self.process = None
+            return
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        for line in self.process.stdout:
+            if line.strip().isdigit():
+                self.readings.append((time.monotonic(), int(line)))
+
+    def since(self, begin):
+        values = [clock for at, clock in self.readings if at >= begin]
+        return f"{statistics.median(values):.0f} ({min(values)} - {max(values)})" if values else "not known"
+
+    def end(self):
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+
+
+def error_table(results):
+    """(lines of Markdown, whether ours is worse anywhere)"""
+    lines = ["| B,NH,T,dk,dv | input gate | gates | h | dq | dk | dv | di | df | worse |", "|" + "---|" * 10]
+    bad = False
+    for shape, rows in results:
+        if rows is None:
+            lines.append(f"| {shape} | failed |" + " |" * 8)
+            bad = True
+            continue
+        for at in range(0, len(rows), 2):
+            (gates, ours, mine, mine_failed), (_, _, theirs, their_failure) = rows[at], rows[at + 1]
+            if mine is None:
+                cells, worse = [mine_failed] + [""] * 5, "failed"
+            else:
+                cells = [f"{a:.1e} / " + ("-" if theirs is None else f"{b:.1e}")
+                         for a, b in zip(mine, theirs or mine)]
+                worse = ", ".join(name for name, a, b in zip(("h", "dq", "dk", "dv", "di", "df"), mine, theirs or mine)
+                                  if not a <= WORSE * b)                    # also if one is not a number
+                worse = worse or ("no" if theirs else f"theirs: {their_failure}")
+                bad |= not all(math.isfinite(a) for a in mine)
+            bad |= worse != "no" and not worse.startswith("theirs")
+            gate = "exponential" if ours == OURS else "sigmoid"
+            lines.append("| " + " | ".join([shape, gate, gates, *cells, worse]) + " |")
+    return lines, bad
+
+
+def ratio(times, name, other, key):
+    """How many times faster `name` is than `other`"""
+    a, b = times.get(name, {}).get(key), times.get(other, {}).get(key)
+    return f"{b[0] / a[0]:.2f}" if a and b else "-"
+
+
+def ratio_table(results, protocol):
+    against = [(OURS, PEER), (OURS_DOT, PEER), (OURS_SIG, PEER), (OURS_SIG, PEER_SIG), (OURS, FA2), (OURS, CUDNN)]
+    against = [pair for pair in against if protocol == "kernels" or pair[0] != OURS_DOT]
+    lines = ["| B,NH,T,dk,dv | " + " | ".join(f"{a} / {b}" for a, b in against) + " |",
+             "|---|" + "---|" * len(against)]
+    for shape, result, _ in results:
+        times = result["times"][protocol] if result else {}
+        pairs = [" / ".join(ratio(times, a, b, key) for key in ("fwd", "fwd+bwd")) for a, b in against]
+        lines.append(f"| {shape} | " + " | ".join(pairs) + " |")
+    return lines
+
+
+def time_table(results):
+    lines = ["| B,NH,T,dk,dv | contender | kernels: fwd | fwd+bwd | their protocol: fwd | fwd+bwd |", "|" + "---|" * 6]
+    for shape, result, _ in results:
+        if not result:
+            lines.append(f"| {shape} | failed |" + " |" * 4)
+            continue
+        for name in CONTENDERS:
+            cells = []
+            for protocol in ("kernels", "theirs"):
+                for key in ("fwd", "fwd+bwd"):
+                    values = result["times"][protocol].get(name, {}).get(key)
+                    cells.append("{0:.3f} ({1:.3f} - {2:.3f})".format(*values) if values else "-")
+            why = result["failures"].get(name) or result["failures"].get(name + ", their protocol")
+            label = name + (", eager" if name in result["eager"] else "") + (f": {why}" if why else "")
+            lines.append("| " + " | ".join([shape, label, *cells]) + " |")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plot: a panel for every head shape and pass; T and the time a token on logarithmic axes
+
+COLORS = dict(zip(CONTENDERS, ["#d62728", "#1f77b4", "#ff7f0e", "#17becf", "#e377c2", "#2ca02c", "#9467bd"]))
+PANEL, MARGIN = (380, 260), 60
+
+
+def panel(at, title, curves):
+    """SVG of {contender: [(T, ns a token)]}"""
+    points = [point for curve in curves.values() for point in curve]
+    low_T, high_T = (f(math.log2(T) for T, _ in points) for f in (min, max))
+    low, high = (f(math.log10(y) for _, y in points) for f in (min, max))
+    low_T, high_T = (low_T - 0.5, high_T + 0.5) if high_T - low_T < 1 else (low_T, high_T)
+    low, high = low - 0.05, high + 0.05
+    left, top, width, height = at[0] + MARGIN, at[1] + 30, PANEL[0] - MARGIN - 20, PANEL[1] - 70
+
+    def X(T):
+        return left + (math.log2(T) - low_T) / (high_T - low_T) * width
+
+    def Y(y):
+        return top + (high - math.log10(y)) / (high - low) * height
+    svg = [f'<text x="{left}" y="{top - 10}">{title}</text>',
+           f'<path fill="none" stroke="black" d="M{left} {top}v{height}h{width}"/>']
+    for T in sorted({T for T, _ in points}):
+        svg.append(f'<text x="{X(T):.1f}" y="{top + height + 16}" text-anchor="middle">{T}</text>')
+    for power in range(math.floor(low), math.ceil(high) + 1):
+        for digit in (1, 2, 5):
+            y = digit * 10.0 ** power
+            if low <= math.log10(y) <= high:
+                svg.append(f'<path stroke="#ddd" d="M{left} {Y(y):.1f}h{width}"/>')
+                svg.append(f'<text x="{left - 6}" y="{Y(y):.1f}" dy="4" text-anchor="end">{y:g}</text>')
+    for name, curve in curves.items():
+        path = " ".join(f"{X(T):.1f},{Y(y):.1f}" for T, y in curve)
+        svg.append(f'<polyline fill="none" stroke="{COLORS[name]}" stroke-width="2" points="{path}"/>')
+        svg += [f'<circle cx="{X(T):.1f}" cy="{Y(y):.1f}" r="3" fill="{COLORS[name]}"/>' for T, y in curve]
+    return svg
+
+
+def plot(results):
+    groups = {}
+    for shape, result, _ in results:
+        B, NH, T, dk, dv = map(int, shape.split(","))
+        for name, times in (result["times"]["kernels"] if result else {}).items():
+            for key, values in times.items():
+                curve = groups.setdefault((NH, dk, dv), {}).setdefault(key, {}).setdefault(name, [])
+                curve.append((T, values[0] * 1e6 / (B * T)))
+    rows = [(heads, passes) for heads, passes in groups.items()             # curves rather than points, if there are
+            if max(len({T for T, _ in curve}) for curves in passes.values() for curve in curves.values()) > 1]
+    rows = rows or list(groups.items())
+    height = PANEL[1] * len(rows) + 30 + 20 * len(CONTENDERS)
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * PANEL[0]} {height}" font-family="sans-serif" '
+           'font-size="12">', '<rect width="100%" height="100%" fill="white"/>']
+    for row, ((NH, dk, dv), passes) in enumerate(rows):
+        for column, key in enumerate(("fwd", "fwd+bwd")):
+            if key in passes:
+                curves = {name: sorted(curve) for name, curve in passes[key].items()}
+                title = f"{NH} heads of {dk}/{dv}, {key}: ns a token against T"
+                svg += panel((column * PANEL[0], row * PANEL[1]), title, curves)
+    for k, name in enumerate(CONTENDERS):
+        y = PANEL[1] * len(rows) + 20 + 20 * k
+        svg.append(f'<rect x="{MARGIN}" y="{y - 5}" width="24" height="3" fill="{COLORS[name]}"/>')
+        svg.append(f'<text x="{MARGIN + 32}" y="{y}">{name}</text>')
+    return "\n".join(svg + ["</svg>"]) + "\n"
+
+
+def parse():
+    parser = argparse.ArgumentParser(description="the mLSTM cell on one GPU against the authors' kernels and attention")
+    parser.add_argument("--shapes", nargs="+", metavar="B,NH,T,dk,dv", default=SHAPES,
+                        help=f"default: {' '.join(SHAPES)}")
+    parser.add_argument("--no-check", action="store_true", help="without the errors against fp64")
+    parser.add_argument("--out", metavar="DIR", default=os.path.join(ROOT, "build"),
+                        help="folder for bench_mlstm.md and bench_mlstm.svg, default build")
+    parser.add_argument("--library", default=os.path.join(ROOT, "build", "libxlstm_kernels.so"))
+    for internal in ("--shape", "--without"):                               # of a child
+        parser.add_argument(internal, action="append" if internal == "--without" else "store", default=[],
+                            help=argparse.SUPPRESS)
+    parser.add_argument("--errors", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    for text in options.shapes:
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){4}", text):
+            parser.error(f"--shapes: {text} is not B,NH,T,dk,dv")
+    if not os.path.exists(options.library):
+        sys.exit(f"{options.library} is not there: run make build/libxlstm_kernels.so")
+    return options
+
+
+def main():
+    options = parse()
+    if options.shape:
+        return child(options)
+    begin = time.monotonic()
+    os.makedirs(options.out, exist_ok=True)
+    clocks = Clocks()
+    checks = [] if options.no_check else [Child(options, shape, errors=True) for shape in CHECKED]
+    children = [Child(options, shape) for shape in options.shapes]
+    checked = [(c.shape, c.measure()) for c in checks]
+    lines, bad = [], False
+    if checked:
+        lines = ["Relative L2 distance to fp64, ours / xl_chunk:", ""]
+        table, bad = error_table(checked)
+        lines += table + [""]
+        print("\n".join(lines), flush=True)
+    for c in children:
+        c.prepare()                                         # nobody compiles or checks any more when the first measures
+    prepared, results = time.monotonic() - begin, []
+    for c in children:
+        at = time.monotonic()
+        results.append((c.shape, c.measure(), clocks.since(at)))
+        print(f"{c.shape}: {time.monotonic() - at:.1f} s", file=sys.stderr)
+    clocks.end()
+    report = ["How many times faster, forward / forward + backward, kernels only:", ""]
+    report += ratio_table(results, "kernels") + ["", "The same by the protocol of mlstm_kernels:", ""]
+    report += ratio_table(results, "theirs") + ["", "ms, median (10 % - 90 %):", ""] + time_table(results) + [""]
+    for shape, result, clock in results:
+        differences = {name: " / ".join(f"{d:.1e}" for d in values)
+                       for name, values in (result["differences"] if result else {}).items()}
+        report.append(f"{shape}: clock {clock} MHz; distance to xl_chunk, h / dv: " +
+                      (", ".join(f"{name} {text}" for name, text in differences.items()) or "not known") + "  ")
+        bad |= not result or any(name in result["failures"] for name in (OURS, OURS_SIG, OURS_DOT))
+    report += ["", f"{time.monotonic() - begin:.0f} s, of which {prepared:.0f} s to compile and check"]
+    print("\n".join(report))
+    with open(os.path.join(options.out, "bench_mlstm.md"), "w", encoding="utf-8") as file:
+        file.write("\n".join(lines + report) + "\n")
+    if any(result for _, result, _ in results):
+        with open(os.path.join(options.out, "bench_mlstm.svg"), "w", encoding="utf-8") as file:
+            file.write(plot(results))
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
