@@ -185,7 +185,8 @@ struct SlstmCluster {
     static constexpr int SUMS_SLOT = CTAS == 1 ? 0 : CTAS * SUMS_SLICE;
     static constexpr int AT_DY = 512, TRACE_TILE = 768, TRACE_BYTES = TILES * TRACE_TILE;  // gates; dy, y_prev
     static constexpr int AT_D = 128, AT_SUMS = AT_D + 2 * D_SLOT, AT_TRACE = AT_SUMS + 2 * SUMS_SLOT;
-    static constexpr int AT_BACK_DOC = AT_TRACE + RING * WARPS * TRACE_BYTES;
+    static constexpr int BACK_RING = FRAGMENTS > 48 ? 4 : RING;  // R leaves less room
+    static constexpr int AT_BACK_DOC = AT_TRACE + BACK_RING * WARPS * TRACE_BYTES;
     static constexpr int AT_BACK_R = AT_BACK_DOC + WARPS * DOC_BYTES;
     static constexpr int BACKWARD_BYTES = AT_BACK_R + WARPS * BACK_SHARED * 512;
 };
@@ -404,8 +405,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     unsigned x_now[TILES][4];  // pre-activations, two sequences a word
     auto take = [&](int t) {
 #pragma unroll
-        for (int i = 0; i < TILES; i++)
-            ldmatrix_trans(x_now[i], ring + t % RING * WARPS * Tile::X_BYTES + i * 512);
+        for (int i = 0; i < TILES; i++) ldmatrix_trans(x_now[i], ring + t % RING * WARPS * Tile::X_BYTES + i * 512);
     };
     fetch_resets<ROWS>(docs, job, p.b0, 1 + lane);
     for (int t = 0; t < RING; t++) fetch(t);
@@ -614,7 +614,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     slstm_cluster_backward_kernel(const __grid_constant__ SlstmJob<bf16> job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     constexpr int CTAS = Tile::CTAS, WARPS = Tile::WARPS, ROWS = Tile::ROWS, TILES = Tile::TILES, HALF = Tile::HALF;
-    constexpr int PANELS = Tile::PANELS, STEPS = Tile::BACK_STEPS, HELD = Tile::BACK_HELD, RING = Tile::RING;
+    constexpr int PANELS = Tile::PANELS, STEPS = Tile::BACK_STEPS, HELD = Tile::BACK_HELD, RING = Tile::BACK_RING;
     constexpr int IN_SHARED = Tile::BACK_SHARED, CHAINS = Tile::BACK_CHAINS;
     extern __shared__ __align__(128) unsigned char slstm_cluster_shared[];
     const int B = job.shape.B, T = job.shape.T, d = job.shape.d;
@@ -852,7 +852,7 @@ typedef struct {
     struct {
         const void *kernel;
         int bytes;  // shared memory a block
-        float us;   // microseconds a step, measured with one cluster a multiprocessor
+        float us;   // microseconds a step on an H100, one block a multiprocessor
     } pass[2];      // forward, backward
 } SlstmClusterKernels;
 
@@ -865,27 +865,17 @@ static SlstmClusterKernels slstm_cluster_kernels(float forward_us, float backwar
              {(const void *)slstm_cluster_backward_kernel<Tile>, Tile::BACKWARD_BYTES, backward_us}}};
 }
 
-enum { SLSTM_CLUSTERS = 16, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
+enum { SLSTM_CLUSTERS = 7, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
 
-// In order of the units that they hold. Sums of forward and backward need not be of the same kind.
 static const SlstmClusterKernels *slstm_cluster_table(void) {
     static const SlstmClusterKernels table[SLSTM_CLUSTERS] = {
-        slstm_cluster_kernels<SlstmCluster<1, 4, 8>>(0.4f, 0.4f),
-        slstm_cluster_kernels<SlstmCluster<1, 8, 8>>(0.4f, 0.4f),
-        slstm_cluster_kernels<SlstmCluster<1, 8, 16>>(0.5f, 0.5f),
-        slstm_cluster_kernels<SlstmCluster<4, 4, 8>>(0.4f, 0.4f),
-        slstm_cluster_kernels<SlstmCluster<2, 8, 16>>(0.6f, 0.6f),
-        slstm_cluster_kernels<SlstmCluster<4, 6, 8>>(0.5f, 0.5f),
-        slstm_cluster_kernels<SlstmCluster<6, 4, 8>>(0.5f, 0.5f),
-        slstm_cluster_kernels<SlstmCluster<4, 6, 16>>(0.8f, 0.8f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 8>>(0.5f, 0.5f),
-        slstm_cluster_kernels<SlstmCluster<4, 8, 8>>(0.55f, 0.55f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 16>>(0.7f, 0.8f),
-        slstm_cluster_kernels<SlstmCluster<4, 8, 16>>(0.8f, 0.9f),
-        slstm_cluster_kernels<SlstmCluster<8, 6, 8>>(0.8f, 0.8f),
-        slstm_cluster_kernels<SlstmCluster<8, 6, 16>>(1.2f, 1.2f),
-        slstm_cluster_kernels<SlstmCluster<8, 8, 8>>(1.1f, 1.1f),
-        slstm_cluster_kernels<SlstmCluster<16, 6, 8>>(1.5f, 1.5f),
+        slstm_cluster_kernels<SlstmCluster<1, 8, 8>>(0.40f, 0.40f),
+        slstm_cluster_kernels<SlstmCluster<4, 4, 8>>(0.58f, 0.55f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 8>>(0.67f, 0.61f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 8>>(0.78f, 0.74f),
+        slstm_cluster_kernels<SlstmCluster<4, 8, 16>>(2.09f, 2.11f),
+        slstm_cluster_kernels<SlstmCluster<8, 6, 8>>(1.14f, 1.19f),
+        slstm_cluster_kernels<SlstmCluster<8, 8, 8>>(1.83f, 1.90f),
     };
     return table;
 }
@@ -930,14 +920,15 @@ static int slstm_active_clusters(const SlstmClusterPlan *plan, int pass) {
     return active;
 }
 
-// The kernels that take least time, of those for the fewest units that are enough. Blocks that ask for more than half
-// of the shared memory are alone on their multiprocessor; where they are too many, they share it two by two.
+// The kernels that take least time. Blocks that ask for more than half of the shared memory are alone on their
+// multiprocessor; where they are too many, they share it two by two.
 static SlstmClusterPlan slstm_cluster_plan(const SlstmShape *s, int backward) {
     enum { ALONE = 116 * 1024, UNKNOWN = -1 };
+    const float SHARED = 1.6f;                       // how much longer a step then takes
     static int active[SLSTM_CLUSTERS][2][2], asked;  // [row][pass][alone]
     const SlstmClusterKernels *table = slstm_cluster_table();
     SlstmClusterPlan best = {};
-    int device, major, holds = 0;
+    int device, major;
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     if (major < 9 || s->d % 8 || slstm_cluster_choice == SLSTM_NO_CLUSTER) return best;
@@ -947,16 +938,14 @@ static SlstmClusterPlan slstm_cluster_plan(const SlstmShape *s, int backward) {
         SlstmClusterPlan plan = {table + row, s->NH * ceil_div(s->B, table[row].rows)};
         int units = 8 * table[row].ctas * table[row].warps, bytes = table[row].pass[backward].bytes;
         if (units < s->d || (slstm_cluster_choice >= 0 && slstm_cluster_choice != row)) continue;
-        if (holds && units > holds) break;
         for (int alone = 1; alone >= 0; alone--) {
             plan.shared = alone && bytes < ALONE ? (int)ALONE : bytes;
             int *known = &active[row][backward][alone];
             if (*known == UNKNOWN) *known = slstm_active_clusters(&plan, backward);
             plan.active = *known;
             if (plan.active == 0) continue;
-            plan.us = table[row].pass[backward].us * ceil_div(plan.tasks, plan.active) * (alone ? 1.0f : 1.5f);
+            plan.us = table[row].pass[backward].us * ceil_div(plan.tasks, plan.active) * (alone ? 1.0f : SHARED);
             if (!best.kernels || plan.us < best.us) best = plan;
-            holds = units;
         }
     }
     return best;
