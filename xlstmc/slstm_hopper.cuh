@@ -11,9 +11,12 @@
 // outputs while those of its peers are on their way. Backward, a block multiplies its part of R^T with its own dr and
 // sends fp32 sums to the blocks that own the units; these add them in a fixed order.
 //
-// All buffers and barriers of the exchange exist twice, for even and odd steps. That is enough: what a block sends in
-// step s + 2 depends on everything that its peers sent in step s + 1, and every warp of a peer sent that only after
-// it had read all it was sent in step s.
+// A cluster of 16 sequences has two tiles of 8, which know nothing of each other: while what one has handed over is on
+// its way, the warps work for the other.
+//
+// Each tile has its buffers and barriers of the exchange twice, for even and odd steps. That is enough: what a block
+// sends in step s + 2 depends on everything that its peers sent in step s + 1, and every warp of a peer sent that only
+// after it had read all it was sent in step s.
 #ifndef XLSTMC_SLSTM_HOPPER_CUH
 #define XLSTMC_SLSTM_HOPPER_CUH
 
@@ -91,10 +94,6 @@ __device__ __forceinline__ void matrix_pair_load_transposed(unsigned (&r)[2], un
 __device__ __forceinline__ void matrix_store_transposed(unsigned address, unsigned r) {
     asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(r) : "memory");
 }
-__device__ __forceinline__ void matrix_pair_store_transposed(unsigned address, unsigned r0, unsigned r1) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1)
-                 : "memory");
-}
 __device__ __forceinline__ float log2_fast(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -156,17 +155,20 @@ struct SlstmCluster {
         }
         return (rank + CTAS - slice) % CTAS * U + 8 * warp;
     }
-    static constexpr int SENDS = ((CTAS - 1) * ROWS + 31) / 32;        // messages a lane
-    static constexpr int CHAINS = TILES == 1 ? 4 : 2;                  // independent sums a result
-    static constexpr int TAIL = TILES == 1 ? 4 : 2;                    // groups at the end, at most, gate by gate
-    static constexpr int LAST = GROUPS - part_begin(PARTS - 1) / 4;    // groups of the last part
-    static constexpr int MAIN = GROUPS - (LAST < TAIL ? LAST : TAIL);  // groups before these
-    static constexpr int HELD = STEPS <= 16  ? STEPS
-                                : TILES == 2 ? 14
-                                : CTAS == 16 ? 18
-                                             : 20;  // steps of 16 units with R in registers
-    static constexpr int IN_SHARED = STEPS - HELD;  // the first ones, in shared memory
-    static constexpr int RING = 8;                  // tokens on their way
+    static __host__ __device__ constexpr int part_bytes(int part) {  // of a tile
+        return (part_begin(part + 1) - part_begin(part)) * 128;
+    }
+    static __device__ unsigned y_barrier(int slot, int tile, int part) {
+        return 8 * ((slot * TILES + tile) * PARTS + part);
+    }
+    static constexpr int SENDS = (CTAS + 2) / 4;                     // messages a lane
+    static constexpr int CHAINS = 4;                                 // independent sums a result
+    static constexpr int LAST = GROUPS - part_begin(PARTS - 1) / 4;  // groups of the last part
+    static constexpr int MAIN = GROUPS - (LAST < 4 ? LAST : 4);      // groups before those multiplied gate by gate
+    static constexpr int MOST = TILES == 1 ? 20 : 16;                // steps of 16 units with R in registers, at most
+    static constexpr int HELD = STEPS < MOST ? STEPS : MOST;         // the last ones
+    static constexpr int IN_SHARED = STEPS - HELD;                   // the first ones, in shared memory
+    static constexpr int RING = 8;                                   // tokens on their way
     static constexpr int Y_PITCH = (CHUNKS + 7) / 8 * 128, Y_TILE = 8 * Y_PITCH, Y_SLOT = TILES * Y_TILE;
     static constexpr int X_BYTES = TILES * 512, DOC_BYTES = 2 * ROWS * 128;  // of a token; of two times 32 tokens
     static constexpr int AT_Y = 128, AT_X = AT_Y + 2 * Y_SLOT, AT_DOC = AT_X + RING * WARPS * X_BYTES;
@@ -176,13 +178,14 @@ struct SlstmCluster {
     // Backward. A warp takes PANELS panels of 16 units, each of another block, and sums over the block's 4 U gates. In
     // a cluster of one block it takes its own 8 units, and half of each panel is zero.
     static constexpr int PANELS = CTAS == 1 ? 1 : CTAS / 2, BACK_STEPS = 2 * WARPS, FRAGMENTS = PANELS * BACK_STEPS;
-    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 ? 32 : 28;
+    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 && TILES == 1 ? 32 : 28;
     static constexpr int BACK_SHARED = FRAGMENTS - BACK_HELD;
-    static constexpr int TOGETHER = TILES == 1 && WARPS > 4 ? 1 : 2;  // panels that are multiplied at the same time
-    static constexpr int BACK_CHAINS = TILES == 1 ? 4 : 2;
+    static constexpr int TOGETHER = WARPS > 4 ? 1 : 2;  // panels that are multiplied at the same time
     static constexpr int D_PITCH = 64 * WARPS, D_TILE = 8 * D_PITCH, D_SLOT = TILES * D_TILE;
     static constexpr int SUMS_TILE = HALF * 512, SUMS_SLICE = TILES * SUMS_TILE;
     static constexpr int SUMS_SLOT = CTAS == 1 ? 0 : CTAS * SUMS_SLICE;
+    static constexpr int SUMS_EXPECTED = (CTAS - 1) * 512;  // bytes of a tile that a barrier counts
+    static __device__ unsigned sums_barrier(int slot, int tile) { return 8 * HALF * (slot * TILES + tile); }
     static constexpr int AT_DY = 512, TRACE_TILE = 768, TRACE_BYTES = TILES * TRACE_TILE;  // gates; dy, y_prev
     static constexpr int AT_D = 128, AT_SUMS = AT_D + 2 * D_SLOT, AT_TRACE = AT_SUMS + 2 * SUMS_SLOT;
     static constexpr int BACK_RING = FRAGMENTS > 48 ? 4 : RING;  // R leaves less room
@@ -295,15 +298,15 @@ __device__ __forceinline__ void slstm_forward_start(const SlstmJob<bf16> &job, c
     for (int k = threadIdx.x; k < (Tile::AT_R - Tile::AT_Y) / 4; k += Tile::THREADS)
         ((unsigned *)(shared + Tile::AT_Y))[k] = 0;
     if (threadIdx.x == 0) {
-        for (int slot = 0; slot < 2; slot++)
-            for (int part = 0; part < Tile::PARTS; part++)
-                barrier_init(bars + 8 * (slot * Tile::PARTS + part), part ? 1 : Tile::WARPS);
+        for (int k = 0; k < 2 * Tile::TILES * Tile::PARTS; k++)
+            barrier_init(bars + 8 * k, k % Tile::PARTS ? 1 : Tile::WARPS);
         barrier_init_done();
-        for (int k = 0; k < Tile::WARPS; k++) barrier_arrive(bars);  // what enters token 0 is there
-        for (int part = 1; part < Tile::PARTS; part++) {
-            barrier_arrive(bars + 8 * part);
-            barrier_arrive_expect(bars + 8 * (Tile::PARTS + part),
-                                  (Tile::part_begin(part + 1) - Tile::part_begin(part)) * Tile::ROWS * 16);
+        for (int i = 0; i < Tile::TILES; i++) {  // what enters token 0 is there, what enters token 1 will be sent
+            for (int k = 0; k < Tile::WARPS; k++) barrier_arrive(bars + Tile::y_barrier(0, i, 0));
+            for (int part = 1; part < Tile::PARTS; part++) {
+                barrier_arrive(bars + Tile::y_barrier(0, i, part));
+                barrier_arrive_expect(bars + Tile::y_barrier(1, i, part), Tile::part_bytes(part));
+            }
         }
     }
     __syncthreads();
@@ -321,251 +324,267 @@ __device__ __forceinline__ void slstm_forward_start(const SlstmJob<bf16> &job, c
 }
 
 template <typename Tile>
+struct SlstmForward {  // what a thread keeps through all steps. i: a tile of 8 sequences, e: one of the thread's two
+    static constexpr int SENDS = Tile::SENDS > 0 ? Tile::SENDS : 1;
+    SlstmPlace p;
+    unsigned bars, slots, ring, docs;             // barriers, R, the warp's pre-activations and doc_start
+    unsigned own, y_even, y_odd;                  // the warp's chunk; right operands of even and odd groups
+    unsigned peer_chunk[SENDS], peer_bar[SENDS];  // where the chunk goes
+    size_t at;                                    // element of x and gates, of the current token
+    bf16 *out;                                    // of the current token
+    bool row_valid[Tile::TILES];                  // there is sequence lane % 8
+    uint4 held[Tile::HELD][2];                    // R
+    float bias[4], y[Tile::TILES][2];
+    SlstmUnitState state[Tile::TILES][2];
+    unsigned x_now[Tile::TILES][4];  // pre-activations, two sequences a word
+    SlstmResets resets;
+    unsigned fresh;  // sequences that begin a document at the next token
+};
+
+// A thread sends and writes for sequence lane % 8 of a tile. Lanes below 8 write y, the next 8 y_prev of the next
+// token.
+template <typename Tile>
+__device__ __forceinline__ void slstm_forward_addresses(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
+    const SlstmPlace &p = f.p;
+    const int row = p.lane % 8, turn = p.lane / 8, T = job.shape.T, d = job.shape.d;
+    const size_t D = (size_t)job.shape.NH * d, token = (size_t)(p.b0 + row) * T * D + (size_t)p.head * d;
+    const unsigned row_y = f.bars + Tile::AT_Y + row * Tile::Y_PITCH, flip = chunk_flip(p.g);
+    f.ring = f.bars + Tile::AT_X + p.warp * Tile::X_BYTES + p.lane * 16;
+    f.docs = f.bars + Tile::AT_DOC + p.warp * Tile::DOC_BYTES;
+    f.own = row_y + ((p.warp ^ chunk_flip(row)) << 4);
+    f.y_even = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + ((p.q ^ flip) << 4);
+    f.y_odd = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + (((4 + p.q) ^ flip) << 4);
+#pragma unroll
+    for (int k = 0; k < Tile::SENDS; k++) {
+        int slice = 1 + turn + 4 * k, peer = (p.rank + slice) % Tile::CTAS;
+        if (slice >= Tile::CTAS) slice = 1;  // not sent
+        f.peer_chunk[k] = peer_address(row_y + ((Tile::chunk(slice, p.warp) ^ chunk_flip(row)) << 4), peer);
+        f.peer_bar[k] = peer_address(f.bars + Tile::y_barrier(0, 0, Tile::part(slice, p.warp)), peer);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::TILES; i++) f.row_valid[i] = p.b0 + 8 * i + row < job.shape.B && p.first < d;
+    f.out = (turn ? job.saved.y_prev + D : job.y) + token + p.first;
+    f.at = 4 * token + (size_t)turn * d + p.first;
+}
+
+// R, biases and initial states
+template <typename Tile>
+__device__ __forceinline__ void slstm_forward_load(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
+    const SlstmPlace &p = f.p;
+    const int T = job.shape.T, d = job.shape.d;
+    f.slots = f.bars + Tile::AT_R + p.warp * Tile::IN_SHARED * 1024 + p.lane * 16;
+#pragma unroll
+    for (int k = 0; k < Tile::HELD; k++)
+#pragma unroll
+        for (int m = 0; m < 2; m++) f.held[k][m] = slstm_forward_weights<Tile>(job, p, Tile::IN_SHARED + k, m);
+    for (int k = 0; k < Tile::IN_SHARED; k++)
+        for (int m = 0; m < 2; m++)
+            shared_store_vector(f.slots + k * 1024 + m * 512, slstm_forward_weights<Tile>(job, p, k, m));
+#pragma unroll
+    for (int k = 0; k < 4; k++) f.bias[k] = p.unit < d ? job.bias[(p.head * 4 + k) * d + p.unit] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < Tile::TILES; i++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int b = p.b0 + 8 * i + 2 * p.q + e;
+            f.state[i][e] = slstm_empty_state();
+            if (b >= job.shape.B || p.unit >= d || job.doc_start[(size_t)b * T] == 0) continue;
+            SlstmCell cell = load_cell(job.initial, b, (size_t)p.head * d + p.unit);
+            if (cell.n != 0) f.state[i][e] = {cell.c, cell.n, cell.m * 1.44269504f};
+        }
+}
+
+// The ring of pre-activations: of each token and tile chunks [gate][sequence], a lane looks after one.
+template <typename Tile>
+__device__ __forceinline__ unsigned slstm_ring_slot(const SlstmForward<Tile> &f, int t, int i) {
+    return f.ring + t % Tile::RING * Tile::WARPS * Tile::X_BYTES + i * 512;
+}
+template <typename Tile>  // of token t + ahead
+__device__ __forceinline__ void slstm_fetch(const SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t, int ahead,
+                                            int i) {
+    const size_t T = job.shape.T, D = (size_t)job.shape.NH * job.shape.d;
+    if (t + ahead < job.shape.T && f.row_valid[i])
+        prefetch_vector(slstm_ring_slot(f, t + ahead, i), job.x + f.at + (8 * i * T + ahead) * 4 * D);
+}
+template <typename Tile>
+__device__ __forceinline__ void slstm_look_ahead(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t) {
+    constexpr int ROWS = Tile::ROWS;
+    if (t % 32 == 0) {
+        f.resets = read_resets<ROWS>(f.docs + t / 32 % 2 * ROWS * 128, t + 1 + f.p.lane);
+        fetch_resets<ROWS>(f.docs + (t / 32 + 1) % 2 * ROWS * 128, job, f.p.b0, t + 33 + f.p.lane);
+    }
+    f.fresh = resets_at(f.resets, t % 32);
+}
+
+// Pre-activations of tile i at token t, r[e][gate]. The last groups of chunks are multiplied gate by gate: of the first
+// gates most is made afterwards.
+template <typename Tile>
+__device__ __forceinline__ void slstm_products(const SlstmForward<Tile> &f, int t, int i, float (&r)[2][4]) {
+    constexpr int GROUPS = Tile::GROUPS, MAIN = Tile::MAIN, CHAINS = Tile::CHAINS, IN_SHARED = Tile::IN_SHARED;
+    float sum[2][CHAINS][4];
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int k = 0; k < CHAINS * 4; k++) {
+            float2 two = unpack_two(f.x_now[i][2 * m + k % 4 / 2]);
+            sum[m][k / 4][k % 4] = k < 4 ? (k % 2 ? two.y : two.x) + f.bias[2 * m + k / 2] : 0.0f;
+        }
+    auto load = [&](int group) {
+#pragma unroll
+        for (int part = 0; part < Tile::PARTS; part++)  // of which the first chunk lies in this group
+            if (Tile::part_begin(part) / 4 == group) barrier_wait(f.bars + Tile::y_barrier(t & 1, i, part), t >> 1 & 1);
+        return shared_load_vector((group % 2 ? f.y_odd : f.y_even) + (t & 1) * Tile::Y_SLOT + i * Tile::Y_TILE +
+                                  group / 2 * 128);
+    };
+    auto multiply = [&](int group, int m, const uint4 &v) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int k = 2 * group + h;
+            uint4 w = k < IN_SHARED ? shared_load_vector(f.slots + k * 1024 + m * 512)
+                                    : f.held[k < IN_SHARED ? 0 : k - IN_SHARED][m];
+            mma_16x8x16(sum[m][k % CHAINS], w, h ? v.z : v.x, h ? v.w : v.y);
+        }
+    };
+#pragma unroll
+    for (int group = 0; group < MAIN; group++) {
+        uint4 v = load(group);
+        multiply(group, 0, v);
+        multiply(group, 1, v);
+    }
+    uint4 v[GROUPS - MAIN];
+#pragma unroll
+    for (int group = MAIN; group < GROUPS; group++) v[group - MAIN] = load(group);
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int group = MAIN; group < GROUPS; group++) multiply(group, m, v[group - MAIN]);
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float(*s)[4] = sum[k / 2];
+            int at = k % 2 * 2 + e;
+            r[e][k] = (s[0][at] + s[1][at]) + (s[2][at] + s[3][at]);
+        }
+}
+
+// y of tile i at token t, from which token t + 1 is made: to the block's own rows, from there to the peers and to
+// memory. Where t + 1 begins a document, zeros enter it, and y is written here.
+template <typename Tile>
+__device__ __forceinline__ void slstm_hand_over(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t, int i) {
+    const SlstmPlace &p = f.p;
+    const int T = job.shape.T, d = job.shape.d, slot = t & 1, turn = p.lane / 8;
+    const size_t D = (size_t)job.shape.NH * d;
+    const unsigned to = (slot ^ 1) * Tile::Y_SLOT + i * Tile::Y_TILE;
+    unsigned own = f.own + to;
+    asm volatile("" : "+r"(own));
+    unsigned packed = pack_two(f.y[i][0], f.y[i][1]);
+    if (f.fresh) {
+        int first = 8 * i + 2 * p.q;
+        asm volatile("" : "+r"(first));  // what only this needs is made here, not kept
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int row = first + e, b = p.b0 + row;
+            if (!(f.fresh >> row & 1)) continue;
+            if (b < job.shape.B && p.unit < d)
+                job.y[((size_t)b * T + t) * D + (size_t)p.head * d + p.unit] = from_float<bf16>(f.y[i][e]);
+            f.state[i][e] = slstm_empty_state();
+            packed &= e ? 0x0000ffffu : 0xffff0000u;
+        }
+    }
+    matrix_store_transposed(own, packed);
+    __syncwarp();
+    const uint4 chunk = shared_load_vector(own);
+    const bool more = t + 1 < T;
+    if (p.lane == 0) barrier_arrive(f.bars + Tile::y_barrier(slot ^ 1, i, 0));
+#pragma unroll
+    for (int k = 0; k < Tile::SENDS; k++)
+        if (more && turn + 4 * k < Tile::CTAS - 1)
+            send_vector(f.peer_chunk[k] + to, chunk, f.peer_bar[k] + Tile::y_barrier(slot ^ 1, i, 0));
+    if (Tile::PARTS > 1 && p.warp == 0 && p.lane == 0) {  // for token t + 2
+#pragma unroll
+        for (int part = 1; part < Tile::PARTS; part++)
+            barrier_arrive_expect(f.bars + Tile::y_barrier(slot, i, part), Tile::part_bytes(part));
+    }
+    if (turn < 2 && f.row_valid[i] && (turn ? more : !(f.fresh >> (8 * i + p.lane % 8) & 1)))
+        *(uint4 *)(f.out + 8 * i * T * D) = chunk;
+}
+
+// Writes what the backward pass needs of a token; it takes the place of the pre-activations, and turns round there.
+// Then the next token's pre-activations, and the request for those that come into their place.
+template <typename Tile>
+__device__ __forceinline__ void slstm_save_and_fetch(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t, int i,
+                                                     const float (&r)[2][4], const float (&gates)[2][4]) {
+    const size_t T = job.shape.T, D = (size_t)job.shape.NH * job.shape.d;
+    const unsigned here = slstm_ring_slot(f, t, i);
+    float sig_minus[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++) sig_minus[e] = (r[e][1] < 0 ? 1 : gates[e][1]) * reciprocal_fast(1 + gates[e][1]);
+    matrices_store_transposed(here, pack_two(gates[0][0], gates[1][0]), pack_two(sig_minus[0], sig_minus[1]),
+                              pack_two(gates[0][2], gates[1][2]), pack_two(gates[0][3], gates[1][3]));
+    prefetch_wait<Tile::RING - 2>();
+    __syncwarp();
+    ldmatrix_trans(f.x_now[i], slstm_ring_slot(f, t + 1, i));
+    if (f.row_valid[i]) *(uint4 *)(job.saved.gates + f.at + 8 * i * T * 4 * D) = shared_load_vector(here);
+    slstm_fetch(f, job, t, Tile::RING, i);
+}
+
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::THREADS, 1)
     slstm_cluster_forward_kernel(const __grid_constant__ SlstmJob<bf16> job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    constexpr int CTAS = Tile::CTAS, WARPS = Tile::WARPS, ROWS = Tile::ROWS, TILES = Tile::TILES, RING = Tile::RING;
-    constexpr int GROUPS = Tile::GROUPS, MAIN = Tile::MAIN, PARTS = Tile::PARTS, CHAINS = Tile::CHAINS;
-    constexpr int HELD = Tile::HELD, IN_SHARED = Tile::IN_SHARED, SENDS = Tile::SENDS;
+    constexpr int TILES = Tile::TILES, RING = Tile::RING;
     extern __shared__ __align__(128) unsigned char slstm_cluster_shared[];
-    const int B = job.shape.B, T = job.shape.T, d = job.shape.d;
+    const int T = job.shape.T, d = job.shape.d;
     const size_t D = (size_t)job.shape.NH * d;
-    const SlstmPlace p = slstm_place<Tile>(job.shape);
-    const int lane = p.lane, warp = p.warp, g = p.g, q = p.q;
-    const unsigned bars = shared_address(slstm_cluster_shared);
-    slstm_forward_start<Tile>(job, p, slstm_cluster_shared);
+    SlstmForward<Tile> f;
+    f.p = slstm_place<Tile>(job.shape);
+    f.bars = shared_address(slstm_cluster_shared);
+    slstm_forward_start<Tile>(job, f.p, slstm_cluster_shared);
+    slstm_forward_load(f, job);
+    slstm_forward_addresses(f, job);
 
-    uint4 held[HELD][2];
-    const unsigned slots = bars + Tile::AT_R + warp * IN_SHARED * 1024 + lane * 16;
+    fetch_resets<Tile::ROWS>(f.docs, job, f.p.b0, 1 + f.p.lane);
+    for (int t = 0; t < RING; t++) {
 #pragma unroll
-    for (int k = 0; k < HELD; k++)
+        for (int i = 0; i < TILES; i++) slstm_fetch(f, job, 0, t, i);
+        prefetch_end_group();
+    }
+    prefetch_wait<RING - 1>();
+    __syncwarp();
 #pragma unroll
-        for (int m = 0; m < 2; m++) held[k][m] = slstm_forward_weights<Tile>(job, p, IN_SHARED + k, m);
-    for (int k = 0; k < IN_SHARED; k++)
-        for (int m = 0; m < 2; m++)
-            shared_store_vector(slots + k * 1024 + m * 512, slstm_forward_weights<Tile>(job, p, k, m));
+    for (int i = 0; i < TILES; i++) ldmatrix_trans(f.x_now[i], slstm_ring_slot(f, 0, i));
+    slstm_look_ahead(f, job, 0);
+    // To be kept, not made again in each step
+    asm volatile("" : "+r"(f.bars), "+r"(f.own), "+r"(f.y_even), "+r"(f.y_odd), "+r"(f.ring));
+    cluster_barrier();  // the barriers and y of all blocks are set up, and all have read the initial states
 
-    SlstmUnitState state[TILES][2];
-    float bias[4];
-    bool valid[TILES][2];
+#pragma unroll 1
+    for (int t = 0; t < T; t++) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {  // while y of one tile is on its way, the warp works for the other
+            float r[2][4], gates[2][4];
+            slstm_products(f, t, i, r);
+#pragma unroll
+            for (int e = 0; e < 2; e++) f.y[i][e] = slstm_unit_step(&f.state[i][e], r[e], gates[e]);
+            slstm_hand_over(f, job, t, i);
+            slstm_save_and_fetch(f, job, t, i, r, gates);
+        }
+        prefetch_end_group();
+        f.out += D;
+        f.at += 4 * D;
+        slstm_look_ahead(f, job, t + 1);
+    }
 #pragma unroll
     for (int i = 0; i < TILES; i++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            int b = p.b0 + 8 * i + 2 * q + e;
-            valid[i][e] = b < B && p.unit < d;
-            state[i][e] = slstm_empty_state();
-            if (!valid[i][e] || job.doc_start[(size_t)b * T] == 0) continue;
-            SlstmCell cell = load_cell(job.initial, b, (size_t)p.head * d + p.unit);
-            if (cell.n != 0) state[i][e] = {cell.c, cell.n, cell.m * 1.44269504f};
+            int b = f.p.b0 + 8 * i + 2 * f.p.q + e;
+            const SlstmUnitState &s = f.state[i][e];
+            if (b < job.shape.B && f.p.unit < d)
+                store_cell(job.final, b, (size_t)f.p.head * d + f.p.unit, {f.y[i][e], s.c, s.n, s.m * 0.693147181f});
         }
-#pragma unroll
-    for (int k = 0; k < 4; k++) bias[k] = p.unit < d ? job.bias[(p.head * 4 + k) * d + p.unit] : 0.0f;
-
-    // Addresses. For one sequence, lane % ROWS: the chunk that the warp makes, its places in the peers, and in y (lanes
-    // below ROWS) or y_prev of the next token (the next ROWS lanes).
-    const int row = lane % ROWS, turn = lane / ROWS, b = p.b0 + row;
-    auto chunk_at = [&](int chunk) {
-        return bars + Tile::AT_Y + row / 8 * Tile::Y_TILE + row % 8 * Tile::Y_PITCH +
-               ((chunk ^ chunk_flip(row % 8)) << 4);
-    };
-    unsigned own = chunk_at(warp);
-    unsigned peer_chunk[SENDS > 0 ? SENDS : 1], peer_bar[SENDS > 0 ? SENDS : 1];
-#pragma unroll
-    for (int k = 0; k < SENDS; k++) {
-        int slice = 1 + turn + k * (32 / ROWS), peer = (p.rank + slice) % CTAS;
-        if (slice >= CTAS) slice = 1;  // not sent
-        peer_chunk[k] = peer_address(chunk_at(Tile::chunk(slice, warp)), peer);
-        peer_bar[k] = peer_address(bars + 8 * Tile::part(slice, warp), peer);
-    }
-    const bool out_valid = turn < 2 && b < B && p.first < d;
-    bf16 *out = (turn ? job.saved.y_prev + D : job.y) + (size_t)b * T * D + (size_t)p.head * d + p.first;
-    const unsigned flip = chunk_flip(g);
-    unsigned y_even = bars + Tile::AT_Y + g * Tile::Y_PITCH + ((q ^ flip) << 4);
-    unsigned y_odd = bars + Tile::AT_Y + g * Tile::Y_PITCH + (((4 + q) ^ flip) << 4);
-
-    // The ring of pre-activations: of each token chunks [gate][sequence], lane l looks after one of a tile.
-    const size_t at_gate =
-        ((size_t)(p.b0 + lane % 8) * T * D + (size_t)p.head * d) * 4 + (size_t)(lane / 8) * d + p.first;
-    const bf16 *x = job.x + at_gate;
-    bf16 *gates_out = job.saved.gates + at_gate;
-    bool gate_valid[TILES];
-#pragma unroll
-    for (int i = 0; i < TILES; i++) gate_valid[i] = p.b0 + 8 * i + lane % 8 < B && p.first < d;
-    unsigned ring = bars + Tile::AT_X + warp * Tile::X_BYTES + lane * 16;
-    const unsigned docs = bars + Tile::AT_DOC + warp * Tile::DOC_BYTES;
-    auto fetch = [&](int t) {  // is called for one token after the other
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-            if (t < T && gate_valid[i])
-                prefetch_vector(ring + t % RING * WARPS * Tile::X_BYTES + i * 512, x + (size_t)8 * i * T * 4 * D);
-        x += 4 * D;
-        prefetch_end_group();
-    };
-    unsigned x_now[TILES][4];  // pre-activations, two sequences a word
-    auto take = [&](int t) {
-#pragma unroll
-        for (int i = 0; i < TILES; i++) ldmatrix_trans(x_now[i], ring + t % RING * WARPS * Tile::X_BYTES + i * 512);
-    };
-    fetch_resets<ROWS>(docs, job, p.b0, 1 + lane);
-    for (int t = 0; t < RING; t++) fetch(t);
-    prefetch_wait<RING - 1>();
-    __syncwarp();
-    take(0);
-    SlstmResets resets;
-    unsigned fresh;  // sequences that begin a document at the next token
-    auto look_ahead = [&](int t) {
-        if (t % 32 == 0) {
-            resets = read_resets<ROWS>(docs + t / 32 % 2 * ROWS * 128, t + 1 + lane);
-            fetch_resets<ROWS>(docs + (t / 32 + 1) % 2 * ROWS * 128, job, p.b0, t + 33 + lane);
-        }
-        fresh = resets_at(resets, t % 32);
-    };
-    look_ahead(0);
-    asm volatile("" : "+r"(own), "+r"(y_even), "+r"(y_odd), "+r"(ring));  // not to be computed again in each step
-    cluster_barrier();  // the barriers and y of all blocks are set up, and all have read the initial states
-
-    float y[TILES][2];
-#pragma unroll 1
-    for (int t = 0; t < T; t++) {
-        const int slot = t & 1, parity = t >> 1 & 1;
-        const unsigned next = (slot ^ 1) * Tile::Y_SLOT;
-        unsigned own_next = own + next;  // where the next token's y goes
-        asm volatile("" : "+r"(own_next));
-        float sum[TILES][2][CHAINS][4];
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-#pragma unroll
-                for (int k = 0; k < CHAINS * 4; k++) {
-                    float2 two = unpack_two(x_now[i][2 * m + k % 4 / 2]);
-                    sum[i][m][k / 4][k % 4] = k < 4 ? (k % 2 ? two.y : two.x) + bias[2 * m + k / 2] : 0.0f;
-                }
-
-        auto wait_for = [&](int group) {  // of which part the first chunk lies in this group
-#pragma unroll
-            for (int part = 0; part < PARTS; part++)
-                if (Tile::part_begin(part) / 4 == group) barrier_wait(bars + 8 * (slot * PARTS + part), parity);
-        };
-        auto load = [&](int group, int i) {
-            return shared_load_vector((group % 2 ? y_odd : y_even) + slot * Tile::Y_SLOT + i * Tile::Y_TILE +
-                                      group / 2 * 128);
-        };
-        auto multiply = [&](int group, int m, const uint4(&v)[TILES]) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int k = 2 * group + h;
-                uint4 w = k < IN_SHARED ? shared_load_vector(slots + k * 1024 + m * 512)
-                                        : held[k < IN_SHARED ? 0 : k - IN_SHARED][m];
-#pragma unroll
-                for (int i = 0; i < TILES; i++)
-                    mma_16x8x16(sum[i][m][k % CHAINS], w, h ? v[i].z : v[i].x, h ? v[i].w : v[i].y);
-            }
-        };
-#pragma unroll
-        for (int group = 0; group < MAIN; group++) {
-            uint4 v[TILES];
-            wait_for(group);
-#pragma unroll
-            for (int i = 0; i < TILES; i++) v[i] = load(group, i);
-            multiply(group, 0, v);
-            multiply(group, 1, v);
-        }
-        uint4 v[GROUPS - MAIN][TILES];  // the rest gate by gate: those of which most is made come first
-#pragma unroll
-        for (int group = MAIN; group < GROUPS; group++) {
-            wait_for(group);
-#pragma unroll
-            for (int i = 0; i < TILES; i++) v[group - MAIN][i] = load(group, i);
-        }
-#pragma unroll
-        for (int m = 0; m < 2; m++)
-#pragma unroll
-            for (int group = MAIN; group < GROUPS; group++) multiply(group, m, v[group - MAIN]);
-
-        float gates[TILES][2][4], rf[TILES][2];
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float r[4];
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const float(*s)[4] = sum[i][k / 2];
-                    int at = k % 2 * 2 + e;
-                    r[k] = CHAINS == 4 ? (s[0][at] + s[1][at]) + (s[2 % CHAINS][at] + s[3 % CHAINS][at])
-                                       : s[0][at] + s[1][at];
-                }
-                rf[i][e] = r[1];
-                y[i][e] = slstm_unit_step(&state[i][e], r, gates[i][e]);
-            }
-
-        // The next token's y: to the block's own rows, from there to the peers.
-        const bool more = t + 1 < T;
-        unsigned packed[TILES];
-#pragma unroll
-        for (int i = 0; i < TILES; i++) packed[i] = pack_two(y[i][0], y[i][1]);
-        if (fresh) {  // a document begins: its first token gets zeros, and y of this one is written here
-#pragma unroll
-            for (int i = 0; i < TILES; i++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    if (fresh >> (8 * i + 2 * q + e) & 1) {
-                        if (valid[i][e])
-                            job.y[((size_t)(p.b0 + 8 * i + 2 * q + e) * T + t) * D + (size_t)p.head * d + p.unit] =
-                                from_float<bf16>(y[i][e]);
-                        state[i][e] = slstm_empty_state();
-                        packed[i] &= e ? 0x0000ffffu : 0xffff0000u;
-                    }
-        }
-        if (TILES == 1) matrix_store_transposed(own_next, packed[0]);
-        else matrix_pair_store_transposed(own_next, packed[0], packed[TILES - 1]);
-        __syncwarp();
-        const uint4 chunk = shared_load_vector(own_next);
-        if (lane == 0) barrier_arrive(bars + 8 * (slot ^ 1) * PARTS);
-#pragma unroll
-        for (int k = 0; k < SENDS; k++)
-            if (more && turn + k * (32 / ROWS) < CTAS - 1)
-                send_vector(peer_chunk[k] + next, chunk, peer_bar[k] + 8 * (slot ^ 1) * PARTS);
-        if (PARTS > 1 && warp == 0 && lane == 0) {  // for token t + 2
-#pragma unroll
-            for (int part = 1; part < PARTS; part++)
-                barrier_arrive_expect(bars + 8 * (slot * PARTS + part),
-                                      (Tile::part_begin(part + 1) - Tile::part_begin(part)) * ROWS * 16);
-        }
-
-        if (out_valid && (turn ? more : !(fresh >> row & 1))) *(uint4 *)out = chunk;
-        out += D;
-        // What is saved takes the place of the pre-activations, and turns round there.
-        const unsigned here = ring + t % RING * WARPS * Tile::X_BYTES;
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                gates[i][e][1] = (rf[i][e] < 0 ? 1 : gates[i][e][1]) * reciprocal_fast(1 + gates[i][e][1]);
-            matrices_store_transposed(
-                here + i * 512, pack_two(gates[i][0][0], gates[i][1][0]), pack_two(gates[i][0][1], gates[i][1][1]),
-                pack_two(gates[i][0][2], gates[i][1][2]), pack_two(gates[i][0][3], gates[i][1][3]));
-        }
-        prefetch_wait<RING - 2>();
-        __syncwarp();
-        take(t + 1);
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-            if (gate_valid[i]) *(uint4 *)(gates_out + (size_t)8 * i * T * 4 * D) = shared_load_vector(here + i * 512);
-        gates_out += 4 * D;
-        fetch(t + RING);
-        look_ahead(t + 1);
-    }
-#pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-            if (valid[i][e])
-                store_cell(job.final, p.b0 + 8 * i + 2 * q + e, (size_t)p.head * d + p.unit,
-                           {y[i][e], state[i][e].c, state[i][e].n, state[i][e].m * 0.693147181f});
-                // A block may leave while its peers still work: it has received all that is ever sent to it.
+        // A block may leave while its peers still work: it has received all that is ever sent to it.
 #endif
 }
 
@@ -601,246 +620,282 @@ __device__ __forceinline__ void slstm_backward_start(unsigned char *shared) {
         ((unsigned *)(shared + Tile::AT_TRACE))[k] = is_o ? 0x3f803f80u : 0;
     }
     if (threadIdx.x == 0 && Tile::CTAS > 1) {
-        for (int k = 0; k < 2 * Tile::HALF; k++) barrier_init(bars + 8 * k, 2);
+        for (int k = 0; k < 2 * Tile::TILES * Tile::HALF; k++) barrier_init(bars + 8 * k, 2);
         barrier_init_done();
-        for (int k = 0; k < 2 * Tile::HALF; k++)
-            barrier_arrive_expect(bars + 8 * k, (Tile::CTAS - 1) * Tile::TILES * 512);
+        for (int k = 0; k < 2 * Tile::TILES * Tile::HALF; k++) barrier_arrive_expect(bars + 8 * k, Tile::SUMS_EXPECTED);
     }
     __syncthreads();
+}
+
+template <typename Tile>
+struct SlstmBackward {  // what a thread keeps through all steps. i: a tile of 8 sequences, e: one of the thread's two
+    SlstmPlace p;
+    unsigned bars, slots, ring, docs;                          // barriers; the warp's R, what was saved, doc_start
+    unsigned own, d_even, d_odd;                               // dr: the lane's; right operands, even and odd groups
+    unsigned sums, sums_half, bar;                             // what is sent here, and the barrier that counts it
+    unsigned peer_sums[Tile::PANELS], peer_bar[Tile::PANELS];  // where the panels' sums go
+    size_t at;                                                 // element of gates and dx, of the current token
+    const bf16 *other;                                         // dy or y_prev of the current token
+    bool row_valid[Tile::TILES];                               // there is sequence lane % 8
+    uint4 held[Tile::BACK_HELD];                               // fragment i * BACK_STEPS + k: panel i, step k
+    unsigned saved[Tile::TILES][4];                            // gates of the token to come, two sequences a word
+    float h_initial[Tile::TILES][2], dh[Tile::TILES][2], dL[Tile::TILES][2], dbias[4];
+    float dy_back[Tile::TILES][2];  // through R, from the token after the current one
+    SlstmResets resets;
+    unsigned cut;  // sequences into whose token nothing flows back
+};
+
+// Lane l stores and writes gate l / 8 of sequence l % 8 of a tile. Sums: the messages of a panel lie by lane; one holds
+// two sequences of units g and g + 8 of the panel.
+template <typename Tile>
+__device__ __forceinline__ void slstm_backward_addresses(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
+    const SlstmPlace &p = f.p;
+    const int row = p.lane % 8, gate = p.lane / 8, T = job.shape.T, d = job.shape.d;
+    const size_t D = (size_t)job.shape.NH * d, last = ((size_t)(p.b0 + row) * T + T - 1) * D + (size_t)p.head * d;
+    const unsigned flip = chunk_flip(p.g);
+    f.ring = f.bars + Tile::AT_TRACE + p.warp * Tile::TRACE_BYTES + p.lane * 16;
+    f.docs = f.bars + Tile::AT_BACK_DOC + p.warp * Tile::DOC_BYTES;
+    f.own = f.bars + Tile::AT_D + row * Tile::D_PITCH + (((gate * Tile::WARPS + p.warp) ^ chunk_flip(row)) << 4);
+    f.d_even = f.bars + Tile::AT_D + p.g * Tile::D_PITCH + ((p.q ^ flip) << 4);
+    f.d_odd = f.bars + Tile::AT_D + p.g * Tile::D_PITCH + (((4 + p.q) ^ flip) << 4);
+    f.sums = f.bars + Tile::AT_SUMS + p.warp / 2 * 512 + p.lane * 16;
+    f.sums_half = 8 * (p.warp % 2 ^ (p.g >> 1 & 1));
+    f.bar = f.bars + 8 * (p.warp / 2);
+#pragma unroll
+    for (int i = 0; i < Tile::PANELS; i++) {
+        int slice = 2 * (i + 1) - p.warp % 2, peer = (p.rank + slice) % Tile::CTAS;
+        f.peer_sums[i] = peer_address(f.sums + slice % Tile::CTAS * Tile::SUMS_SLICE, peer);
+        f.peer_bar[i] = peer_address(f.bar, peer);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::TILES; i++) f.row_valid[i] = p.b0 + 8 * i + row < job.shape.B && p.first < d;
+    f.at = 4 * last + (size_t)gate * d + p.first;
+    f.other = (gate == 0 ? job.dy : job.saved.y_prev) + last + p.first;
+}
+
+// R, h that entered the first token, no gradients yet
+template <typename Tile>
+__device__ __forceinline__ void slstm_backward_load(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
+    constexpr int STEPS = Tile::BACK_STEPS, IN_SHARED = Tile::BACK_SHARED;
+    const SlstmPlace &p = f.p;
+    f.slots = f.bars + Tile::AT_BACK_R + p.warp * Tile::BACK_SHARED * 512 + p.lane * 16;
+#pragma unroll
+    for (int k = 0; k < Tile::BACK_HELD; k++)
+        f.held[k] = slstm_backward_weights<Tile>(job, p, (IN_SHARED + k) / STEPS, (IN_SHARED + k) % STEPS);
+    for (int k = 0; k < IN_SHARED; k++)
+        shared_store_vector(f.slots + k * 512, slstm_backward_weights<Tile>(job, p, k / STEPS, k % STEPS));
+#pragma unroll
+    for (int i = 0; i < Tile::TILES; i++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int b = p.b0 + 8 * i + 2 * p.q + e;
+            SlstmCell cell = {};
+            if (b < job.shape.B && p.unit < job.shape.d)
+                cell = load_cell(job.initial, b, (size_t)p.head * job.shape.d + p.unit);
+            f.h_initial[i][e] = cell.n != 0 ? cell.c / cell.n : 0.0f;
+            f.dh[i][e] = f.dL[i][e] = f.dy_back[i][e] = 0;
+        }
+    for (int m = 0; m < 4; m++) f.dbias[m] = 0;
+    f.resets = {0, 0};
+}
+
+// The ring of what the forward pass saved. k-th step: token T - 1 - k. Of each token and tile chunks [gate][sequence],
+// then dy (lanes below 8) and y_prev (the next 8).
+template <typename Tile>
+__device__ __forceinline__ unsigned slstm_ring_slot(const SlstmBackward<Tile> &f, int k, int i) {
+    return f.ring + k % Tile::BACK_RING * Tile::WARPS * Tile::TRACE_BYTES + i * Tile::TRACE_TILE;
+}
+template <typename Tile>  // of step k + ahead
+__device__ __forceinline__ void slstm_fetch(const SlstmBackward<Tile> &f, const SlstmJob<bf16> &job, int k, int ahead,
+                                            int i) {
+    const ptrdiff_t T = job.shape.T, D = (ptrdiff_t)job.shape.NH * job.shape.d;
+    const unsigned to = slstm_ring_slot(f, k + ahead, i);
+    if (k + ahead >= job.shape.T || !f.row_valid[i]) return;
+    prefetch_vector(to, job.saved.gates + f.at + (8 * i * T - ahead) * 4 * D);
+    if (f.p.lane < 16) prefetch_vector(to + Tile::AT_DY, f.other + (8 * i * T - ahead) * D);
+}
+
+// All of a step that can be made before the gradient of y arrives; dy is its part from above.
+template <typename Tile>
+__device__ __forceinline__ void slstm_prepare(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job, int k, int i,
+                                              SlstmBack (&back)[2], float2 &dy) {
+    unsigned now[4], two[2];
+    prefetch_wait<Tile::BACK_RING - 2>();
+    __syncwarp();
+    matrix_pair_load_transposed(two, slstm_ring_slot(f, k, i) + Tile::AT_DY);
+    dy = unpack_two(two[0]);
+    const float2 y_prev = unpack_two(two[1]);
+#pragma unroll
+    for (int m = 0; m < 4; m++) now[m] = f.saved[i][m];
+    ldmatrix_trans(f.saved[i], slstm_ring_slot(f, k + 1, i));
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        float v[4], o_prev;  // gates; the last one also of the token before
+#pragma unroll
+        for (int m = 0; m < 4; m++) v[m] = e ? unpack_two(now[m]).y : unpack_two(now[m]).x;
+        o_prev = e ? unpack_two(f.saved[i][3]).y : unpack_two(f.saved[i][3]).x;
+        float h_prev = (e ? y_prev.y : y_prev.x) * reciprocal_fast(o_prev);
+        back[e] = slstm_back(v[0], v[1], v[2], v[3], k == job.shape.T - 1 ? f.h_initial[i][e] : h_prev, f.dL[i][e]);
+        asm volatile(""  // made now, not after the wait
+                     : "+f"(back[e].to_i), "+f"(back[e].input_dL), "+f"(back[e].kept_dL), "+f"(back[e].to_z),
+                       "+f"(back[e].to_o));
+    }
+    slstm_fetch(f, job, k, Tile::BACK_RING, i);
+}
+
+// The sums that the last step sent here, added in order of the senders
+template <typename Tile>
+__device__ __forceinline__ void slstm_receive_sums(SlstmBackward<Tile> &f, int k, int i) {
+    const int slot = k & 1 ^ 1;
+    const unsigned from = f.sums + f.sums_half + slot * Tile::SUMS_SLOT + i * Tile::SUMS_TILE;
+    float2 part[Tile::CTAS];
+    barrier_wait(f.bar + Tile::sums_barrier(slot, i), (k - 1) >> 1 & 1);
+#pragma unroll
+    for (int s = 0; s < Tile::CTAS; s++) part[s] = shared_load_two(from + s * Tile::SUMS_SLICE);
+#pragma unroll
+    for (int s = 1; s < Tile::CTAS; s++) {
+        part[0].x += part[s].x;
+        part[0].y += part[s].y;
+    }
+    f.dy_back[i][0] = part[0].x;
+    f.dy_back[i][1] = part[0].y;
+}
+
+// dr of tile i, to the block's right operands
+template <typename Tile>
+__device__ __forceinline__ void slstm_make_dr(SlstmBackward<Tile> &f, int k, int i, const SlstmBack (&back)[2],
+                                              float2 dy) {
+    float dr[2][4];
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        bool cut = f.cut >> (8 * i + 2 * f.p.q + e) & 1;
+        slstm_finish_back(back[e], (e ? dy.y : dy.x) + (cut ? 0.0f : f.dy_back[i][e]), dr[e], &f.dh[i][e], &f.dL[i][e]);
+#pragma unroll
+        for (int m = 0; m < 4; m++) f.dbias[m] += dr[e][m];
+    }
+    matrices_store_transposed(f.own + (k & 1) * Tile::D_SLOT + i * Tile::D_TILE, pack_two(dr[0][0], dr[1][0]),
+                              pack_two(dr[0][1], dr[1][1]), pack_two(dr[0][2], dr[1][2]), pack_two(dr[0][3], dr[1][3]));
+}
+
+// R^T dr of the block's gates, a panel of units after the other, each sum to the block that owns the units. zero: a 0
+// that the compiler does not know. It lets products wait for earlier ones, whose sums are sent meanwhile.
+template <typename Tile>
+__device__ __forceinline__ void slstm_send_sums(SlstmBackward<Tile> &f, int k, int i, unsigned zero) {
+    constexpr int WARPS = Tile::WARPS, PANELS = Tile::PANELS, STEPS = Tile::BACK_STEPS, IN_SHARED = Tile::BACK_SHARED;
+    const int slot = k & 1;
+    const unsigned at = slot * Tile::SUMS_SLOT + i * Tile::SUMS_TILE;
+    uint4 v[WARPS];
+#pragma unroll
+    for (int group = 0; group < WARPS; group++)
+        v[group] = shared_load_vector((group % 2 ? f.d_odd : f.d_even) + slot * Tile::D_SLOT + i * Tile::D_TILE +
+                                      group / 2 * 128);
+    float total[4];
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++) {
+        if (panel > 0 && panel % Tile::TOGETHER == 0) {
+            const unsigned wait = __float_as_uint(total[0]) & zero;
+            v[0].x |= wait;
+            v[0].z |= wait;
+            v[1].x |= wait;
+            v[1].z |= wait;
+        }
+        float sum[4][4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            const int n = panel * STEPS + step;
+            uint4 w = n < IN_SHARED ? shared_load_vector(f.slots + n * 512) : f.held[n < IN_SHARED ? 0 : n - IN_SHARED];
+            const uint4 &part = v[step / 2];
+            mma_16x8x16(sum[step % 4], w, step % 2 ? part.z : part.x, step % 2 ? part.w : part.y);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) total[e] = (sum[0][e] + sum[1][e]) + (sum[2][e] + sum[3][e]);
+        if constexpr (Tile::CTAS == 1) {
+            f.dy_back[i][0] = total[0];
+            f.dy_back[i][1] = total[1];
+        } else {
+            uint4 message = make_uint4(__float_as_uint(total[0]), __float_as_uint(total[1]), __float_as_uint(total[2]),
+                                       __float_as_uint(total[3]));
+            if (panel == PANELS - 1 && f.p.warp % 2 == 0) shared_store_vector(f.sums + at, message);
+            else send_vector(f.peer_sums[panel] + at, message, f.peer_bar[panel] + Tile::sums_barrier(slot, i));
+        }
+    }
+    if (Tile::CTAS > 1 && f.p.warp % 2 == 0) {
+        __syncwarp();
+        if (f.p.lane == 0) barrier_arrive(f.bar + Tile::sums_barrier(slot, i));
+    }
+}
+
+// Sums of dr over the tokens and the group's sequences: first the thread's own, then over q.
+template <typename Tile>
+__device__ __forceinline__ void slstm_store_bias_sums(const SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
+    const SlstmPlace &p = f.p;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        float sum = f.dbias[m];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (p.q == 0 && p.unit < job.shape.d)
+            job.partial[(((size_t)p.group * job.shape.NH + p.head) * 4 + m) * job.shape.d + p.unit] = sum;
+    }
 }
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::THREADS, 1)
     slstm_cluster_backward_kernel(const __grid_constant__ SlstmJob<bf16> job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    constexpr int CTAS = Tile::CTAS, WARPS = Tile::WARPS, ROWS = Tile::ROWS, TILES = Tile::TILES, HALF = Tile::HALF;
-    constexpr int PANELS = Tile::PANELS, STEPS = Tile::BACK_STEPS, HELD = Tile::BACK_HELD, RING = Tile::BACK_RING;
-    constexpr int IN_SHARED = Tile::BACK_SHARED, CHAINS = Tile::BACK_CHAINS;
+    constexpr int CTAS = Tile::CTAS, ROWS = Tile::ROWS, TILES = Tile::TILES, RING = Tile::BACK_RING;
     extern __shared__ __align__(128) unsigned char slstm_cluster_shared[];
-    const int B = job.shape.B, T = job.shape.T, d = job.shape.d;
-    const size_t D = (size_t)job.shape.NH * d;
-    const SlstmPlace p = slstm_place<Tile>(job.shape);
-    const int lane = p.lane, warp = p.warp, g = p.g, q = p.q;
-    const unsigned bars = shared_address(slstm_cluster_shared);
+    const int T = job.shape.T;
+    const size_t D = (size_t)job.shape.NH * job.shape.d;
+    SlstmBackward<Tile> f;
+    f.p = slstm_place<Tile>(job.shape);
     slstm_backward_start<Tile>(slstm_cluster_shared);
+    f.bars = shared_address(slstm_cluster_shared);
+    slstm_backward_load(f, job);
+    slstm_backward_addresses(f, job);
 
-    uint4 held[HELD];  // fragment i * STEPS + k is of panel i and step k; the first ones are in shared memory
-    const unsigned slots = bars + Tile::AT_BACK_R + warp * IN_SHARED * 512 + lane * 16;
+    fetch_resets<ROWS>(f.docs, job, f.p.b0, T - f.p.lane);
+    for (int k = 0; k < RING; k++) {
 #pragma unroll
-    for (int k = 0; k < HELD; k++)
-        held[k] = slstm_backward_weights<Tile>(job, p, (IN_SHARED + k) / STEPS, (IN_SHARED + k) % STEPS);
-    for (int k = 0; k < IN_SHARED; k++)
-        shared_store_vector(slots + k * 512, slstm_backward_weights<Tile>(job, p, k / STEPS, k % STEPS));
-
-    // Addresses. dr: what lane l stores and writes to dx is gate l / 8 of sequence l % 8.
-    const int row = lane % 8, gate = lane / 8;
-    unsigned own = bars + Tile::AT_D + row * Tile::D_PITCH + (((gate * WARPS + warp) ^ chunk_flip(row)) << 4);
-    const unsigned flip = chunk_flip(g);
-    unsigned d_even = bars + Tile::AT_D + g * Tile::D_PITCH + ((q ^ flip) << 4);
-    unsigned d_odd = bars + Tile::AT_D + g * Tile::D_PITCH + (((4 + q) ^ flip) << 4);
-    // Sums: a panel's messages lie by lane; a message holds two sequences of units g and g + 8 of the panel.
-    unsigned sums = bars + Tile::AT_SUMS + warp / 2 * 512 + lane * 16;
-    const unsigned sums_half = 8 * (warp % 2 ^ (g >> 1 & 1));
-    unsigned peer_sums[PANELS], peer_bar[PANELS];
-#pragma unroll
-    for (int i = 0; i < PANELS; i++) {
-        int slice = 2 * (i + 1) - warp % 2, peer = (p.rank + slice) % CTAS;
-        peer_sums[i] = peer_address(sums + slice % CTAS * Tile::SUMS_SLICE, peer);
-        peer_bar[i] = peer_address(bars + 8 * (warp / 2), peer);
-    }
-
-    // The ring of what the forward pass saved: of each token chunks [gate][sequence], then dy (lanes below 8) and
-    // y_prev (the next 8) of 8 sequences.
-    const size_t last = ((size_t)(p.b0 + row) * T + T - 1) * D + (size_t)p.head * d,
-                 last_gate = 4 * last + gate * (size_t)d;
-    const bf16 *gates = job.saved.gates + last_gate + p.first;
-    const bf16 *other = (gate == 0 ? job.dy : job.saved.y_prev) + last + p.first;
-    bf16 *dx = job.dx + last_gate + p.first;
-    bool row_valid[TILES];
-#pragma unroll
-    for (int i = 0; i < TILES; i++) row_valid[i] = p.b0 + 8 * i + row < B && p.first < d;
-    unsigned ring = bars + Tile::AT_TRACE + warp * Tile::TRACE_BYTES + lane * 16;
-    const unsigned docs = bars + Tile::AT_BACK_DOC + warp * Tile::DOC_BYTES;
-    auto fetch = [&](int k) {  // of token T - 1 - k; is called for one token after the other
-        const unsigned to = ring + k % RING * WARPS * Tile::TRACE_BYTES;
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-            if (k < T && row_valid[i]) {
-                prefetch_vector(to + i * Tile::TRACE_TILE, gates + (size_t)8 * i * T * 4 * D);
-                if (gate < 2) prefetch_vector(to + i * Tile::TRACE_TILE + Tile::AT_DY, other + (size_t)8 * i * T * D);
-            }
-        gates -= 4 * D;
-        other -= D;
+        for (int i = 0; i < TILES; i++) slstm_fetch(f, job, 0, k, i);
         prefetch_end_group();
-    };
-    unsigned now[TILES][4], next[TILES][4];  // gates of two sequences a word
-    auto take = [&](int k) {
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-            ldmatrix_trans(next[i], ring + k % RING * WARPS * Tile::TRACE_BYTES + i * Tile::TRACE_TILE);
-    };
-    fetch_resets<ROWS>(docs, job, p.b0, T - lane);
-    for (int k = 0; k < RING; k++) fetch(k);
+    }
     prefetch_wait<RING - 1>();
     __syncwarp();
-    take(0);
-
-    float dh[TILES][2], dL[TILES][2], dbias[4] = {0, 0, 0, 0}, dy_back[TILES][2], h_initial[TILES][2];
-    SlstmResets resets = {0, 0};
 #pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int b = p.b0 + 8 * i + 2 * q + e;
-            SlstmCell cell = {};
-            if (b < B && p.unit < d) cell = load_cell(job.initial, b, (size_t)p.head * d + p.unit);
-            h_initial[i][e] = cell.n != 0 ? cell.c / cell.n : 0.0f;
-            dh[i][e] = dL[i][e] = dy_back[i][e] = 0;
-        }
-    unsigned bar = bars + 8 * (warp / 2);
-    // A 0 that the compiler does not know. It lets products wait for earlier ones, whose sums are sent meanwhile.
+    for (int i = 0; i < TILES; i++) ldmatrix_trans(f.saved[i], slstm_ring_slot(f, 0, i));
     const unsigned zero = (unsigned)job.shape.NH >> 31;
-    asm volatile("" : "+r"(own), "+r"(d_even), "+r"(d_odd), "+r"(sums), "+r"(ring), "+r"(bar));  // to be kept
+    // To be kept, not made again in each step
+    asm volatile("" : "+r"(f.own), "+r"(f.d_even), "+r"(f.d_odd), "+r"(f.sums), "+r"(f.ring), "+r"(f.bar));
     if (CTAS > 1) cluster_barrier();  // the barriers of all blocks are set up
 
 #pragma unroll 1
     for (int k = 0; k < T; k++) {
-        const int t = T - 1 - k, slot = k & 1;
         if (k % 32 == 0) {
-            resets = read_resets<ROWS>(docs + k / 32 % 2 * ROWS * 128, T - k - lane);
-            fetch_resets<ROWS>(docs + (k / 32 + 1) % 2 * ROWS * 128, job, p.b0, T - k - 32 - lane);
+            f.resets = read_resets<ROWS>(f.docs + k / 32 % 2 * ROWS * 128, T - k - f.p.lane);
+            fetch_resets<ROWS>(f.docs + (k / 32 + 1) % 2 * ROWS * 128, job, f.p.b0, T - k - 32 - f.p.lane);
         }
-        const unsigned cut = resets_at(resets, k % 32);  // nothing flows back from a token that begins a document
-        prefetch_wait<RING - 2>();
-        __syncwarp();
-        SlstmBack back[TILES][2];
-        float2 dy_here[TILES], y_prev[TILES];
+        f.cut = resets_at(f.resets, k % 32);
 #pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            unsigned two[2];
-            matrix_pair_load_transposed(
-                two, ring + k % RING * WARPS * Tile::TRACE_BYTES + i * Tile::TRACE_TILE + Tile::AT_DY);
-            dy_here[i] = unpack_two(two[0]);
-            y_prev[i] = unpack_two(two[1]);
-#pragma unroll
-            for (int m = 0; m < 4; m++) now[i][m] = next[i][m];
+        for (int i = 0; i < TILES; i++) {  // while sums of one tile are on their way, the warp works for the other
+            SlstmBack back[2];
+            float2 dy;
+            slstm_prepare(f, job, k, i, back, dy);
+            if (CTAS > 1 && k > 0) slstm_receive_sums(f, k, i);
+            slstm_make_dr(f, k, i, back, dy);
+            __syncthreads();  // dr is complete; of two steps ago it was read before the last step's barrier
+            if (CTAS > 1 && k > 0 && f.p.warp % 2 == 0 && f.p.lane == 0)  // for the sums of step k + 1
+                barrier_arrive_expect(f.bar + Tile::sums_barrier(k & 1 ^ 1, i), Tile::SUMS_EXPECTED);
+            if (k < T - 1) slstm_send_sums(f, k, i, zero);
+            if (f.row_valid[i])
+                *(uint4 *)(job.dx + f.at + 8 * i * T * 4 * D) =
+                    shared_load_vector(f.own + (k & 1) * Tile::D_SLOT + i * Tile::D_TILE);
         }
-        take(k + 1);
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float v[4], o_prev;  // gates; the last one also of the token before
-#pragma unroll
-                for (int m = 0; m < 4; m++) v[m] = e ? unpack_two(now[i][m]).y : unpack_two(now[i][m]).x;
-                o_prev = e ? unpack_two(next[i][3]).y : unpack_two(next[i][3]).x;
-                float h_prev = (e ? y_prev[i].y : y_prev[i].x) * reciprocal_fast(o_prev);
-                back[i][e] = slstm_back(v[0], v[1], v[2], v[3], t == 0 ? h_initial[i][e] : h_prev, dL[i][e]);
-                asm volatile(""  // made now, not after the wait
-                             : "+f"(back[i][e].to_i), "+f"(back[i][e].input_dL), "+f"(back[i][e].kept_dL),
-                               "+f"(back[i][e].to_z), "+f"(back[i][e].to_o));
-            }
-        fetch(k + RING);
-
-        if (CTAS > 1 && k > 0) {
-            const unsigned from = sums + (slot ^ 1) * Tile::SUMS_SLOT + sums_half;
-            barrier_wait(bar + (slot ^ 1) * 8 * HALF, (k - 1) >> 1 & 1);
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                float2 part[CTAS];
-#pragma unroll
-                for (int s = 0; s < CTAS; s++)
-                    part[s] = shared_load_two(from + s * Tile::SUMS_SLICE + i * Tile::SUMS_TILE);
-#pragma unroll
-                for (int s = 1; s < CTAS; s++) {
-                    part[0].x += part[s].x;
-                    part[0].y += part[s].y;
-                }
-                dy_back[i][0] = part[0].x;
-                dy_back[i][1] = part[0].y;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            float dr[2][4];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float all = (e ? dy_here[i].y : dy_here[i].x) + (cut >> (8 * i + 2 * q + e) & 1 ? 0.0f : dy_back[i][e]);
-                slstm_finish_back(back[i][e], all, dr[e], &dh[i][e], &dL[i][e]);
-#pragma unroll
-                for (int m = 0; m < 4; m++) dbias[m] += dr[e][m];
-            }
-            matrices_store_transposed(own + slot * Tile::D_SLOT + i * Tile::D_TILE, pack_two(dr[0][0], dr[1][0]),
-                                      pack_two(dr[0][1], dr[1][1]), pack_two(dr[0][2], dr[1][2]),
-                                      pack_two(dr[0][3], dr[1][3]));
-        }
-        __syncthreads();  // dr is complete; of two steps ago it was read before the last step's barrier
-        if (CTAS > 1 && k > 0 && warp % 2 == 0 && lane == 0)  // for the sums of step k + 1
-            barrier_arrive_expect(bar + (slot ^ 1) * 8 * HALF, (CTAS - 1) * TILES * 512);
-
-        if (t > 0) {
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                uint4 v[WARPS];
-#pragma unroll
-                for (int group = 0; group < WARPS; group++)
-                    v[group] = shared_load_vector((group % 2 ? d_odd : d_even) + slot * Tile::D_SLOT +
-                                                  i * Tile::D_TILE + group / 2 * 128);
-                float total[4];
-#pragma unroll
-                for (int panel = 0; panel < PANELS; panel++) {
-                    if (panel > 0 && panel % Tile::TOGETHER == 0) {
-                        const unsigned wait = __float_as_uint(total[0]) & zero;
-                        v[0].x |= wait;
-                        v[0].z |= wait;
-                        v[1].x |= wait;
-                        v[1].z |= wait;
-                    }
-                    float sum[CHAINS][4] = {};
-#pragma unroll
-                    for (int step = 0; step < STEPS; step++) {
-                        const int f = panel * STEPS + step;
-                        uint4 w = f < IN_SHARED ? shared_load_vector(slots + f * 512)
-                                                : held[f < IN_SHARED ? 0 : f - IN_SHARED];
-                        const uint4 &part = v[step / 2];
-                        mma_16x8x16(sum[step % CHAINS], w, step % 2 ? part.z : part.x, step % 2 ? part.w : part.y);
-                    }
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        total[e] = CHAINS == 4 ? (sum[0][e] + sum[1][e]) + (sum[2 % CHAINS][e] + sum[3 % CHAINS][e])
-                                               : sum[0][e] + sum[1][e];
-                    if constexpr (CTAS == 1) {
-                        dy_back[i][0] = total[0];
-                        dy_back[i][1] = total[1];
-                    } else {
-                        uint4 message = make_uint4(__float_as_uint(total[0]), __float_as_uint(total[1]),
-                                                   __float_as_uint(total[2]), __float_as_uint(total[3]));
-                        const unsigned at = slot * Tile::SUMS_SLOT + i * Tile::SUMS_TILE;
-                        if (panel == PANELS - 1 && warp % 2 == 0) shared_store_vector(sums + at, message);
-                        else send_vector(peer_sums[panel] + at, message, peer_bar[panel] + slot * 8 * HALF);
-                    }
-                }
-            }
-            if (CTAS > 1 && warp % 2 == 0) {
-                __syncwarp();
-                if (lane == 0) barrier_arrive(bar + slot * 8 * HALF);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-            if (row_valid[i])
-                *(uint4 *)(dx + (size_t)8 * i * T * 4 * D) =
-                    shared_load_vector(own + slot * Tile::D_SLOT + i * Tile::D_TILE);
-        dx -= 4 * D;
+        prefetch_end_group();
+        f.at -= 4 * D;
+        f.other -= D;
     }
-    // Sums of dr over the tokens and sequences: first the thread's own, then over q.
-#pragma unroll
-    for (int m = 0; m < 4; m++) {
-        dbias[m] += __shfl_xor_sync(0xffffffffu, dbias[m], 1);
-        dbias[m] += __shfl_xor_sync(0xffffffffu, dbias[m], 2);
-        if (q == 0 && p.unit < d)
-            job.partial[(((size_t)p.group * job.shape.NH + p.head) * 4 + m) * d + p.unit] = dbias[m];
-    }
+    slstm_store_bias_sums(f, job);
 #endif
 }
 
