@@ -874,7 +874,7 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     scratch->partial = take<float>(a, mlstm_gates_partial_floats(s));
     if (scan) {
         scratch->anchor =
-            take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, SCAN_ANCHOR));
+            take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, MLSTM_SPAN));
         scratch->segments = take<float>(a, scan_segments_floats(s));
         scratch->segments_back = take<float>(a, scan_segments_floats(s));
         return;

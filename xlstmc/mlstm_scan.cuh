@@ -35,7 +35,7 @@
 #include "mma.cuh"
 
 enum { SCAN_H, SCAN_DQ, SCAN_DK, SCAN_DV };
-enum { SCAN_THREADS = 384, SCAN_BORDER = SCAN_ANCHOR / SCAN_CHUNK };  // chunks from one snapshot of C to the next
+enum { SCAN_THREADS = 384, SCAN_BORDER = MLSTM_SPAN / SCAN_CHUNK };  // chunks from one snapshot of C to the next
 
 template <int MODE_, int A_, int W_, bool LOCAL_>
 struct Scan {
@@ -47,7 +47,7 @@ struct Scan {
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                        // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                              // columns of M^T a warpgroup
     static constexpr int X_BYTES = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;    // of a tile of 64 tokens
-    static constexpr int STAGES = A * 2 + W <= 320 ? 3 : 2;  // what shared memory holds
+    static constexpr int STAGES = LOCAL || A * 2 + W <= 320 ? 3 : 2;  // what shared memory holds
     static constexpr int X_STAGES = LOCAL ? 0 : A <= 384 ? STAGES : 1, YZ_STAGES = A <= 256 ? STAGES : 1;
     static constexpr int X_AHEAD = X_STAGES > 1 ? X_STAGES - 1 : 1, YZ_AHEAD = YZ_STAGES > 1 ? YZ_STAGES - 1 : 1;
     static constexpr int LIGHT_WARP = REVERSE ? 3 : 0;  // of the scores: its rows see the fewest columns; it also loads
@@ -71,9 +71,9 @@ struct ScanArgs {
     MlstmState initial, final;  // of the whole sequence; C == NULL: zeros, not wanted
     float *segments;            // [P][B][NH dk dv + NH dk] states entering each segment; NULL: one segment
     int segment_chunks;
-    uint32_t *snapshots;  // C where every 8th chunk begins, in the order of the threads' registers: H writes, dV reads
+    uint32_t *snapshots;  // C where a span begins, in the order of the threads' registers: H writes, dV reads
     float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK reads
-    float *anchor;        // [tiles][B, NH, ceil(T / 512)] shares of <C, dC> + <n, dn> at the ends of 512 tokens
+    float *anchor;        // [tiles][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     int anchor_tile;      // the first one of this kernel
     float *dot_out;       // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded
 };
@@ -336,7 +336,7 @@ __device__ __forceinline__ void scan_update_n(ScanShared<S> *sh, int it, float d
     }
 }
 
-// At every 8th border: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
+// Between spans: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
 template <class S>
 __device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh,
                                               const float *vector, int c) {
@@ -516,7 +516,7 @@ __device__ __forceinline__ void scan_store_state(const ScanArgs &p, const ScanPl
     scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { *scan_element<S>(C, p.s, w, a) = x; });
 }
 
-// At every 8th border: H keeps its registers in bf16; dV, whose registers lie the same way, adds <C, dC> of its part.
+// Between spans: H keeps its registers in bf16; dV, whose registers lie the same way, adds <C, dC> of its part.
 template <class S>
 __device__ __forceinline__ void scan_border_state(const ScanArgs &p, const ScanPlace &at, int wg, ScanShared<S> *sh,
                                                   const float (&M)[S::BLOCKS][S::AW / 2], int c) {
@@ -985,7 +985,7 @@ static void mlstm_scan_forward(const MlstmShape &s, const MlstmInput<bf16> &in, 
 typedef struct {                // of the backward pass
     const float *inv_den, *ds;  // [B, NH, T]
     float *q_dq, *k_dk;         // [ceil(dk / 64)][B, NH, T]
-    float *anchor;              // [scan_anchor_tiles][B, NH, ceil(T / 512)]
+    float *anchor;              // [scan_anchor_tiles][B, NH, spans]
     float *segments, *segments_back;
 } ScanScratch;
 
