@@ -12,43 +12,17 @@
 // of step s, which every peer sent only after it had received all of step s - 1, whose half is now overwritten.
 // Numbers count from 1 in each launch, from a buffer of zeros. All blocks must run at once: launches are cooperative.
 //
-// Bytes a token and unit: forward 4 F in, 6 F + 12 out; backward 5 F + 12 in, 4 F out (F = 2 or 4). The kernels are
+// Bytes a token and unit: forward 4 F in, 6 F out; backward 6 F in, 4 F out (F = 2 or 4). The kernels are
 // bound by the latency of a step, not by these.
 #ifndef XLSTMC_SLSTM_CUH
 #define XLSTMC_SLSTM_CUH
 
-#include "cuda_util.cuh"
-
-typedef struct {
-    int B, T, NH, d;
-} SlstmShape;
-
-typedef struct {           // states of B sequences, `row` elements apart; y == NULL: zeros, or not wanted
-    float *y, *c, *n, *m;  // [B][NH * d]
-    size_t row;
-} SlstmState;
-
-template <typename F>
-struct SlstmSaved {  // what the backward pass needs
-    F *gates;        // [B, T, NH, 4, d]: I, sig(-r_f), z, o
-    F *y_prev;       // [B, T, NH, d]: the output that entered each step
-    float *forget;   // [B, T, NH, d]: F; in fp32 because gradients are multiplied with it step after step
-    float *c, *n;    // [B, T, NH, d]
-};
+#include "slstm_cell.cuh"
+#include "slstm_hopper.cuh"
 
 typedef struct {  // may be shared by all layers whose kernels do not run at the same time
     uint64_t *exchange;
 } SlstmScratch;
-
-template <typename F>
-static void slstm_take_saved(Arena *a, const SlstmShape *s, SlstmSaved<F> *saved) {
-    size_t cells = (size_t)s->B * s->T * s->NH * s->d;
-    saved->gates = take<F>(a, 4 * cells);
-    saved->y_prev = take<F>(a, cells);
-    saved->forget = take<float>(a, cells);
-    saved->c = take<float>(a, cells);
-    saved->n = take<float>(a, cells);
-}
 
 enum { SLSTM_THREADS = 256, SLSTM_WARPS = SLSTM_THREADS / 32 };
 
@@ -78,23 +52,6 @@ struct SlstmTile {
         return SHARE == 2 ? tid / 32 * 16 + tid % 16 : i * SLSTM_THREADS + tid;
     }
     static __device__ int share() { return SHARE == 2 ? threadIdx.x % 32 / 16 : 0; }
-};
-
-template <typename F>
-struct SlstmJob {  // arguments of both kernels
-    SlstmShape shape;
-    int ctas, resident;    // blocks a team; fragments of R that a warp has in shared memory
-    const F *R;            // [NH, d, 4d]
-    const int *doc_start;  // [B, T]
-    SlstmState initial, final;
-    SlstmSaved<F> saved;
-    uint64_t *exchange;  // [teams][2] halves
-    const F *x;          // [B, T, NH, 4, d]
-    const float *bias;   // [NH, 4, d]
-    F *y;                // [B, T, NH, d]
-    const F *dy;         // [B, T, NH, d]
-    F *dx;               // [B, T, NH, 4, d]
-    float *partial;      // [groups, NH, 4, d] sums of dx
 };
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -219,13 +176,6 @@ __device__ inline Fragment<F> load_fragment(const uint4 *slot) {
     return f;
 }
 
-__device__ inline void mma_16x8x16(float *c, uint4 a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-
 // acc += a times the 16 x BC whose columns start at b, ld apart.
 template <int BC>
 __device__ inline void multiply(float *acc, const Fragment<bf16> &a, const bf16 *b, int ld) {
@@ -283,23 +233,6 @@ __device__ inline SlstmPair slstm_pair(int i, const SlstmShape &s, int head, int
 // ----------------------------------------------------------------------------------------------------------------
 // Forward
 
-struct SlstmCell {
-    float y, c, n, m;
-};
-__device__ inline SlstmCell load_cell(const SlstmState &from, int b, size_t at) {
-    if (!from.y) return SlstmCell{};
-    at += b * from.row;
-    return {from.y[at], from.c[at], from.n[at], from.m[at]};
-}
-__device__ inline void store_cell(const SlstmState &to, int b, size_t at, const SlstmCell &s) {
-    if (!to.y) return;
-    at += b * to.row;
-    to.y[at] = s.y;
-    to.c[at] = s.c;
-    to.n[at] = s.n;
-    to.m[at] = s.m;
-}
-
 // exp, log(1 + x) for 0 <= x <= 1, tanh and division. In bf16 mode those of the hardware: absolute errors of 1e-7 in
 // numbers whose inputs were rounded to 3 digits.
 template <typename F>
@@ -319,22 +252,22 @@ __device__ inline float slstm_tanh(float x) {
     return sizeof(F) == 2 ? 1 - __fdividef(2.0f, 1 + __expf(2 * x)) : tanhf(x);
 }
 
-// One step of one unit: r are the pre-activations; gates I, sig(-r_f), z, o and the forget gate F are kept.
+// One step of one unit: r are the pre-activations; gates are as they are saved.
 template <typename F>
-__device__ inline void slstm_step(SlstmCell *s, const float *r, float *gates, float *forget) {
+__device__ inline void slstm_step(SlstmCell *s, const float *r, float *gates) {
     float e = slstm_exp<F>(-fabsf(r[1]));
     float lf = (r[1] < 0 ? r[1] : 0) - slstm_log1p<F>(e);  // log sig(r_f)
     float lfm = s->m + lf;
     float m = s->n == 0 ? r[0] : (r[0] > lfm ? r[0] : lfm);
-    gates[0] = slstm_exp<F>(r[0] - m);
+    float I = slstm_exp<F>(r[0] - m), forget = s->n == 0 ? 0 : slstm_exp<F>((s->m - m) + lf), kept = forget * s->n;
     gates[1] = slstm_divide<F>(r[1] < 0 ? 1 : e, 1 + e);
     gates[2] = slstm_tanh<F>(r[2]);
     gates[3] = slstm_divide<F>(1.0f, 1 + slstm_exp<F>(-r[3]));
-    *forget = s->n == 0 ? 0 : slstm_exp<F>((s->m - m) + lf);
-    s->c = *forget * s->c + gates[0] * gates[2];
-    s->n = *forget * s->n + gates[0];
+    s->c = forget * s->c + I * gates[2];
+    s->n = kept + I;
     s->m = m;
     s->y = slstm_divide<F>(gates[3] * s->c, s->n);
+    gates[0] = slstm_share(slstm_divide<F>(I, s->n), slstm_divide<F>(kept, s->n));
 }
 
 // Sends y of the thread's pairs to the team: words [BC, K] in fp32, [BC, K / 2] in bf16, where even units send for two.
@@ -369,18 +302,13 @@ __device__ inline void multiply_outputs(float *products, const F *y, int ld, int
         acc, [&](int row, int column, float sum) { products[column * Tile::ROW + row / 8 * Tile::U + row % 8] = sum; });
 }
 
-// What to keep of a token: called after slstm_step, with the cell as it left the step.
+// What to keep of a token
 template <typename F>
-__device__ inline void store_step(const SlstmJob<F> &job, size_t cell, int unit, const SlstmCell &s, const float *gates,
-                                  float forget) {
+__device__ inline void store_step(const SlstmJob<F> &job, size_t cell, int unit, float y, const float *gates) {
     int d = job.shape.d;
-    size_t at = cell * d + unit;
-    job.y[at] = from_float<F>(s.y);
+    job.y[cell * d + unit] = from_float<F>(y);
 #pragma unroll
     for (int g = 0; g < 4; g++) job.saved.gates[(cell * 4 + g) * d + unit] = from_float<F>(gates[g]);
-    job.saved.forget[at] = forget;
-    job.saved.c[at] = s.c;
-    job.saved.n[at] = s.n;
 }
 
 template <typename Tile, typename F = typename Tile::F>
@@ -474,8 +402,7 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_forward_kernel(const S
                                    slots, job.resident, weights);
             __syncthreads();  // products are complete, and y_all has been read
 
-            SlstmCell left[P];
-            float gates[P][4], forget[P];
+            float left[P], gates[P][4];  // left: y, which a reset takes out of the cell
 #pragma unroll
             for (int i = 0; i < P; i++) {
                 const float *sums = products + Tile::pair(i) / U * Tile::ROW + Tile::pair(i) % U;
@@ -486,15 +413,14 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_forward_kernel(const S
 #pragma unroll
                     for (int k = 0; k < Tile::SPLITS; k++) r[g] += sums[k * BC * Tile::ROW + g * U];
                 }
-                slstm_step<F>(&cell[i], r, gates[i], &forget[i]);
-                left[i] = cell[i];
+                slstm_step<F>(&cell[i], r, gates[i]);
+                left[i] = cell[i].y;
                 if (t + 1 < T && doc_next[i] == t + 1) cell[i] = SlstmCell{};
             }
             if (t + 1 < T) hand_over(t + 1);
 #pragma unroll
             for (int i = 0; i < P; i++)
-                if (pair[i].valid && Tile::share() == 0)
-                    store_step(job, index(i, t), pair[i].unit, left[i], gates[i], forget[i]);
+                if (pair[i].valid && Tile::share() == 0) store_step(job, index(i, t), pair[i].unit, left[i], gates[i]);
         }
 #pragma unroll
         for (int i = 0; i < P; i++)
@@ -508,49 +434,37 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_forward_kernel(const S
 
 template <typename F>
 struct SlstmTrace {  // what one step back reads, for a pair
-    F gates[4], dy;
-    float forget, c_prev, n_prev;  // c, n that entered the step, were it not for a reset
+    F gates[4], o_prev, y_prev, dy;
+    float h_prev;  // of the initial state; other tokens have y_prev / o_prev
     int doc_start;
 };
-
-// One step back of one unit. All that it makes is linear in dy, the gradient of y, which arrives last: results are
-// base + slope * dy, for dr of the four gates and for dc, dn of the states that entered the step. dc, dn: of those that
-// left it, without y's part; c, n: these states. fresh: the token begins a document.
-struct SlstmLinear {
-    float base[6], slope[6];
-};
-template <typename F>
-__device__ inline SlstmLinear slstm_step_back(const SlstmTrace<F> &s, int fresh, float dc, float dn, float c, float n) {
-    float I = to_float(s.gates[0]), sig_minus = to_float(s.gates[1]);
-    float z = to_float(s.gates[2]), o = to_float(s.gates[3]);
-    float c_prev = fresh ? 0 : s.c_prev, n_prev = fresh ? 0 : s.n_prev;
-    float o_n = o / n, y = o_n * c, y_n = y / n, to_f = s.forget * sig_minus, to_z = I * (1 - z * z);
-    return {{I * (z * dc + dn), to_f * (c_prev * dc + n_prev * dn), to_z * dc, 0, s.forget * dc, s.forget * dn},
-            {I * (z * o_n - y_n), to_f * (c_prev * o_n - n_prev * y_n), to_z * o_n, (1 - o) * y, s.forget * o_n,
-             -s.forget * y_n}};
-}
 
 // What the step of token t back reads, for a pair.
 template <typename F>
 __device__ inline SlstmTrace<F> load_trace(const SlstmJob<F> &job, const SlstmPair &p, int head, int t) {
     int d = job.shape.d;
-    size_t width = (size_t)job.shape.NH * d, token = (size_t)p.b * job.shape.T + t;
-    size_t at = token * width + (size_t)head * d + p.unit;
+    size_t token = (size_t)p.b * job.shape.T + t, cell = token * job.shape.NH + head, at = cell * d + p.unit;
     SlstmTrace<F> s;
 #pragma unroll
-    for (int g = 0; g < 4; g++) s.gates[g] = job.saved.gates[4 * (at - p.unit) + g * d + p.unit];
+    for (int g = 0; g < 4; g++) s.gates[g] = job.saved.gates[(4 * cell + g) * d + p.unit];
+    s.o_prev = from_float<F>(0.0f);
+    s.y_prev = job.saved.y_prev[at];
     s.dy = job.dy[at];
-    s.forget = job.saved.forget[at];
+    s.h_prev = 0;
     s.doc_start = job.doc_start[token];
     if (t > 0) {
-        s.c_prev = job.saved.c[at - width];
-        s.n_prev = job.saved.n[at - width];
+        s.o_prev = job.saved.gates[(4 * (cell - job.shape.NH) + 3) * d + p.unit];
     } else {
         SlstmCell initial = load_cell(job.initial, p.b, (size_t)head * d + p.unit);
-        s.c_prev = initial.c;
-        s.n_prev = initial.n;
+        if (initial.n != 0) s.h_prev = initial.c / initial.n;
     }
     return s;
+}
+template <typename F>
+__device__ inline SlstmBack slstm_step_back(const SlstmTrace<F> &s, float dL) {
+    float o_prev = to_float(s.o_prev), h_prev = o_prev > 0 ? slstm_divide<F>(to_float(s.y_prev), o_prev) : s.h_prev;
+    return slstm_back(to_float(s.gates[0]), to_float(s.gates[1]), to_float(s.gates[2]), to_float(s.gates[3]), h_prev,
+                      dL);
 }
 
 // Sums of dr over the sequences of the task, to partial[group, head]. sums: [BC, 4U] in shared memory
@@ -648,23 +562,17 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
 
         SlstmPair pair[P];
         SlstmTrace<F> next[P];  // of the token to come, asked for a whole step before it is needed
-        float dc[P] = {0}, dn[P] = {0}, dbias[P][4] = {0}, c[P], n[P];
+        float dh[P] = {0}, dL[P] = {0}, dbias[P][4] = {0};
         int fresh[P] = {0};  // the token after the current one
 #pragma unroll
         for (int i = 0; i < P; i++) {
             pair[i] = slstm_pair<Tile>(i, job.shape, head, b0);
-            next[i] = {};
-            c[i] = 0;
-            n[i] = next[i].n_prev = 1;  // pairs that are not there: all their gradients are zero
-            if (!pair[i].valid) continue;
-            size_t last = (((size_t)pair[i].b * T + T - 1) * NH + head) * d + pair[i].unit;
-            next[i] = load_trace(job, pair[i], head, T - 1);
-            c[i] = job.saved.c[last];
-            n[i] = job.saved.n[last];
+            next[i] = {};  // pairs that are not there: all their gradients are zero
+            if (pair[i].valid) next[i] = load_trace(job, pair[i], head, T - 1);
         }
 
         for (int t = T - 1; t >= 0; t--) {
-            SlstmLinear back[P];
+            SlstmBack back[P];
             float dy_here[P], dy[P] = {0}, dr[P][4];
             int cut[P];
 #pragma unroll
@@ -674,9 +582,7 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
                 cut[i] = fresh[i];  // nothing flows back from a token that begins a document
                 fresh[i] = now.doc_start == t && pair[i].valid;
                 dy_here[i] = to_float(now.dy);
-                back[i] = slstm_step_back(now, fresh[i], dc[i], dn[i], c[i], n[i]);
-                c[i] = now.c_prev;
-                n[i] = now.n_prev;
+                back[i] = slstm_step_back(now, dL[i]);
             }
             if (t < T - 1)
                 receive_gradients<Tile>(dy, exchange + step % 2 * half + (size_t)blockIdx.x * ctas * BC * U, ctas,
@@ -684,16 +590,13 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
             F *dr_now = dr_all + t % 2 * BC * Tile::GATES;
 #pragma unroll
             for (int i = 0; i < P; i++) {
-                float dy_all = dy_here[i] + (cut[i] ? 0 : dy[i]);
+                slstm_finish_back(back[i], dy_here[i] + (cut[i] ? 0 : dy[i]), dr[i], &dh[i], &dL[i]);
                 F *row = dr_now + Tile::pair(i) / U * Tile::GATES + Tile::pair(i) % U;
 #pragma unroll
                 for (int g = 0; g < 4; g++) {
-                    dr[i][g] = back[i].base[g] + back[i].slope[g] * dy_all;
                     dbias[i][g] += dr[i][g];
                     row[g * U] = from_float<F>(dr[i][g]);
                 }
-                dc[i] = back[i].base[4] + back[i].slope[4] * dy_all;
-                dn[i] = back[i].base[5] + back[i].slope[5] * dy_all;
             }
             if (t > 0) {
                 __syncthreads();  // dr_now is complete; two steps ago it was read before the last step's barrier
@@ -800,15 +703,25 @@ static void slstm_take_scratch(Arena *a, const SlstmShape *s, SlstmScratch *scra
 MAYBE_UNUSED
 static size_t slstm_partial_size(const SlstmShape *s) { return (size_t)ceil_div(s->B, 8) * 4 * s->NH * s->d; }
 
+// Runs one pass, with clusters if it can. Returns the sequences of a group.
 template <typename F>
-static void slstm_launch(const SlstmPlan *p, SlstmJob<F> *job, SlstmScratch *scratch, cudaStream_t stream) {
-    job->ctas = p->ctas;
-    job->resident = p->resident;
+static int slstm_run(SlstmJob<F> *job, int backward, SlstmScratch *scratch, cudaStream_t stream) {
+    if constexpr (sizeof(F) == 2) {
+        SlstmClusterPlan clusters = slstm_cluster_plan(&job->shape, backward);
+        if (clusters.kernels) {
+            slstm_cluster_launch(&clusters, backward, job, stream);
+            return clusters.kernels->rows;
+        }
+    }
+    SlstmPlan plan = slstm_plan<F>(&job->shape, backward);
+    job->ctas = plan.ctas;
+    job->resident = plan.resident;
     job->exchange = scratch->exchange;
-    if (p->exchange) CUDA_CHECK(cudaMemsetAsync(scratch->exchange, 0, p->exchange, stream));
+    if (plan.exchange) CUDA_CHECK(cudaMemsetAsync(scratch->exchange, 0, plan.exchange, stream));
     void *arguments[] = {job};
-    CUDA_CHECK(cudaLaunchCooperativeKernel(p->kernel, dim3(p->ctas, p->teams), dim3(SLSTM_THREADS), arguments,
-                                           p->shared, stream));
+    CUDA_CHECK(cudaLaunchCooperativeKernel(plan.kernel, dim3(plan.ctas, plan.teams), dim3(SLSTM_THREADS), arguments,
+                                           plan.shared, stream));
+    return plan.rows;
 }
 
 // x [B, T, NH, 4, d] pre-activations from the input, before the bias; R [NH, d, 4d]; bias [NH, 4, d]; doc_start [B, T];
@@ -817,7 +730,6 @@ template <typename F>
 static void slstm_forward(const SlstmShape *s, const F *x, const F *R, const float *bias, const int *doc_start,
                           SlstmState initial, SlstmState final, F *y, SlstmSaved<F> *saved, SlstmScratch *scratch,
                           cudaStream_t stream) {
-    SlstmPlan plan = slstm_plan<F>(s, 0);
     SlstmJob<F> job = {};
     job.shape = *s;
     job.R = R;
@@ -828,7 +740,7 @@ static void slstm_forward(const SlstmShape *s, const F *x, const F *R, const flo
     job.x = x;
     job.bias = bias;
     job.y = y;
-    slstm_launch(&plan, &job, scratch, stream);
+    slstm_run(&job, 0, scratch, stream);
 }
 
 // dy [B, T, NH, d]; dx [B, T, NH, 4, d] out, the gradient of x. dbias [NH, 4, d] is added to. The caller adds y_prev^T
@@ -837,7 +749,6 @@ template <typename F>
 static void slstm_backward(const SlstmShape *s, const F *R, SlstmSaved<F> *saved, const F *dy, const int *doc_start,
                            SlstmState initial, F *dx, float *dbias, float *partial, SlstmScratch *scratch,
                            cudaStream_t stream) {
-    SlstmPlan plan = slstm_plan<F>(s, 1);
     SlstmJob<F> job = {};
     job.shape = *s;
     job.R = R;
@@ -847,8 +758,8 @@ static void slstm_backward(const SlstmShape *s, const F *R, SlstmSaved<F> *saved
     job.dy = dy;
     job.dx = dx;
     job.partial = partial;
-    slstm_launch(&plan, &job, scratch, stream);
-    add_partials(dbias, partial, ceil_div(s->B, plan.rows), (size_t)4 * s->NH * s->d, stream);
+    int rows = slstm_run(&job, 1, scratch, stream);
+    add_partials(dbias, partial, ceil_div(s->B, rows), (size_t)4 * s->NH * s->d, stream);
 }
 
 #endif

@@ -1,4 +1,5 @@
-// bench_slstm.cu: microseconds a time step of the sLSTM kernels in bf16, forward alone and forward with backward.
+// bench_slstm.cu: microseconds a time step of the sLSTM kernels in bf16, forward alone and forward with backward: those
+// that exchange through L2, every kind of cluster that holds the head, and what the plan chooses.
 //
 //   bench_slstm [NH,d,B,T ...]      e.g. bench_slstm 4,192,16,1024
 //   build:  nvcc -std=c++17 -O2 -arch=native dev/bench/bench_slstm.cu -o build/bench_slstm
@@ -69,6 +70,18 @@ static float measure(Buffers *u, int backward) {
     return (times[RUNS / 2 - 1] + times[RUNS / 2]) / 2;
 }
 
+// Clusters: blocks x warps x sequences, at once of all. Otherwise: blocks a head x teams, passes.
+static void print_plan(const SlstmClusterPlan *clusters, SlstmPlan plan) {
+    const SlstmClusterKernels *k = clusters->kernels;
+    char text[64];
+    if (k)
+        snprintf(text, sizeof text, "%dx%dx%d, %d of %d%s", k->ctas, k->warps, k->rows,
+                 clusters->active < clusters->tasks ? clusters->active : clusters->tasks, clusters->tasks,
+                 clusters->shared < 114 * 1024 ? ", two a multiprocessor" : "");
+    else snprintf(text, sizeof text, "%d x %d, %d", plan.ctas, plan.teams, plan.passes);
+    printf(" %-26s", text);
+}
+
 static void bench_slstm(const char *shape) {
     Buffers u = {};
     SlstmShape *s = &u.shape;
@@ -84,18 +97,29 @@ static void bench_slstm(const char *shape) {
     fill(u.R, (size_t)4 * s->NH * s->d * s->d, 2, 0.7f / sqrtf((float)s->d));
     fill(u.dy, cells, 3, 1.0f);
 
-    float forward = 1000 * measure(&u, 0) / s->T, both = 1000 * measure(&u, 1) / s->T;
-    SlstmPlan f = slstm_plan<bf16>(s, 0), b = slstm_plan<bf16>(s, 1);
-    printf(
-        "NH %d, d %d, B %d, T %d: forward %.2f us a step (%d blocks a head x %d, %d passes), "
-        "forward and backward %.2f (%d x %d, %d)\n",
-        s->NH, s->d, s->B, s->T, forward, f.ctas, f.teams, f.passes, both, b.ctas, b.teams, b.passes);
+    printf("NH %d, d %d, B %d, T %d\n", s->NH, s->d, s->B, s->T);
+    for (int choice = SLSTM_NO_CLUSTER; choice < SLSTM_CLUSTERS; choice++) {
+        slstm_cluster_choice = choice;
+        SlstmClusterPlan f = slstm_cluster_plan(s, 0), b = slstm_cluster_plan(s, 1);
+        if (choice >= 0 && !f.kernels && !b.kernels) continue;
+        if (choice >= 0 && 8 * slstm_cluster_table()[choice].ctas * slstm_cluster_table()[choice].warps > 2 * s->d)
+            continue;
+        printf("  %-8s", choice == SLSTM_NO_CLUSTER ? "L2" : choice == SLSTM_ANY ? "chosen" : "cluster");
+        print_plan(&f, slstm_plan<bf16>(s, 0));
+        float forward = 1000 * measure(&u, 0) / s->T;
+        printf(" forward %6.3f us |", forward);
+        print_plan(&b, slstm_plan<bf16>(s, 1));
+        float both = 1000 * measure(&u, 1) / s->T;
+        printf(" backward %6.3f us | both %6.3f us\n", both - forward, both);
+        fflush(stdout);
+    }
+    slstm_cluster_choice = SLSTM_ANY;
     CUDA_CHECK(cudaFree(arena.base));
 }
 
 int main(int argc, char **argv) {
-    static const char *const shapes[] = {"4,192,16,1024", "4,256,16,1024", "1,768,16,1024"};
+    static const char *const shapes[] = {"4,192,16,1024", "4,256,16,1024", "1,768,16,1024", "4,256,64,2048"};
     for (int k = 1; k < argc; k++) bench_slstm(argv[k]);
-    for (int k = 0; argc == 1 && k < 3; k++) bench_slstm(shapes[k]);
+    for (int k = 0; argc == 1 && k < 4; k++) bench_slstm(shapes[k]);
     return 0;
 }

@@ -1,5 +1,6 @@
 // test_slstm.cuh: the sLSTM kernels against the CPU: outputs, states, gradients, with resets and carried states, one
-// block a head and many, tasks in one pass and in several.
+// block a head and many, tasks in one pass and in several; the kernels that exchange through L2 and, in bf16, every
+// kind of cluster that holds the head.
 #ifndef DEV_TEST_CUDA_TEST_SLSTM_CUH
 #define DEV_TEST_CUDA_TEST_SLSTM_CUH
 
@@ -18,6 +19,7 @@ typedef struct {
     size_t state, cells, weights;
     float *x, *R, *bias, *in[4], *dy;           // inputs, rounded to the format where the kernels want it
     float *y, *y_prev, *final[4], *dx, *dbias;  // what the CPU makes of them
+    float *dbias_before;
     unsigned char *resets;
     int *doc_start;
 } SlstmHost;
@@ -53,11 +55,13 @@ static SlstmHost slstm_host(const SlstmCase *c) {
     for (int k = 0; k < 4; k++) h.final[k] = (float *)xcalloc(h.state, sizeof(float));
     h.dx = (float *)xcalloc(4 * h.cells, sizeof(float));
     h.dbias = fill_random(4 * D, 10, 1.0f);
+    h.dbias_before = fill_random(4 * D, 10, 1.0f);
     return h;
 }
 
 static void slstm_host_free(SlstmHost *h) {
-    void *all[] = {h->x, h->R, h->bias, h->dy, h->y, h->y_prev, h->dx, h->dbias, h->resets, h->doc_start};
+    void *all[] = {h->x,  h->R,     h->bias,         h->dy,     h->y,        h->y_prev,
+                   h->dx, h->dbias, h->dbias_before, h->resets, h->doc_start};
     for (size_t k = 0; k < sizeof all / sizeof *all; k++) free(all[k]);
     for (int k = 0; k < 4; k++) {
         free(h->in[k]);
@@ -66,22 +70,36 @@ static void slstm_host_free(SlstmHost *h) {
 }
 
 template <typename F, typename X>
-static void check_slstm(const char *what, const SlstmCase *c, const X *got, const float *want, size_t n, double fp32,
-                        double bf16_tolerance) {
-    char name[128];
-    snprintf(name, sizeof name, "slstm %s B%d T%d NH%d d%d%s%s: %s", format_name<F>(), c->B, c->T, c->NH, c->d,
-             c->resets ? " resets" : "", c->carried ? " carried" : "", what);
+static void check_slstm(const char *what, const SlstmCase *c, const char *kernels, const X *got, const float *want,
+                        size_t n, double fp32, double bf16_tolerance) {
+    char name[160];
+    snprintf(name, sizeof name, "slstm %s B%d T%d NH%d d%d%s%s%s: %s", format_name<F>(), c->B, c->T, c->NH, c->d,
+             c->resets ? " resets" : "", c->carried ? " carried" : "", kernels, what);
     float *host = to_host(got, n);
     check_close(name, host, want, n, tolerance<F>(fp32, bf16_tolerance));
     free(host);
 }
 
-// Runs the kernels twice on the same memory: what the first run left behind must not matter, and dx must be the same
-// in all bits.
+// The name of a choice of kernels, NULL: it has none for this shape
+static const char *slstm_choice_name(const SlstmShape *shape, int choice) {
+    static char name[64];
+    if (choice == SLSTM_NO_CLUSTER) return " L2";
+    slstm_cluster_choice = choice;
+    SlstmClusterPlan forward = slstm_cluster_plan(shape, 0), backward = slstm_cluster_plan(shape, 1);
+    if (!forward.kernels && !backward.kernels) return NULL;
+    const SlstmClusterKernels *k = forward.kernels ? forward.kernels : backward.kernels;
+    snprintf(name, sizeof name, " cluster %dx%dx%d", k->ctas, k->warps, k->rows);
+    return name;
+}
+
+// Runs the kernels of one choice twice on the same memory: what the first run left behind must not matter, and dx must
+// be the same in all bits.
 template <typename F>
-static void test_slstm_case(const SlstmCase *c) {
-    SlstmHost h = slstm_host<F>(c);
+static void test_slstm_choice(const SlstmCase *c, const SlstmHost *h, int choice) {
     SlstmShape shape = {c->B, c->T, c->NH, c->d};
+    const char *kernels = slstm_choice_name(&shape, choice);
+    slstm_cluster_choice = choice;
+    if (!kernels) return;
     size_t D = (size_t)c->NH * c->d;
     Arena arena = {NULL, 0};
     SlstmSaved<F> saved;
@@ -92,41 +110,49 @@ static void test_slstm_case(const SlstmCase *c) {
         slstm_take_scratch<F>(&arena, &shape, &scratch);
         if (pass == 0) arena.base = (char *)device_poisoned<char>(arena.used);
     }
-    F *x = to_device<F>(h.x, 4 * h.cells), *R = to_device<F>(h.R, h.weights), *dy = to_device<F>(h.dy, h.cells);
-    F *y = device_poisoned<F>(h.cells), *dx = device_poisoned<F>(4 * h.cells);
-    float *bias = to_device<float>(h.bias, 4 * D), *dbias = to_device<float>(h.dbias, 4 * D), *in[4], *out[4];
+    F *x = to_device<F>(h->x, 4 * h->cells), *R = to_device<F>(h->R, h->weights), *dy = to_device<F>(h->dy, h->cells);
+    F *y = device_poisoned<F>(h->cells), *dx = device_poisoned<F>(4 * h->cells);
+    float *bias = to_device<float>(h->bias, 4 * D), *dbias = to_device<float>(h->dbias_before, 4 * D), *in[4], *out[4];
     float *partial = device_poisoned<float>(slstm_partial_size(&shape));
-    int *doc_start = to_device_int(h.doc_start, (size_t)c->B * c->T);
+    int *doc_start = to_device_int(h->doc_start, (size_t)c->B * c->T);
     for (int k = 0; k < 4; k++) {
-        in[k] = to_device<float>(h.in[k], h.state);
-        out[k] = device_poisoned<float>(h.state);
+        in[k] = to_device<float>(h->in[k], h->state);
+        out[k] = device_poisoned<float>(h->state);
     }
     SlstmState none = {}, initial = {in[0], in[1], in[2], in[3], D}, final = {out[0], out[1], out[2], out[3], D};
 
     float *first = NULL;
     for (int run = 0; run < 2; run++) {
-        CUDA_CHECK(cudaMemcpy(dbias, h.dbias, 4 * D * sizeof(float), cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaMemcpy(dbias, h->dbias_before, 4 * D * sizeof(float), cudaMemcpyHostToDevice));
         slstm_forward<F>(&shape, x, R, bias, doc_start, c->carried ? initial : none, final, y, &saved, &scratch, 0);
         slstm_backward<F>(&shape, R, &saved, dy, doc_start, c->carried ? initial : none, dx, dbias, partial, &scratch,
                           0);
-        if (first) check_slstm<F>("dx of two runs", c, dx, first, 4 * h.cells, 0, 0);
+        if (first) check_slstm<F>("dx of two runs", c, kernels, dx, first, 4 * h->cells, 0, 0);
         free(first);
-        first = to_host(dx, 4 * h.cells);
+        first = to_host(dx, 4 * h->cells);
     }
     free(first);
 
-    oracle_slstm(c->B, c->T, c->NH, c->d, h.resets, h.x, h.R, h.bias, c->carried ? h.in : NULL, h.final, h.dy, h.y,
-                 h.y_prev, h.dx, h.dbias);
     const char *const names[4] = {"final y", "final c", "final n", "final m"};
-    check_slstm<F>("y", c, y, h.y, h.cells, 1e-5, 1e-2);
-    check_slstm<F>("y_prev", c, saved.y_prev, h.y_prev, h.cells, 1e-5, 1e-2);
-    for (int k = 0; k < 4; k++) check_slstm<F>(names[k], c, out[k], h.final[k], h.state, 1e-5, 1e-2);
-    check_slstm<F>("dx", c, dx, h.dx, 4 * h.cells, 1e-4, 3e-2);
-    check_slstm<F>("dbias", c, dbias, h.dbias, 4 * D, 1e-4, 3e-2);
+    check_slstm<F>("y", c, kernels, y, h->y, h->cells, 1e-5, 1e-2);
+    check_slstm<F>("y_prev", c, kernels, saved.y_prev, h->y_prev, h->cells, 1e-5, 1e-2);
+    for (int k = 0; k < 4; k++) check_slstm<F>(names[k], c, kernels, out[k], h->final[k], h->state, 1e-5, 1e-2);
+    check_slstm<F>("dx", c, kernels, dx, h->dx, 4 * h->cells, 1e-4, 3e-2);
+    check_slstm<F>("dbias", c, kernels, dbias, h->dbias, 4 * D, 1e-4, 3e-2);
 
     void *device[] = {arena.base, x,     R,     dy,    y,     dx,     bias,   dbias,  partial,
                       doc_start,  in[0], in[1], in[2], in[3], out[0], out[1], out[2], out[3]};
     for (size_t k = 0; k < sizeof device / sizeof *device; k++) CUDA_CHECK(cudaFree(device[k]));
+}
+
+template <typename F>
+static void test_slstm_case(const SlstmCase *c) {
+    SlstmHost h = slstm_host<F>(c);
+    oracle_slstm(c->B, c->T, c->NH, c->d, h.resets, h.x, h.R, h.bias, c->carried ? h.in : NULL, h.final, h.dy, h.y,
+                 h.y_prev, h.dx, h.dbias);
+    test_slstm_choice<F>(c, &h, SLSTM_NO_CLUSTER);
+    for (int row = 0; row < SLSTM_CLUSTERS && sizeof(F) == 2; row++) test_slstm_choice<F>(c, &h, row);
+    slstm_cluster_choice = SLSTM_ANY;
     slstm_host_free(&h);
 }
 
@@ -137,6 +163,8 @@ static void test_slstm(void) {
         {16, 200, 4, 64, 0, 0}, {3, 37, 2, 64, 5, 1},  {1, 2, 1, 100, 0, 1},   {5, 37, 4, 100, 9, 1},
         {16, 200, 4, 192, 50, 1}, {16, 37, 4, 256, 13, 1}, {1, 200, 1, 256, 0, 0}, {20, 37, 2, 512, 17, 1},
         {48, 9, 4, 512, 4, 1}, {300, 7, 4, 256, 3, 1}, {16, 20, 1, 768, 8, 0}, {9, 5, 1, 1024, 3, 1},
+        {1, 1, 2, 256, 0, 1},  {7, 33, 3, 8, 6, 1},    {10, 21, 2, 40, 5, 1},  {19, 19, 2, 200, 7, 1},
+        {12, 18, 2, 384, 6, 1},
     };
     // clang-format on
     static const SlstmCase small[] = {{3, 5, 2, 64, 3, 1}, {2, 3, 1, 100, 0, 1}, {9, 4, 1, 256, 3, 0}};
