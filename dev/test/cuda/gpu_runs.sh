@@ -70,8 +70,8 @@ quiet "$GPU" "${MODEL[@]}" "${CARRY[@]}" --steps 20 --save-every 10 --resume --o
 check "carried states, resumed in the middle" same "$(step carry 20)" "$(step carry_half 20)"
 
 ignores_chunk() { # one note, and the log does not record a chunk length
-    "$GPU" "${MODEL[@]}" --steps 1 --chunk 32 --out chunk 2>chunk.err || return 1
-    grep -q '^note: --chunk 32 ' chunk.err && ! grep '"chunk"' chunk/log.jsonl
+    "$GPU" "${MODEL[@]}" --steps 1 --chunk 32 --out length 2>length.err || return 1
+    grep -q '^note: --chunk 32 ' length.err && ! grep '"chunk"' length/log.jsonl
 }
 check "--chunk: says that it has no effect" ignores_chunk
 
