@@ -98,7 +98,7 @@ ABOUT := -DBUILD_FLAGS='"$(subst ",,$(ALL_CFLAGS))"' -DBUILD_GIT='"$(GIT)"'
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
 
-.PHONY: all tests test print-tests print-nvcc clean FORCE
+.PHONY: all tests test print-tests print-mpi print-mpi-libs print-nvcc clean FORCE
 .DELETE_ON_ERROR:
 
 CUDA_PROGRAMS := $(if $(and $(NVCC),$(wildcard train_xlstm.cu)),train_xlstmcu)
@@ -192,6 +192,10 @@ test:
 # for scripts
 print-tests:
 	@echo $(TESTS)
+print-mpi:
+	@echo $(MPI_CFLAGS)
+print-mpi-libs:
+	@echo $(MPI_LIBS)
 print-nvcc:
 	@echo $(NVCC)
 

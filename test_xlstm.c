@@ -349,13 +349,13 @@ static const Test tests[] = {
 #endif
 };
 
-// With mpirun: the one test that is for several ranks.
-static const Test rank_tests[] = {{"ranks", test_ranks}};
+// With mpirun: those for several ranks.
+static const Test rank_tests[] = {{"ranks_plain", test_ranks_plain}, {"ranks_grid", test_ranks_grid}};
 
 int main(int argc, char **argv) {
     comm_start();
     const Test *list = comm.size > 1 ? rank_tests : tests;
-    size_t count = comm.size > 1 ? 1 : sizeof tests / sizeof tests[0];
+    size_t count = comm.size > 1 ? sizeof rank_tests / sizeof rank_tests[0] : sizeof tests / sizeof tests[0];
     double start = now_seconds();
     for (size_t k = 0; k < count; k++) {
         if (argc > 1 && !strstr(list[k].name, argv[1])) continue;

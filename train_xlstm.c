@@ -474,7 +474,8 @@ typedef struct {
     size_t state_row;
     int recurrent;  // generation: the mLSTM takes its recurrent form
     // Sequence parallelism: the T tokens are this rank's segment of sequences of `whole` tokens, 0: they are all. Each
-    // block fills state_in with what the segments before have left, and dstate with the gradient of what this one leaves.
+    // block fills state_in with what the segments before have left, and dstate with the gradient of what this one
+    // leaves.
     int whole;
     const real *state_first;            // [B][state_row] states before the whole sequence; NULL: fresh
     real *dstate;                       // [B][state_row]
@@ -1104,7 +1105,8 @@ static MlstmState segment_state(const MlstmShape *s, real *base) {
 }
 
 // S and G of the tokens given: one weighted product K^T V, since token j adds exp(a_j - m) k_j v_j^T, where
-// a_j = i_j + sum of the log forget gates behind j. The sums run from the end, so that -inf and large values stay exact.
+// a_j = i_j + sum of the log forget gates behind j. The sums run from the end, so that -inf and large values stay
+// exact.
 static void mlstm_segment(const MlstmShape *s, const MlstmInput *in, real *segment) {
     int T = s->T, NH = s->NH, dk = s->dk, dv = s->dv;
     MlstmState end = segment_state(s, segment);
@@ -1168,8 +1170,8 @@ static void mlstm_join(const MlstmShape *s, MlstmState left, int left_G, real *r
     }
 }
 
-// d and keep of the tokens given: d = sum_l qb_l e_l^T, where qb_l = s exp(m_in - m_l + sum of log f up to l) q_l, until
-// the first reset. h, sig, states: as mlstm_forward left them.
+// d and keep of the tokens given: d = sum_l qb_l e_l^T, where qb_l = s exp(m_in - m_l + sum of log f up to l) q_l,
+// until the first reset. h, sig, states: as mlstm_forward left them.
 static void mlstm_segment_backward(const MlstmShape *s, const MlstmInput *in, const real *dh, const real *h,
                                    const real *sig, const real *states, real *segment) {
     int T = s->T, NH = s->NH, dk = s->dk, dv = s->dv, num_chunks = mlstm_num_chunks(s);
@@ -1508,8 +1510,8 @@ static Norm head_norm(const Model *m, int width, int v1) {
 
 static int fold_by_gather = 8;  // up to as many ranks all pairs (S, G) are gathered at once, which then costs least
 
-// States first .. end-1 of block b in rows `from` go to the next rank (direction 1) or the one before (-1), and those of
-// the other neighbour arrive in `to`. from, to NULL: only receives, only sends.
+// States first .. end-1 of block b in rows `from` go to the next rank (direction 1) or the one before (-1), and those
+// of the other neighbour arrive in `to`. from, to NULL: only receives, only sends.
 static void pass_states(const Model *m, int b, int first, int end, const Sequence *s, const real *from, real *to,
                         int direction, const char *what) {
     const TensorSpec *specs = m->states.tensors + m->states.block_first[b];
@@ -1847,7 +1849,8 @@ static SlstmState slstm_state(const Model *m, int b, const Sequence *s, const re
 // Over segments: where the ranks of a sequence divide rows x heads, each takes all tokens of some rows and heads, since
 // the cell must go token by token anyway; else the segments wait for each other in turn.
 
-// rows, heads: what each rank takes, rank r from row r / ways * rows and head r % ways * heads on. 0: it does not divide.
+// rows, heads: what each rank takes, rank r from row r / ways * rows and head r % ways * heads on. 0: it does not
+// divide.
 static int slstm_share(const Model *m, const Sequence *s, int *rows, int *heads, int *ways) {
     int P = comm.sp_size, NH = dim(m, DIM_NH);
     *ways = P;
@@ -1871,8 +1874,8 @@ static void slstm_reshard(const Model *m, const Sequence *s, real *x, size_t wid
             int tokens = by_heads ? len : s->T;
             for (int row = 0; row < rows; row++)
                 for (int t = 0; t < tokens; t++, at[pass] += run) {
-                    size_t token = by_heads ? (size_t)row * s->whole + begin + t
-                                            : (size_t)(r / ways * rows + row) * s->T + t;
+                    size_t token =
+                        by_heads ? (size_t)row * s->whole + begin + t : (size_t)(r / ways * rows + row) * s->T + t;
                     real *in_x = by_heads ? x + token * run : x + (token * NH + (size_t)(r % ways) * heads) * width;
                     if (pass == 0) memcpy(ours + at[0], in_x, sizeof(real) * run);
                     else memcpy(in_x, theirs + at[1], sizeof(real) * run);
@@ -2153,8 +2156,8 @@ static void share_final_states(const Model *m, const Sequence *s) {
     if (!s->whole || s->state_out == m->leaving) return;
     for (int r = 0; r < last; r++)
         comm.data->send_recv(COMM_SP, s->state_out, comm.sp_rank == last ? r : -1, s->state_out,
-                             comm.sp_rank == r ? last : -1, sizeof(real) * (size_t)s->B * s->state_row,
-                             "stored states", NULL);
+                             comm.sp_rank == r ? last : -1, sizeof(real) * (size_t)s->B * s->state_row, "stored states",
+                             NULL);
 }
 
 // A small job is done before a second thread has woken up; results do not depend on the choice.
@@ -2188,8 +2191,8 @@ static void cpu_decode_start(void) { memset(model.decode_state, 0, sizeof(real) 
 
 static void cpu_decode_step(int token, float *logits) {
     static const unsigned char history[1] = {3};
-    Sequence s = {1, 1, NULL, history, model.decode_state, model.decode_state, model.states.total, 1, 0, NULL, NULL,
-                  NULL};
+    Sequence s = {1, 1,    NULL, history, model.decode_state, model.decode_state, model.states.total, 1,
+                  0, NULL, NULL, NULL};
     Batch batch = {1, 1, &token, NULL, NULL, -1, logits, NULL, NULL, 0, 0};
     use_threads(1);
     model_forward(&model, &s, &token);

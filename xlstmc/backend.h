@@ -20,7 +20,7 @@ typedef struct {
     float *logits;              // [B, T, V] out, after the soft cap; NULL: not wanted
     void (*meanwhile)(void *);  // may be called once while a device computes; NULL: nothing to do
     void *meanwhile_arg;
-    int whole;        // with --sp: tokens of the whole sequences, of which T are this rank's segment; else 0
+    int whole;         // with --sp: tokens of the whole sequences, of which T are this rank's segment; else 0
     int last_of_step;  // 1: no gradients follow before reduce_grads(), so their reduction may begin on the way
 } Batch;
 
@@ -62,8 +62,8 @@ typedef struct {
     void (*read_state)(int row, float *dst);         // stored states of one row, laid out by model_state_table()
     void (*write_state)(int row, const float *src);  // a NULL src makes the row fresh (all zero)
     // For several ranks; all call them together. NULL in a program that runs as one rank only.
-    void (*reduce_grads)(void);   // after the step's last forward_backward: sums the gradients over the world
-    void (*collect)(int kind);    // every rank gets all pieces from their owners (not of moments with --zero 1)
+    void (*reduce_grads)(void);     // after the step's last forward_backward: sums the gradients over the world
+    void (*collect)(int kind);      // every rank gets all pieces from their owners (not of moments with --zero 1)
     const Shards *(*shards)(void);  // how the flat buffer of tensors is shared out, and
     size_t (*place)(int index);     // where tensor `index` begins in it
     // Elements first .. first + count - 1 of a tensor; of moments with --zero 1 only what this rank owns.

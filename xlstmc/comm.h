@@ -1,6 +1,7 @@
 // comm.h: the processes ("ranks") that train one model together, and what they tell each other.
 //
-//   world = DP x SP     SP ranks share one sequence, neighbours first: sp_rank = rank % SP; the DP = size / SP groups of
+//   world = DP x SP     SP ranks share one sequence, neighbours first: sp_rank = rank % SP; the DP = size / SP groups
+//   of
 //                       them have different sequences. Weights and gradients belong to the world (doc/parallel.md).
 //
 // A program has two back ends, each a CommOps: comm.host moves host memory (losses, checksums, decisions), comm.data
@@ -28,7 +29,8 @@
 typedef enum { COMM_WORLD, COMM_SP, NUM_COMM_GROUPS } CommGroup;
 typedef enum { COMM_F32, COMM_F64 } CommType;
 
-// What a back end does. Ranks are those of the group; `what` names the call in messages; stream: of a device, else NULL.
+// What a back end does. Ranks are those of the group; `what` names the call in messages; stream: of a device, else
+// NULL.
 typedef struct {
     const char *name;
     // dst [ranks][bytes]: what every rank has at src. In place: src = dst + rank * bytes.
@@ -85,9 +87,12 @@ static void self_send_recv(CommGroup group, const void *src, int to, void *dst, 
 static const CommOps comm_self = {"self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv};
 static Comm comm = {0, 1, 0, 1, 0, 1, 0, 1, 600, 0, &comm_self, &comm_self, NULL};
 
+MAYBE_UNUSED
 static int comm_group_size(CommGroup group) { return group == COMM_WORLD ? comm.size : comm.sp_size; }
+MAYBE_UNUSED
 static int comm_group_rank(CommGroup group) { return group == COMM_WORLD ? comm.rank : comm.sp_rank; }
 // Rank in the world of a rank of the group.
+MAYBE_UNUSED
 static int comm_world_rank(CommGroup group, int rank) {
     return group == COMM_WORLD ? rank : comm.dp_rank * comm.sp_size + rank;
 }
@@ -153,8 +158,8 @@ static void mpi_die(int code, const char *line) {
 
 static int mpi_peer_is_dead(int rank) {
     const CommPeer *me = &comm.peers[comm.rank], *peer = &comm.peers[rank];
-    return strcmp(me->host, peer->host) == 0 && me->pid_space == peer->pid_space &&
-           kill((pid_t)peer->pid, 0) != 0 && errno == ESRCH;
+    return strcmp(me->host, peer->host) == 0 && me->pid_space == peer->pid_space && kill((pid_t)peer->pid, 0) != 0 &&
+           errno == ESRCH;
 }
 
 // `rank` is the one that is missing, -1: MPI itself failed. Others get a second to say the same of whom they wait for:

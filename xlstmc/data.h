@@ -215,8 +215,8 @@ static void dataset_open(Dataset *d, const char *flag, const char *globs, int se
             flag, seq_len + 1LL, seq_len, (unsigned long long)longest);
     for (int k = 0; k < d->num_files; k++)
         if (data_file_samples(&d->files[k], seq_len) == 0)
-            note("%s: %s has %llu tokens, too few for a sample of --seq-len %d; it is not used", flag,
-                 d->files[k].path, (unsigned long long)d->files[k].num_tokens, seq_len);
+            note("%s: %s has %llu tokens, too few for a sample of --seq-len %d; it is not used", flag, d->files[k].path,
+                 (unsigned long long)d->files[k].num_tokens, seq_len);
 }
 
 MAYBE_UNUSED

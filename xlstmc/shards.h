@@ -25,7 +25,9 @@ typedef struct {
 } Shards;
 
 static size_t shards_bucket(const Shards *s) { return s->piece * (size_t)s->ranks; }
+MAYBE_UNUSED
 static size_t shards_padded(const Shards *s) { return s->num_buckets * shards_bucket(s); }
+MAYBE_UNUSED
 static size_t shards_owned(const Shards *s) { return s->num_buckets * s->piece; }  // elements a rank owns, padded
 
 // With one rank the buffer is one piece of its own size.

@@ -184,7 +184,8 @@ static void check_flags(const Trainer *t) {
                 die(EXIT_USAGE, "--%s and --%s each name a model; give one of them", model_flags[a], model_flags[b]);
     if (comm.size % f->sp != 0)
         die(EXIT_USAGE,
-            "--sp %" PRId64 " does not divide the number of ranks, %d; ranks come from mpirun, e.g. mpirun -np %" PRId64,
+            "--sp %" PRId64
+            " does not divide the number of ranks, %d; ranks come from mpirun, e.g. mpirun -np %" PRId64,
             f->sp, comm.size, f->sp);
     if (f->seq_len < 3 * f->sp)
         die(EXIT_USAGE, "--seq-len %" PRId64 " is less than 3 tokens for each of --sp %" PRId64 " ranks", f->seq_len,
@@ -839,6 +840,7 @@ static void open_log(Trainer *t) {
     const ModelConfig *c = &t->config;
     char blocks[4096];
     log_start(&t->log, t->step, f->steps);
+    if (comm.size > 1) t->log.tty = 0;  // mpirun gives every rank a terminal, whatever it has itself
     if (!f->out || comm.rank != 0) return;
     int64_t resumed = t->resume_dir[0] ? t->step : -1;
     int first = log_open_json(&t->log, f->out, resumed);

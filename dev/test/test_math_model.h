@@ -219,9 +219,17 @@ static void test_model_rows(void) {
               model_describe(&c));
         double different = 0, loss = 0;
         for (int b = 0; b < 3; b++) {
-            Batch one = {
-                1,    c.T, d.inputs + b * c.T, d.targets + b * c.T, d.resets + b * c.T, c.state_rows ? b : -1, NULL,
-                NULL, NULL, 0, 1};
+            Batch one = {1,
+                         c.T,
+                         d.inputs + b * c.T,
+                         d.targets + b * c.T,
+                         d.resets + b * c.T,
+                         c.state_rows ? b : -1,
+                         NULL,
+                         NULL,
+                         NULL,
+                         0,
+                         1};
             free(alone.logits);
             free(alone.states);
             run_model(&one, d.scale, &alone);
@@ -659,8 +667,8 @@ static void test_model_gradient(void) {
     Grid grid = pair_grid(9, levels);
     for (int k = 0; k < grid.count; k++) {
         const int *o = grid.level[k];
-        ModelCase c = {blocks[o[1]], o[3] + 1, o[4], chunks[o[2]], Ts[o[0]] < 63 ? 2 : 1, Ts[o[0]], 0, 0, 1,
-                       o[7],         0,        0,           0};
+        ModelCase c = {
+            blocks[o[1]], o[3] + 1, o[4], chunks[o[2]], Ts[o[0]] < 63 ? 2 : 1, Ts[o[0]], 0, 0, 1, o[7], 0, 0, 0};
         c.state_rows = o[6] ? c.B : 0;
         model_gradient_case(&c, (ResetKind)o[5], o[8], c.T < 63 ? 12 : c.T < 200 ? 6 : 4, 1e-6);
     }

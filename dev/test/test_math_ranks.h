@@ -12,8 +12,8 @@ typedef struct {
 } RankCase;
 
 static RankCase rank_case(const int *level) {
-    static const int lengths[] = {37, 41, 48}, resets[] = {RESET_NONE, RESET_RANDOM, RANK_RESETS_BORDER,
-                                                           RANK_RESETS_BESIDE, RESET_EVERY};
+    static const int lengths[] = {37, 41, 48},
+                     resets[] = {RESET_NONE, RESET_RANDOM, RANK_RESETS_BORDER, RANK_RESETS_BESIDE, RESET_EVERY};
     static const int heads[] = {2, 2, 3}, rows[] = {1, 2, 1};
     RankCase c = {plain_model, 1, rows[level[5]], resets[level[3]], level[6], level[8], level[9] == 3};
     for (int k = 0, sp = 1; sp <= comm.size; sp++)
@@ -94,8 +94,8 @@ static void run_ranks(const RankCase *c, uint64_t first_draw, RankResult *r) {
         d.targets[k] = d.targets[from];
         if (d.resets) d.resets[k] = d.resets[from];
     }
-    Batch batch = {part.B, len, d.inputs, d.targets, d.resets, states ? 0 : -1, NULL, NULL, NULL,
-                   comm.sp_size > 1 ? T : 0, 1};
+    Batch batch = {
+        part.B, len, d.inputs, d.targets, d.resets, states ? 0 : -1, NULL, NULL, NULL, comm.sp_size > 1 ? T : 0, 1};
     real *saved = (real *)memcpy(reals(rows, 0), model.stored, sizeof(real) * (states ? rows : 0));
     double evaluated = cpu_evaluate(&batch);
     r->logits = zeros((size_t)part.B * len * V);
@@ -158,8 +158,9 @@ static void compare_ranks(const RankCase *c, uint64_t first_draw) {
         worst_of(&w, distance(part.logits + (size_t)b * len * V, want, (size_t)len * V), "logits");
         for (int k = 0; c->model.state_rows && k < model.states.num_tensors; k++) {
             const TensorSpec *t = &model.states.tensors[k];
-            worst_of(&w, distance_above(part.states + b * model.states.total + t->offset,
-                                        alone.states + (row0 + b) * model.states.total + t->offset, t->count, 1e-3),
+            worst_of(&w,
+                     distance_above(part.states + b * model.states.total + t->offset,
+                                    alone.states + (row0 + b) * model.states.total + t->offset, t->count, 1e-3),
                      t->name);
         }
     }
@@ -178,10 +179,30 @@ static void compare_ranks(const RankCase *c, uint64_t first_draw) {
     rank_result_free(&part);
 }
 
-static void test_ranks(void) {
-    // blocks, sp, zero, resets, T, heads and rows, gates, sigmoid, ignored targets, and one of recompute, carry, scan
-    int levels[MAX_OPTIONS] = {NUM_MODELS, 0, 2, 5, 3, 3, 4, 2, 2, 4};
+// blocks, sp, zero, resets, T, heads and rows, gates, sigmoid, ignored targets, and one of recompute, carry, scan
+static void rank_levels(int *levels) {
+    const int all[MAX_OPTIONS] = {NUM_MODELS, 0, 2, 5, 3, 3, 4, 2, 2, 4};
+    memcpy(levels, all, sizeof all);
     for (int sp = 1; sp <= comm.size; sp++) levels[1] += comm.size % sp == 0;
+}
+
+// Every block type, cut in every way, as in ordinary training: without documents, and with some.
+static void test_ranks_plain(void) {
+    int levels[MAX_OPTIONS];
+    rank_levels(levels);
+    for (int k = 0; k < NUM_MODELS * 2 * levels[1]; k++) {
+        int scan = 3 * (k % 2);
+        int options[] = {k % NUM_MODELS, k / NUM_MODELS / 2, k % 3 == 0, k / NUM_MODELS % 2, 1, k % 3, 0, 0, 0, scan};
+        RankCase c = rank_case(options);
+        if (c.sp > 1) compare_ranks(&c, draw + 7000 * (uint64_t)k);
+    }
+    comm_layout(1);
+}
+
+// Everything that can differ beside everything else.
+static void test_ranks_grid(void) {
+    int levels[MAX_OPTIONS];
+    rank_levels(levels);
     Grid grid = pair_grid(MAX_OPTIONS, levels);
     for (int k = 0; k < grid.count; k++) {
         RankCase c = rank_case(grid.level[k]);
