@@ -615,6 +615,7 @@ static int write_groups(const char *path, const TensorTable *table, const Backen
 // Where this rank's backend keeps a row of the stored states, -1: another DP group has it.
 static int state_row_here(const Checkpoint *c, int row) {
     int together = c->batch * comm.dp_size;  // rows of a micro-step
+    if (comm.dp_size == 1) return row;
     return row % together / c->batch == comm.dp_rank ? row / together * c->batch + row % c->batch : -1;
 }
 
