@@ -441,9 +441,10 @@ static void print_ranks(const Trainer *t) {
         for (int other = 0; other < r; other++) seen |= strcmp(comm.peers[r].host, comm.peers[other].host) == 0;
         hosts += !seen;
     }
-    printf("%-11s %d on %d host%s: %d group%s of %d that share%s a sequence, moments %s\n", "ranks", comm.size, hosts,
-           hosts == 1 ? "" : "s", comm.dp_size, comm.dp_size == 1 ? "" : "s", comm.sp_size,
-           comm.sp_size == 1 ? "s no part of" : "", t->flags.zero ? "spread over all" : "on each");
+    printf("%-11s %d on %d host%s", "ranks", comm.size, hosts, hosts == 1 ? "" : "s");
+    if (comm.sp_size > 1)
+        printf(", %d group%s of %d that share a sequence", comm.dp_size, comm.dp_size == 1 ? "" : "s", comm.sp_size);
+    printf(", moments %s\n", t->flags.zero ? "spread over all" : "on each");
 }
 
 static void print_plan(const Trainer *t) {

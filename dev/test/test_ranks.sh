@@ -4,7 +4,7 @@
 #   bash dev/test/test_ranks.sh                  (make builds what it needs)
 #   KILLS=20 bash dev/test/test_ranks.sh kill    only the part whose name is given: math, runs, errors, kill, mutations
 #
-# KILLS (default 2): how often a rank is killed, and how often one is stopped. More ranks than cores are no problem.
+# KILLS (default 1): how often a rank is killed, and how often one is stopped. More ranks than cores are no problem.
 # Prints what failed and, last, "N passed, N failed".
 set -u
 export LC_ALL=C OMP_NUM_THREADS=1
@@ -20,7 +20,7 @@ if ! command -v mpirun >/dev/null || [ -z "$(make -s print-mpi)" ]; then
     exit 0
 fi
 PART=${1:-}
-KILLS=${KILLS:-2}
+KILLS=${KILLS:-1}
 TRAIN=$ROOT/build/faulty_trainer # as train_xlstm, but with small buckets and faults on demand
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/test_ranks.XXXXXX")
 trap 'rm -rf "$WORK"' EXIT
