@@ -1550,25 +1550,26 @@ static void swap(real **a, real **b) {
     *b = t;
 }
 
+// from.C == NULL: zeros
+static void mlstm_copy_state(const MlstmShape *s, MlstmState to, MlstmState from) {
+    real *dst[3] = {to.C, to.n, to.m}, *src[3] = {from.C, from.n, from.m};
+    size_t count[3] = {(size_t)s->NH * s->dk * s->dv, (size_t)s->NH * s->dk, (size_t)s->NH};
+    for (int b = 0; b < s->B; b++)
+        for (int k = 0; k < 3; k++)
+            if (from.C) memcpy(dst[k] + b * to.row, src[k] + b * from.row, sizeof(real) * count[k]);
+            else memset(dst[k] + b * to.row, 0, sizeof(real) * count[k]);
+}
+
 // The states that enter this segment: those before the sequence (`first`), joined with all segments in between. Few
 // ranks gather all segments and join them in order. Many ranks double the distance from step to step (Hillis and
 // Steele 1986): `own` then covers 1, 2, 4, ... segments up to this one, `before` the same without this one.
 static void mlstm_enter(const Model *m, const Sequence *s, const MlstmShape *shape, const MlstmInput *in,
                         MlstmState enter, MlstmState first) {
-    int P = comm.sp_size, me = comm.sp_rank, joined = 0, NH = shape->NH;
+    int P = comm.sp_size, me = comm.sp_rank, joined = 0;
     size_t size = (size_t)s->B * segment_row(shape), bytes = size * sizeof(real);
     real *own = m->exchange, *got = own + size, *before = got + size, *copy = before + size;
     mlstm_segment(shape, in, own);
-    for (int b = 0; me > 0 && b < s->B; b++) {
-        size_t to = b * enter.row, from = b * first.row;
-        size_t dkv = sizeof(real) * NH * shape->dk * shape->dv, dk = sizeof(real) * NH * shape->dk;
-        if (first.C) memcpy(enter.C + to, first.C + from, dkv);
-        else memset(enter.C + to, 0, dkv);
-        if (first.C) memcpy(enter.n + to, first.n + from, dk);
-        else memset(enter.n + to, 0, dk);
-        if (first.C) memcpy(enter.m + to, first.m + from, sizeof(real) * NH);
-        else memset(enter.m + to, 0, sizeof(real) * NH);
-    }
+    if (me > 0) mlstm_copy_state(shape, enter, first);
     if (P <= fold_by_gather) {
         comm.data->all_gather(COMM_SP, own, got, bytes, "all-gather of mLSTM states", NULL);
         for (int p = 0; p < me; p++) mlstm_join(shape, enter, 0, got + p * size);
@@ -1594,10 +1595,7 @@ static void mlstm_leave(const Model *m, const MlstmShape *shape, const MlstmInpu
     size_t size = (size_t)shape->B * segment_row(shape), bytes = size * sizeof(real);
     real *own = m->exchange, *got = own + size, *behind = got + size, *copy = behind + size;
     mlstm_segment_backward(shape, in, dh, a->h, a->sig, a->states, own);
-    for (int b = 0; b < shape->B; b++) {
-        memset(dfinal.C + b * dfinal.row, 0, sizeof(real) * shape->NH * shape->dk * shape->dv);
-        memset(dfinal.n + b * dfinal.row, 0, sizeof(real) * shape->NH * shape->dk);
-    }
+    mlstm_copy_state(shape, dfinal, (MlstmState){0});
     if (P <= fold_by_gather) {
         comm.data->all_gather(COMM_SP, own, got, bytes, "all-gather of mLSTM gradients", NULL);
         for (int p = P - 1; p > me; p--) mlstm_join_backward(shape, got + p * size, dfinal, 0);
