@@ -3,10 +3,10 @@
 #
 #   bash scripts/test.sh        (also: make test)
 #
-# Installs a compiler, make, OpenBLAS and Open MPI with apt-get if they are missing and that is allowed; without OpenBLAS
-# or MPI the tests that need it are left out. CUDA files are compiled for all major targets where nvcc is; that takes no
-# GPU. The last line is "N passed, N failed", the sum over all test programs; exit code 1 if any failed, 2 if nothing can
-# be built here.
+# Installs a compiler, make, OpenBLAS and Open MPI with apt-get if they are missing and that is allowed; without
+# OpenBLAS or MPI the tests that need it are left out. CUDA files are compiled for all major targets where nvcc is; that
+# takes no GPU. The last line is "N passed, N failed", the sum over all test programs; exit code 1 if any failed, 2 if
+# nothing can be built here.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 export LC_ALL=C
