@@ -3,16 +3,17 @@
 #
 #   bash scripts/test.sh        (also: make test)
 #
-# Installs a compiler, make and OpenBLAS with apt-get if they are missing and that is allowed; without OpenBLAS the
-# tests that need it are left out. CUDA files are compiled for all major targets where nvcc is; that takes no GPU.
-# The last line is "N passed, N failed", the sum over all test programs; exit code 1 if any failed, 2 if nothing can be
-# built here.
+# Installs a compiler, make, OpenBLAS and Open MPI with apt-get if they are missing and that is allowed; without
+# OpenBLAS or MPI the tests that need it are left out. CUDA files are compiled for all major targets where nvcc is; that
+# takes no GPU. The last line is "N passed, N failed", the sum over all test programs; exit code 1 if any failed, 2 if
+# nothing can be built here.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 export LC_ALL=C
 
 bash scripts/install.sh build || exit 2
 bash scripts/install.sh blas || echo "test.sh: going on without OpenBLAS"
+bash scripts/install.sh mpi || echo "test.sh: going on without MPI"
 
 PASSED=0 FAILED=0
 LOG=$(mktemp)
