@@ -11,6 +11,7 @@
 #   SANITIZE=1        address and undefined-behaviour sanitizers
 #   NO_OMP=1          without OpenMP (one thread)
 #   NO_OPENBLAS=1     the built-in matrix product even where OpenBLAS is
+#   NO_MPI=1          one process only, even where MPI is
 #   SM=90a            CUDA code for one chip (80, 86, 89, 90a, ...); SM=all for all of them and newer ones. Default: the
 #                     chip of the GPU here, or all if there is none
 #   CC=clang CFLAGS=... LDFLAGS=...    as usual; CFLAGS come after our own
@@ -55,6 +56,17 @@ BLAS := $(call first,$(BLAS_MAIN),$(subst $(space),|,$(strip $(PKG_BLAS))) \
     $(if $(BREW),-I$(BREW)/openblas/include|-L$(BREW)/openblas/lib|-lopenblas))
 endif
 
+# MPI: what mpicc would add to the compiler's command line (Open MPI, then MPICH and its relatives), or pkg-config
+MPI_MAIN := $(H)include <mpi.h>\nint main(void) { return MPI_Finalize(); }
+ifndef NO_MPI
+MPI_WORDS = $(subst $(space),|,$(strip $(filter -I% -D% -L% -l% -Wl% -pthread,$(1))))
+MPI := $(call first,$(MPI_MAIN),$(call MPI_WORDS,$(shell mpicc --showme:compile 2>/dev/null; \
+        mpicc --showme:link 2>/dev/null)) \
+    $(call MPI_WORDS,$(shell mpicc -show 2>/dev/null)) \
+    $(call MPI_WORDS,$(shell pkg-config --cflags --libs ompi-c 2>/dev/null)) \
+    $(call MPI_WORDS,$(shell pkg-config --cflags --libs mpich 2>/dev/null)))
+endif
+
 CUDA_OF_NVCC := $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v nvcc 2>/dev/null)))
 CUDA_HOME ?= $(or $(wildcard $(CUDA_PATH)),$(CUDA_OF_NVCC),$(wildcard /usr/local/cuda))
 NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
@@ -73,8 +85,10 @@ OPTIMISE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 endif
 WARN := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) \
     $(if $(findstring clang,$(shell $(CC) --version 2>/dev/null)),-Wno-pass-failed)
-libs_of = $(filter -L% -l%,$(1))
+libs_of = $(filter -L% -l% -Wl%,$(1))
 ALL_CFLAGS := $(strip -std=gnu11 $(OPTIMISE) $(WARN) $(filter-out -L% -l%,$(OMP)) $(CFLAGS))
+MPI_CFLAGS := $(if $(MPI),-DUSE_MPI $(filter-out -L% -l% -Wl%,$(MPI)))
+MPI_LIBS := $(call libs_of,$(MPI))
 BLAS_CFLAGS := $(if $(BLAS),-DUSE_OPENBLAS $(filter-out -L% -l%,$(BLAS)))
 BLAS_LIBS := $(call libs_of,$(BLAS))
 LIBS := $(call libs_of,$(OMP)) -lm
@@ -84,7 +98,7 @@ ABOUT := -DBUILD_FLAGS='"$(subst ",,$(ALL_CFLAGS))"' -DBUILD_GIT='"$(GIT)"'
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
 
-.PHONY: all tests test print-tests print-nvcc clean FORCE
+.PHONY: all tests test print-tests print-mpi print-mpi-libs print-nvcc clean FORCE
 .DELETE_ON_ERROR:
 
 CUDA_PROGRAMS := $(if $(and $(NVCC),$(wildcard train_xlstm.cu)),train_xlstmcu)
@@ -93,13 +107,14 @@ all: train_xlstm data/tokenize $(CUDA_PROGRAMS) | summary
 .PHONY: summary
 summary:
 	@echo "compiler $(CC) | OpenMP $(if $(OMP),yes,no) | OpenBLAS $(if $(BLAS),yes,no: built-in matmul) |" \
+	    "MPI $(if $(MPI),yes,no: one process) |" \
 	    "nvcc $(if $(NVCC),$(NVCC) SM=$(SM),no)$(if $(DEBUG), | DEBUG)$(if $(SANITIZE), | SANITIZE)"
 
 # What everything depends on: rewritten only when it changes.
+FLAGS := $(CC) $(subst ',,$(ALL_CFLAGS) $(BLAS_CFLAGS) $(BLAS_LIBS) $(MPI_CFLAGS) $(MPI_LIBS) $(LIBS) $(LDFLAGS))
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
-	@echo '$(CC) $(subst ',,$(ALL_CFLAGS) $(BLAS_CFLAGS) $(BLAS_LIBS) $(LIBS) $(LDFLAGS))' | cmp -s - $@ || \
-	    echo '$(CC) $(subst ',,$(ALL_CFLAGS) $(BLAS_CFLAGS) $(BLAS_LIBS) $(LIBS) $(LDFLAGS))' >$@
+	@echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' >$@
 
 # $(eval $(call program,PROGRAM,SOURCE,CFLAGS,LIBS)): one source file, one program
 define program
@@ -112,19 +127,19 @@ $(BUILD)/obj/$(notdir $(1)).o: $(2) $(BUILD)/flags
 	$(Q)$(CC) $(ALL_CFLAGS) $(3) -MMD -MP -c $$< -o $$@
 endef
 
-$(eval $(call program,train_xlstm,train_xlstm.c,$(BLAS_CFLAGS) $(ABOUT),$(BLAS_LIBS)))
+$(eval $(call program,train_xlstm,train_xlstm.c,$(BLAS_CFLAGS) $(MPI_CFLAGS) $(ABOUT),$(BLAS_LIBS) $(MPI_LIBS)))
 $(eval $(call program,data/tokenize,data/tokenize.c))
 
 # Tests of the mathematics: in double, in float, and in float with OpenBLAS where it is. The built-in matmul is part of
 # what they check, so all other tests do without OpenBLAS.
 TESTS := test_xlstm test_xlstm_float $(if $(BLAS),test_xlstm_openblas) test_files fuzz_files test_loop
 HELPERS := faulty_trainer compare
-$(eval $(call program,$(BUILD)/test_xlstm,test_xlstm.c,-DTESTING -DREAL_DOUBLE))
-$(eval $(call program,$(BUILD)/test_xlstm_float,test_xlstm.c,-DTESTING))
+$(eval $(call program,$(BUILD)/test_xlstm,test_xlstm.c,-DTESTING -DREAL_DOUBLE $(MPI_CFLAGS),$(MPI_LIBS)))
+$(eval $(call program,$(BUILD)/test_xlstm_float,test_xlstm.c,-DTESTING $(MPI_CFLAGS),$(MPI_LIBS)))
 $(eval $(call program,$(BUILD)/test_xlstm_openblas,test_xlstm.c,-DTESTING $(BLAS_CFLAGS),$(BLAS_LIBS)))
 # dev/test/NAME.c, dev/fuzz/NAME.c -> build/NAME, quick to compile; dev/bench, which measures, as the trainer
 $(foreach source,$(wildcard dev/test/*.c dev/fuzz/*.c),\
-    $(eval $(call program,$(BUILD)/$(basename $(notdir $(source))),$(source),-DTESTING -O1)))
+    $(eval $(call program,$(BUILD)/$(basename $(notdir $(source))),$(source),-DTESTING -O1 $(MPI_CFLAGS),$(MPI_LIBS))))
 $(foreach source,$(wildcard dev/bench/*.c),\
     $(eval $(call program,$(BUILD)/$(basename $(notdir $(source))),$(source),-DTESTING $(BLAS_CFLAGS),$(BLAS_LIBS))))
 
@@ -201,6 +216,10 @@ test:
 # for scripts
 print-tests:
 	@echo $(TESTS)
+print-mpi:
+	@echo $(MPI_CFLAGS)
+print-mpi-libs:
+	@echo $(MPI_LIBS)
 print-nvcc:
 	@echo $(NVCC)
 

@@ -307,6 +307,7 @@ static double gradient_error(LossFunction loss, void *context, double *x, const 
 #include "dev/test/test_math_mlstm.h"   // mLSTM cell
 #include "dev/test/test_math_slstm.h"   // sLSTM cell
 #include "dev/test/test_math_model.h"   // whole models, AdamW
+#include "dev/test/test_math_ranks.h"   // several ranks against one
 
 typedef struct {
     const char *name;
@@ -348,19 +349,25 @@ static const Test tests[] = {
 #endif
 };
 
+// With mpirun: those for several ranks.
+static const Test rank_tests[] = {{"ranks_plain", test_ranks_plain}, {"ranks_grid", test_ranks_grid}};
+
 int main(int argc, char **argv) {
-    size_t count = sizeof tests / sizeof tests[0];
+    comm_start();
+    const Test *list = comm.size > 1 ? rank_tests : tests;
+    size_t count = comm.size > 1 ? sizeof rank_tests / sizeof rank_tests[0] : sizeof tests / sizeof tests[0];
     double start = now_seconds();
     for (size_t k = 0; k < count; k++) {
-        if (argc > 1 && !strstr(tests[k].name, argv[1])) continue;
+        if (argc > 1 && !strstr(list[k].name, argv[1])) continue;
         double test_start = now_seconds();
         draw = 0;
-        for (const char *c = tests[k].name; *c; c++) draw = (draw * 31 + (uint64_t)*c) << 16 >> 16;
+        for (const char *c = list[k].name; *c; c++) draw = (draw * 31 + (uint64_t)*c) << 16 >> 16;
         use_three_threads(0);
-        tests[k].run();
-        printf("     %s: %.1f s\n", tests[k].name, now_seconds() - test_start);
+        list[k].run();
+        printf("     %s: %.1f s\n", list[k].name, now_seconds() - test_start);
     }
     printf("%s, %.1f s\n%d passed, %d failed\n", IS_DOUBLE ? "double" : "float", now_seconds() - start, num_passed,
            num_failed);
+    comm_finish();
     return num_failed > 0 || num_passed == 0;
 }

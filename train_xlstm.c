@@ -31,8 +31,10 @@
 
 #ifdef REAL_DOUBLE  // gradient tests run the same code in double
 typedef double real;
+static const CommType comm_real = COMM_F64;
 #else
 typedef float real;
+static const CommType comm_real = COMM_F32;
 #endif
 
 static int imin(int a, int b) { return a < b ? a : b; }
@@ -529,6 +531,13 @@ typedef struct {
     real *state_out;               // [B][state_row] states after the last; NULL: not wanted
     size_t state_row;
     int recurrent;  // generation: the mLSTM takes its recurrent form
+    // Sequence parallelism: the T tokens are this rank's segment of sequences of `whole` tokens, 0: they are all. Each
+    // block fills state_in with what the segments before have left, and dstate with the gradient of what this one
+    // leaves.
+    int whole;
+    const real *state_first;            // [B][state_row] states before the whole sequence; NULL: fresh
+    real *dstate;                       // [B][state_row]
+    const unsigned char *whole_resets;  // [B, whole] or NULL
 } Sequence;
 
 // history[b, t]: 3 at the start (a stored window, or zeros, stands in for the tokens before), 0 at a reset.
@@ -551,6 +560,18 @@ static const real *conv_input(const real *x, size_t ld, const real *window, int 
     return window ? window + b * state_row + (size_t)(3 + t - lag) * C : NULL;
 }
 
+// window_out [3, C]: the last inputs, as far as they are of the last token's document
+static void conv_window(real *window_out, const real *x, size_t ld, const real *window, int C, const Sequence *s) {
+    int B = s->B, T = s->T;
+    for (int b = 0; b < B; b++)
+        for (int lag = 2; lag >= 0; lag--) {
+            const real *in = conv_input(x, ld, window, C, b, T - 1, T, lag, s->state_row);
+            real *dst = window_out + b * s->state_row + (size_t)(2 - lag) * C;
+            if (in && lag <= s->history[(size_t)b * T + T - 1]) memcpy(dst, in, sizeof(real) * C);
+            else memset(dst, 0, sizeof(real) * C);
+        }
+}
+
 static void conv_forward(real *pre, real *out, const real *x, size_t ld, const real *w, const real *bias,
                          const real *window, real *window_out, int C, const Sequence *s) {
     int B = s->B, T = s->T;
@@ -566,13 +587,7 @@ static void conv_forward(real *pre, real *out, const real *x, size_t ld, const r
         }
         for (int c = 0; c < C; c++) o[c] = silu(p[c]);
     }
-    for (int b = 0; window_out && b < B; b++)
-        for (int lag = 2; lag >= 0; lag--) {
-            const real *in = conv_input(x, ld, window, C, b, T - 1, T, lag, s->state_row);
-            real *dst = window_out + b * s->state_row + (size_t)(2 - lag) * C;
-            if (in && lag <= s->history[(size_t)b * T + T - 1]) memcpy(dst, in, sizeof(real) * C);
-            else memset(dst, 0, sizeof(real) * C);
-        }
+    if (window_out) conv_window(window_out, x, ld, window, C, s);
 }
 
 // dx += gradient of the inputs, dw and dbias += theirs. dpre [B, T, C] is overwritten: on entry the gradient of out.
@@ -611,6 +626,30 @@ static void conv_backward(real *dx, size_t ld_dx, real *dw, real *dbias, real *d
             for (int p = 0; p < parts; p++) sum += partial[p * all + (size_t)k * C + c];
             if (k < 4) dw[4 * c + 3 - k] += sum;
             else dbias[c] += sum;
+        }
+}
+
+// Gradient of the window, from what conv_backward left in dpre.
+static void conv_backward_window(real *dwindow, const real *dpre, const real *w, int C, const Sequence *s) {
+    for (int b = 0; b < s->B; b++)
+        for (int k = 0; k < 3; k++) {  // the token at position k - 3
+            real *d = dwindow + b * s->state_row + (size_t)k * C;
+            memset(d, 0, sizeof(real) * C);
+            for (int t = 0; t <= k && t < s->T; t++) {
+                size_t row = (size_t)b * s->T + t;
+                int lag = t + 3 - k;
+                for (int c = 0; lag <= s->history[row] && c < C; c++) d[c] += dpre[row * C + c] * w[4 * c + 3 - lag];
+            }
+        }
+}
+
+// dx of the last tokens += gradient of the window they left to the next segment
+static void conv_backward_tail(real *dx, size_t ld_dx, const real *dwindow, int C, const Sequence *s) {
+    for (int b = 0; b < s->B; b++)
+        for (int lag = 0; lag <= 2; lag++) {
+            size_t last = (size_t)b * s->T + s->T - 1;
+            const real *d = dwindow + b * s->state_row + (size_t)(2 - lag) * C;
+            for (int c = 0; lag <= s->history[last] && c < C; c++) dx[(last - lag) * ld_dx + c] += d[c];
         }
 }
 
@@ -1106,6 +1145,158 @@ static void mlstm_backward(const MlstmShape *s, const MlstmInput *in, const Mlst
 }
 
 // ----------------------------------------------------------------------------------------------------------------
+// The mLSTM cell over segments of a sequence (doc/parallel.md). What a segment does to the states that enter it is a
+// pair: its own states S = (C, n, m) from an empty beginning, and G, the sum of its log forget gates. Two neighbours
+// make one longer segment, states before a segment are one as well, and the order of joining does not matter:
+//   m = max(G_R + m_L, m_R),  C = exp(G_R + m_L - m) C_L + exp(m_R - m) C_R,  n likewise,  G = G_L + G_R
+// m becomes exactly what it would be token by token. A reset makes G = -inf: nothing from before remains.
+// In the backward pass the pair is the gradient d of the states entering a segment that its own outputs cause, and
+// `keep`, the factor by which those states reach its end:  d = d_L + keep_L d_R,  keep = keep_L keep_R.
+// Either is stored as [B] rows of C [NH, dk, dv], n [NH, dk], m [NH], G or keep [NH].
+
+static size_t segment_row(const MlstmShape *s) { return (size_t)s->NH * ((size_t)s->dk * s->dv + s->dk + 2); }
+
+static MlstmState segment_state(const MlstmShape *s, real *base) {
+    size_t C = (size_t)s->NH * s->dk * s->dv, n = (size_t)s->NH * s->dk;
+    MlstmState state = {base, base + C, base + C + n, segment_row(s)};
+    return state;
+}
+
+// S and G of the tokens given: one weighted product K^T V, since token j adds exp(a_j - m) k_j v_j^T, where
+// a_j = i_j + sum of the log forget gates behind j. The sums run from the end, so that -inf and large values stay
+// exact.
+static void mlstm_segment(const MlstmShape *s, const MlstmInput *in, real *segment) {
+    int T = s->T, NH = s->NH, dk = s->dk, dv = s->dv;
+    MlstmState end = segment_state(s, segment);
+#pragma omp parallel
+    {
+        MlstmScratch w = mlstm_scratch(s, 0);
+        double *a = (double *)xcalloc((size_t)T, sizeof(double));
+#pragma omp for schedule(static)
+        for (int task = 0; task < s->B * NH; task++) {
+            int b = task / NH, head = task % NH, first = 0;
+            real *C = end.C + b * end.row + (size_t)head * dk * dv, *n = end.n + b * end.row + (size_t)head * dk;
+            double behind = 0, top = s->sigmoid_gate ? 0 : -INFINITY;
+            for (int t = T - 1; t >= first; t--) {
+                size_t gate = ((size_t)b * T + t) * in->ld_gate + head;
+                a[t] = behind + (s->sigmoid_gate ? log_sigmoid(in->igate[gate]) : in->igate[gate]);
+                behind += log_sigmoid(in->fgate[gate]);
+                if (!s->sigmoid_gate && a[t] > top) top = a[t];
+                if (!is_reset(s, b, t)) continue;
+                if (!s->sigmoid_gate && behind > top) top = behind;  // a fresh cell begins with m = 0
+                behind = -INFINITY;
+                first = t;
+            }
+            real m = (real)top;
+            memset(C, 0, sizeof(real) * dk * dv);
+            memset(n, 0, sizeof(real) * dk);
+            for (int j0 = first; j0 < T; j0 += TILE) {
+                int nj = imin(TILE, T - j0);
+                size_t row0 = (size_t)b * T + j0;
+                for (int j = 0; j < nj; j++) {
+                    real weight = (real)exp(a[j0 + j] - m);
+                    const real *k = in->k + (row0 + j) * in->ld + (size_t)head * dk;
+                    for (int c = 0; c < dk; c++) n[c] += w.q[j * dk + c] = weight * k[c];
+                }
+                gemm_serial(dk, dv, nj, w.q, 1, dk, in->v + row0 * in->ld + (size_t)head * dv, in->ld, 1, C, dv, 1);
+            }
+            end.m[b * end.row + head] = m;
+            end.m[b * end.row + NH + head] = (real)behind;
+        }
+        free(a);
+        mlstm_scratch_free(&w);
+    }
+}
+
+// left := left joined with the segment `right` behind it. left_G: 1 if left is a segment, 0 if it is states.
+static void mlstm_join(const MlstmShape *s, MlstmState left, int left_G, real *right_segment) {
+    MlstmState right = segment_state(s, right_segment);
+    int NH = s->NH;
+    size_t dkv = (size_t)s->dk * s->dv, dk = (size_t)s->dk;
+#pragma omp parallel for
+    for (int task = 0; task < s->B * NH; task++) {
+        int b = task / NH, head = task % NH;
+        real *C = left.C + b * left.row + head * dkv, *n = left.n + b * left.row + head * dk;
+        const real *right_C = right.C + b * right.row + head * dkv, *right_n = right.n + b * right.row + head * dk;
+        real *m_left = left.m + b * left.row + head, *m_right = right.m + b * right.row + head;
+        double G = m_right[NH], m = (real)fmax(G + *m_left, *m_right);
+        real x = (real)exp(G + *m_left - m), y = (real)exp(*m_right - m);
+        for (size_t k = 0; k < dkv; k++) C[k] = x * C[k] + y * right_C[k];
+        for (size_t k = 0; k < dk; k++) n[k] = x * n[k] + y * right_n[k];
+        *m_left = (real)m;
+        if (left_G) m_left[NH] += (real)G;
+    }
+}
+
+// d and keep of the tokens given: d = sum_l qb_l e_l^T, where qb_l = s exp(m_in - m_l + sum of log f up to l) q_l,
+// until the first reset. h, sig, states: as mlstm_forward left them.
+static void mlstm_segment_backward(const MlstmShape *s, const MlstmInput *in, const real *dh, const real *h,
+                                   const real *sig, const real *states, real *segment) {
+    int T = s->T, NH = s->NH, dk = s->dk, dv = s->dv, num_chunks = mlstm_num_chunks(s);
+    size_t size = mlstm_state_size(s), dkv = (size_t)dk * dv;
+    MlstmState d = segment_state(s, segment);
+#pragma omp parallel
+    {
+        MlstmScratch w = mlstm_scratch(s, 1);
+#pragma omp for schedule(static)
+        for (int task = 0; task < s->B * NH; task++) {
+            int b = task / NH, head = task % NH;
+            real *dC = d.C + b * d.row + head * dkv, *dn = d.n + b * d.row + (size_t)head * dk;
+            double keep = 1;
+            Chunk *c = &w.chunk;
+            memset(dC, 0, sizeof(real) * dkv);
+            memset(dn, 0, sizeof(real) * dk);
+            for (c->t0 = 0; c->t0 < T && keep > 0; c->t0 += c->len) {
+                c->len = chunk_end(s, b, c->t0) - c->t0;
+                if (is_reset(s, b, c->t0)) {
+                    keep = 0;
+                    break;
+                }
+                c->m = states[((size_t)task * (num_chunks + 1) + (size_t)(c->t0 / s->chunk)) * size + dkv + dk];
+                chunk_gates(c, s, in, b, head);
+                for (int l0 = 0; l0 < c->len; l0 += TILE) {
+                    int nl = imin(TILE, c->len - l0), through;
+                    for (int l = 0; l < nl; l++) {
+                        size_t token = (size_t)b * T + c->t0 + l0 + l, row = token * NH + head;
+                        const real *q = in->q + token * in->ld + (size_t)head * dk;
+                        real den = row_denominator(s, c, l0 + l, sig[row], &through), *e = w.e + l * dv;
+                        for (int a = 0; a < dv; a++) e[a] = dh[row * dv + a] / den;
+                        real ds = through ? (sig[row] > 0 ? -1 : 1) * dot(e, h + row * dv, dv) : 0;
+                        real factor = (real)(keep * exp(c->m - c->r[l0 + l]) / sqrt(dk));
+                        for (int a = 0; a < dk; a++) {
+                            w.q[l * dk + a] = factor * q[a];
+                            dn[a] += ds * w.q[l * dk + a];
+                        }
+                    }
+                    gemm_serial(dk, dv, nl, w.q, 1, dk, w.e, dv, 1, dC, dv, 1);
+                }
+                keep *= exp(c->m - c->r_next);
+            }
+            d.m[b * d.row + head] = 0;
+            d.m[b * d.row + NH + head] = (real)keep;
+        }
+        mlstm_scratch_free(&w);
+    }
+}
+
+// right := left joined with right behind it. right_keep: 1 if right is a segment, 0 if it is gradients of states.
+static void mlstm_join_backward(const MlstmShape *s, real *left_segment, MlstmState right, int right_keep) {
+    MlstmState left = segment_state(s, left_segment);
+    int NH = s->NH;
+    size_t dkv = (size_t)s->dk * s->dv, dk = (size_t)s->dk;
+#pragma omp parallel for
+    for (int task = 0; task < s->B * NH; task++) {
+        int b = task / NH, head = task % NH;
+        real *C = right.C + b * right.row + head * dkv, *n = right.n + b * right.row + head * dk;
+        const real *left_C = left.C + b * left.row + head * dkv, *left_n = left.n + b * left.row + head * dk;
+        real keep = left.m[b * left.row + NH + head];
+        for (size_t k = 0; k < dkv; k++) C[k] = left_C[k] + keep * C[k];
+        for (size_t k = 0; k < dk; k++) n[k] = left_n[k] + keep * n[k];
+        if (right_keep) right.m[b * right.row + NH + head] *= keep;
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
 // sLSTM cell. Scalar memories with recurrent weights: every unit of a head sees the head's previous output y.
 //   r = x + y R + bias                      four gates i, f, z, o of d units each; R [d, 4d] a head
 //   m' = max(log sig(r_f) + m, r_i)         (r_i where n = 0: nothing is stored yet)
@@ -1338,6 +1529,12 @@ typedef struct {
     real *d_wide, *d_mid, *d_mid2, *d_mid3;  // scratch of the backward pass, [BT, widest]
     real *partial;                           // [MAX_PARTS, widest]
     unsigned char *history;                  // [BT]
+    // Several ranks
+    Shards shards;                       // of params and grads, which are [shards_padded]; with --zero 1 m and v are
+    int own_moments;                     // 1: m, v hold this rank's pieces only, [shards_owned]
+    real *entering, *leaving, *dstate;   // [max_batch][states.total] of this rank's segments: see Sequence
+    real *exchange;                      // [exchange_size] what is sent and received
+    unsigned char *resets, *all_resets;  // [max_batch, longest segment], [ranks of a sequence][the same]
 } Model;
 
 static Model model;
@@ -1364,6 +1561,115 @@ static Norm rmsnorm(const Model *m) {
 static Norm head_norm(const Model *m, int width, int v1) {
     Norm n = {1, v1, dim(m, DIM_NH), width / dim(m, DIM_NH), v1 ? (real)1e-5 : (real)m->config.norm_eps};
     return n;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Between the ranks that share a sequence
+
+static int fold_by_gather = 8;  // up to as many ranks all pairs (S, G) are gathered at once, which then costs least
+
+// States first .. end-1 of block b in rows `from` go to the next rank (direction 1) or the one before (-1), and those
+// of the other neighbour arrive in `to`. from, to NULL: only receives, only sends.
+static void pass_states(const Model *m, int b, int first, int end, const Sequence *s, const real *from, real *to,
+                        int direction, const char *what) {
+    const TensorSpec *specs = m->states.tensors + m->states.block_first[b];
+    size_t count = specs[end - 1].offset + specs[end - 1].count - specs[first].offset, row = s->state_row;
+    int next = comm.sp_rank + direction, before = comm.sp_rank - direction;
+    if (!from || next < 0 || next >= comm.sp_size) next = -1;
+    if (!to || before < 0 || before >= comm.sp_size) before = -1;
+    real *sent = m->exchange, *received = sent + (size_t)s->B * count;
+    for (int k = 0; next >= 0 && k < s->B; k++)
+        memcpy(sent + k * count, from + k * row + specs[first].offset, sizeof(real) * count);
+    comm.data->send_recv(COMM_SP, sent, next, received, before, sizeof(real) * count * (size_t)s->B, what, NULL);
+    for (int k = 0; before >= 0 && k < s->B; k++)
+        memcpy(to + k * row + specs[first].offset, received + k * count, sizeof(real) * count);
+}
+
+// The convolution reads up to 3 inputs of the segment before: its halo.
+static void conv_enter(const Model *m, int b, int slot, const Sequence *s, const real *x, size_t ld, int C) {
+    if (!s->whole) return;
+    conv_window(state_at(m, b, slot, s->state_out), x, ld, NULL, C, s);
+    pass_states(m, b, slot, slot + 1, s, s->state_out, (real *)s->state_in, 1, "halo of the convolution");
+}
+
+// dx += what the next segment's use of the last inputs gives; dpre: as conv_backward left it.
+static void conv_leave(const Model *m, int b, int slot, const Sequence *s, real *dx, size_t ld_dx, const real *dpre,
+                       const real *w, int C) {
+    if (!s->whole) return;
+    real *dwindow = state_at(m, b, slot, s->dstate);
+    conv_backward_window(dwindow, dpre, w, C, s);
+    pass_states(m, b, slot, slot + 1, s, s->dstate, s->dstate, -1, "gradient of the convolution's halo");
+    if (comm.sp_rank < comm.sp_size - 1) conv_backward_tail(dx, ld_dx, dwindow, C, s);
+}
+
+static void swap(real **a, real **b) {
+    real *t = *a;
+    *a = *b;
+    *b = t;
+}
+
+// from.C == NULL: zeros
+static void mlstm_copy_state(const MlstmShape *s, MlstmState to, MlstmState from) {
+    real *dst[3] = {to.C, to.n, to.m}, *src[3] = {from.C, from.n, from.m};
+    size_t count[3] = {(size_t)s->NH * s->dk * s->dv, (size_t)s->NH * s->dk, (size_t)s->NH};
+    for (int b = 0; b < s->B; b++)
+        for (int k = 0; k < 3; k++)
+            if (from.C) memcpy(dst[k] + b * to.row, src[k] + b * from.row, sizeof(real) * count[k]);
+            else memset(dst[k] + b * to.row, 0, sizeof(real) * count[k]);
+}
+
+// The states that enter this segment: those before the sequence (`first`), joined with all segments in between. Few
+// ranks gather all segments and join them in order. Many ranks double the distance from step to step (Hillis and
+// Steele 1986): `own` then covers 1, 2, 4, ... segments up to this one, `before` the same without this one.
+static void mlstm_enter(const Model *m, const Sequence *s, const MlstmShape *shape, const MlstmInput *in,
+                        MlstmState enter, MlstmState first) {
+    int P = comm.sp_size, me = comm.sp_rank, joined = 0;
+    size_t size = (size_t)s->B * segment_row(shape), bytes = size * sizeof(real);
+    real *own = m->exchange, *got = own + size, *before = got + size, *copy = before + size;
+    mlstm_segment(shape, in, own);
+    if (me > 0) mlstm_copy_state(shape, enter, first);
+    if (P <= fold_by_gather) {
+        comm.data->all_gather(COMM_SP, own, got, bytes, "all-gather of mLSTM states", NULL);
+        for (int p = 0; p < me; p++) mlstm_join(shape, enter, 0, got + p * size);
+        return;
+    }
+    for (int away = 1; away < P; away *= 2) {
+        int to = me + away < P ? me + away : -1, from = me - away;
+        comm.data->send_recv(COMM_SP, own, to, got, from < 0 ? -1 : from, bytes, "scan of mLSTM states", NULL);
+        if (from < 0) continue;
+        memcpy(copy, got, bytes);
+        mlstm_join(shape, segment_state(shape, copy), 1, own);
+        swap(&own, &copy);
+        if (joined++) mlstm_join(shape, segment_state(shape, got), 1, before);
+        swap(&before, &got);
+    }
+    if (joined) mlstm_join(shape, enter, 0, before);
+}
+
+// dfinal: the gradient of the states that leave this segment, the same from the other end.
+static void mlstm_leave(const Model *m, const MlstmShape *shape, const MlstmInput *in, const real *dh,
+                        const BlockActs *a, MlstmState dfinal) {
+    int P = comm.sp_size, me = comm.sp_rank, joined = 0;
+    size_t size = (size_t)shape->B * segment_row(shape), bytes = size * sizeof(real);
+    real *own = m->exchange, *got = own + size, *behind = got + size, *copy = behind + size;
+    mlstm_segment_backward(shape, in, dh, a->h, a->sig, a->states, own);
+    mlstm_copy_state(shape, dfinal, (MlstmState){0});
+    if (P <= fold_by_gather) {
+        comm.data->all_gather(COMM_SP, own, got, bytes, "all-gather of mLSTM gradients", NULL);
+        for (int p = P - 1; p > me; p--) mlstm_join_backward(shape, got + p * size, dfinal, 0);
+        return;
+    }
+    for (int away = 1; away < P; away *= 2) {
+        int from = me + away < P ? me + away : -1, to = me - away;
+        comm.data->send_recv(COMM_SP, own, to < 0 ? -1 : to, got, from, bytes, "scan of mLSTM gradients", NULL);
+        if (from < 0) continue;
+        memcpy(copy, got, bytes);
+        mlstm_join_backward(shape, own, segment_state(shape, copy), 1);
+        swap(&own, &copy);
+        if (joined++) mlstm_join_backward(shape, behind, segment_state(shape, got), 1);
+        swap(&behind, &got);
+    }
+    if (joined) mlstm_join_backward(shape, behind, dfinal, 0);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -1419,8 +1725,18 @@ static void mlstm_cell_forward(const Model *m, int b, const Sequence *s, const M
                                int v1) {
     MlstmShape shape = mlstm_shape(m, s, v1);
     MlstmState initial = mlstm_state(m, b, s, s->state_in), final = mlstm_state(m, b, s, s->state_out);
+    if (s->whole) mlstm_enter(m, s, &shape, in, initial, mlstm_state(m, b, s, s->state_first));
     if (s->recurrent) mlstm_recurrent(&shape, in, initial, final, a->h);
     else mlstm_forward(&shape, in, initial, final, a->h, a->sig, a->states);
+}
+
+// dh [B, T, NH, dv]: gradient of a->h
+static void mlstm_cell_backward(const Model *m, int b, const Sequence *s, const MlstmInput *in, const MlstmGrad *g,
+                                const real *dh, const BlockActs *a, int v1) {
+    MlstmShape shape = mlstm_shape(m, s, v1);
+    MlstmState dfinal = mlstm_state(m, b, s, s->dstate), none = {0};
+    if (s->whole) mlstm_leave(m, &shape, in, dh, a, dfinal);
+    mlstm_backward(&shape, in, g, dh, a->h, a->sig, a->states, dfinal, none);
 }
 
 // gates = cap(pre + bias), both [rows, count]; pre has row stride ld
@@ -1464,8 +1780,6 @@ static void mlstm_block_backward(Model *m, int b, const Sequence *s, const real 
     int rows = s->B * s->T, D = dim(m, DIM_D), Dk = dim(m, DIM_DK), Dv = dim(m, DIM_DV), NH = dim(m, DIM_NH);
     Norm norm = rmsnorm(m), heads = head_norm(m, Dv, 0);
     MlstmInput in = mlstm_input(m, a);
-    MlstmShape shape = mlstm_shape(m, s, 0);
-    MlstmState none = {0};
     const real *ogate = in.v + Dv;
     ffn_backward(m, dx, a->x_mid, &a->ffn, &norm, param(m, b, M_NORM_FFN), grad(m, b, M_NORM_FFN),
                  param(m, b, M_FFN_GATE), grad(m, b, M_FFN_GATE), param(m, b, M_FFN_DOWN), grad(m, b, M_FFN_DOWN), rows,
@@ -1482,7 +1796,7 @@ static void mlstm_block_backward(Model *m, int b, const Sequence *s, const real 
     norm_backward(m->d_mid2, 0, grad(m, b, M_HEAD_NORM), m->d_mid, a->h, a->hn_stats, param(m, b, M_HEAD_NORM), &heads,
                   rows, m->partial);
     MlstmGrad g = {dproj, dproj + Dk, dproj + 2 * Dk, in.ld, dgates, dgates + NH, in.ld};
-    mlstm_backward(&shape, &in, &g, m->d_mid2, a->h, a->sig, a->states, none, none);
+    mlstm_cell_backward(m, b, s, &in, &g, m->d_mid2, a, 0);
     gates_backward(dgates, in.ld, a->gates, rows, 2 * NH, (real)m->config.gate_soft_cap);
     bias_backward(grad(m, b, M_IGATE_BIAS), dgates, in.ld, rows, 2 * NH, m->partial);
     matmul_backward(m->d_mid, D, 0, grad(m, b, M_Q), dproj, in.ld, a->u, D, param(m, b, M_Q), rows, (int)in.ld, D);
@@ -1507,6 +1821,7 @@ static void mlstm_v1_block_forward(Model *m, int b, const Sequence *s, const rea
     const real *branch = a->proj, *z = a->proj + I, *skip = param(m, b, V1_SKIP);
     norm_forward(a->u, a->stats, x, param(m, b, V1_NORM), &norm, rows);
     matmul_forward(a->proj, 2 * (size_t)I, a->u, D, param(m, b, V1_UP), rows, 2 * I, D, 0);
+    conv_enter(m, b, STATE_CONV, s, branch, 2 * (size_t)I, I);
     conv_forward(a->conv, a->ca, branch, 2 * (size_t)I, param(m, b, V1_CONV), param(m, b, V1_CONV_BIAS),
                  state_at(m, b, STATE_CONV, s->state_in), state_at(m, b, STATE_CONV, s->state_out), I, s);
     blocks4_forward(a->qkv, in.ld, a->ca, I, param(m, b, V1_Q), rows, I);
@@ -1532,8 +1847,6 @@ static void mlstm_v1_block_backward(Model *m, int b, const Sequence *s, const re
     size_t ld_up = 2 * (size_t)I;
     Norm norm = layernorm_v1(m), heads = head_norm(m, I, 1);
     MlstmInput in = mlstm_v1_input(m, a);
-    MlstmShape shape = mlstm_shape(m, s, 1);
-    MlstmState none = {0};
     const real *branch = a->proj, *z = a->proj + I, *skip = param(m, b, V1_SKIP);
     // Scratch: d_wide holds dproj [rows, 2I] and then dqkv [rows, 3I]; d_mid, d_mid2, d_mid3 are [rows, I].
     real *dup = m->d_wide, *dbranch = dup, *dz = dup + I, *dqkv = m->d_wide + (size_t)rows * ld_up;
@@ -1558,7 +1871,7 @@ static void mlstm_v1_block_backward(Model *m, int b, const Sequence *s, const re
     norm_backward(dh, 0, grad(m, b, V1_HEAD_NORM), dht, a->h, a->hn_stats, param(m, b, V1_HEAD_NORM), &heads, rows,
                   m->partial);
     MlstmGrad g = {dqkv, dqkv + I, dqkv + 2 * I, in.ld, dgates, dgates + NH, 2 * (size_t)NH};
-    mlstm_backward(&shape, &in, &g, dh, a->h, a->sig, a->states, none, none);
+    mlstm_cell_backward(m, b, s, &in, &g, dh, a, 1);
     bias_backward(grad(m, b, V1_IGATE_BIAS), dgates, 2 * (size_t)NH, rows, 2 * NH, m->partial);
     matmul_backward(dqkv, in.ld, 1, grad(m, b, V1_IGATE), dgates, 2 * (size_t)NH, a->qkv, in.ld, param(m, b, V1_IGATE),
                     rows, 2 * NH, 3 * I);
@@ -1568,6 +1881,7 @@ static void mlstm_v1_block_backward(Model *m, int b, const Sequence *s, const re
                      m->partial);
     conv_backward(dbranch, ld_up, grad(m, b, V1_CONV), grad(m, b, V1_CONV_BIAS), dca, a->conv, branch, ld_up,
                   param(m, b, V1_CONV), state_at(m, b, STATE_CONV, s->state_in), I, s, m->partial);
+    conv_leave(m, b, STATE_CONV, s, dbranch, ld_up, dca, param(m, b, V1_CONV), I);
     matmul_backward(m->d_mid, D, 0, grad(m, b, V1_UP), dup, ld_up, a->u, D, param(m, b, V1_UP), rows, 2 * I, D);
     norm_backward(dx, 1, grad(m, b, V1_NORM), m->d_mid, x, a->stats, param(m, b, V1_NORM), &norm, rows, m->partial);
 }
@@ -1588,11 +1902,127 @@ static SlstmState slstm_state(const Model *m, int b, const Sequence *s, const re
     return state;
 }
 
+// Over segments: where the ranks of a sequence divide rows x heads, each takes all tokens of some rows and heads, since
+// the cell must go token by token anyway; else the segments wait for each other in turn.
+
+// rows, heads: what each rank takes, rank r from row r / ways * rows and head r % ways * heads on. 0: it does not
+// divide.
+static int slstm_share(const Model *m, const Sequence *s, int *rows, int *heads, int *ways) {
+    int P = comm.sp_size, NH = dim(m, DIM_NH);
+    *ways = P;
+    for (int rest = NH, t; rest; t = *ways % rest, *ways = rest, rest = t) {}  // greatest common divisor of P and NH
+    *heads = NH / *ways;
+    *rows = s->B / (P / *ways);
+    return s->B % (P / *ways) == 0;
+}
+
+// In place, [B, T, NH, width] of this rank's segment <-> [rows, whole, heads, width] of its rows and heads.
+static void slstm_reshard(const Model *m, const Sequence *s, real *x, size_t width, int to_heads) {
+    int rows, heads, ways, P = comm.sp_size, NH = dim(m, DIM_NH);
+    size_t *sizes = (size_t *)xcalloc(2 * (size_t)P, sizeof(size_t)), at[2] = {0, 0};
+    slstm_share(m, s, &rows, &heads, &ways);
+    size_t run = (size_t)heads * width;  // elements that lie together in both
+    real *ours = m->exchange, *theirs = ours + (size_t)m->run.max_batch * m->run.max_len * NH * width;
+    for (int pass = 0; pass < 2; pass++) {  // packs; sends, and unpacks
+        for (int r = 0; r < P; r++) {
+            int begin = segment_begin(s->whole, P, r), len = segment_begin(s->whole, P, r + 1) - begin;
+            int by_heads = pass == to_heads;  // the side of the copy that has all tokens
+            int tokens = by_heads ? len : s->T;
+            for (int row = 0; row < rows; row++)
+                for (int t = 0; t < tokens; t++, at[pass] += run) {
+                    size_t token =
+                        by_heads ? (size_t)row * s->whole + begin + t : (size_t)(r / ways * rows + row) * s->T + t;
+                    real *in_x = by_heads ? x + token * run : x + (token * NH + (size_t)(r % ways) * heads) * width;
+                    if (pass == 0) memcpy(ours + at[0], in_x, sizeof(real) * run);
+                    else memcpy(in_x, theirs + at[1], sizeof(real) * run);
+                }
+            if (pass == 0) {
+                sizes[r] = sizeof(real) * run * rows * tokens;
+                sizes[P + r] = sizeof(real) * run * rows * (by_heads ? s->T : len);
+            }
+        }
+        if (pass == 0)
+            comm.data->all_to_all(COMM_SP, ours, sizes, theirs, sizes + P, "all-to-all of sLSTM heads", NULL);
+    }
+    free(sizes);
+}
+
+// All ranks of a sequence get the final states of all rows and heads; y, c, n, m lie behind each other.
+static void slstm_gather_final(const Model *m, const Sequence *s, SlstmState final) {
+    int rows, heads, ways, P = comm.sp_size, d = dim(m, DIM_HEAD), D = dim(m, DIM_D);
+    slstm_share(m, s, &rows, &heads, &ways);
+    size_t run = (size_t)heads * d, count = 4 * run * rows;
+    real *ours = m->exchange, *all = ours + count;
+    for (int r = -1; r < P; r++) {  // -1: packs
+        int from = r < 0 ? comm.sp_rank : r;
+        for (int k = 0; k < 4 * rows; k++) {
+            real *state = final.y + (from / ways * rows + k / 4) * final.row + (size_t)(k % 4) * D + from % ways * run;
+            if (r < 0) memcpy(ours + k * run, state, sizeof(real) * run);
+            else memcpy(state, all + r * count + k * run, sizeof(real) * run);
+        }
+        if (r < 0) comm.data->all_gather(COMM_SP, ours, all, count * sizeof(real), "final sLSTM states", NULL);
+    }
+}
+
+static SlstmState slstm_state_from(SlstmState s, int row, size_t at) {  // from a row and an element of it on
+    size_t skip = row * s.row + at;
+    SlstmState part = {s.y + skip, s.c + skip, s.n + skip, s.m + skip, s.row};
+    return s.y ? part : s;
+}
+
+// a->slstm.gates: on entry the pre-activations. With resharding the cell's own buffers hold this rank's rows and heads.
+static void slstm_cell_forward(const Model *m, int b, const Sequence *s, const BlockActs *a) {
+    SlstmShape shape = slstm_shape(m, s);
+    SlstmState initial = slstm_state(m, b, s, s->state_in), final = slstm_state(m, b, s, s->state_out);
+    const real *R = param(m, b, S_RECURRENT), *bias = param(m, b, S_BIAS);
+    int rows, heads, ways, d = shape.d;
+    if (!s->whole) {
+        slstm_forward(&shape, a->slstm.gates, R, bias, initial, final, a->h, &a->slstm);
+    } else if (slstm_share(m, s, &rows, &heads, &ways)) {
+        int row = comm.sp_rank / ways * rows, head = comm.sp_rank % ways * heads;
+        SlstmShape mine = {rows, s->whole, heads, d, s->whole_resets ? s->whole_resets + (size_t)row * s->whole : NULL};
+        SlstmState first = slstm_state_from(slstm_state(m, b, s, s->state_first), row, (size_t)head * d);
+        slstm_reshard(m, s, a->slstm.gates, 4 * (size_t)d, 1);
+        slstm_forward(&mine, a->slstm.gates, R + (size_t)head * d * 4 * d, bias + (size_t)head * 4 * d, first,
+                      slstm_state_from(final, row, (size_t)head * d), a->h, &a->slstm);
+        slstm_reshard(m, s, a->h, d, 0);
+        if (s->state_out != m->leaving) slstm_gather_final(m, s, final);
+    } else {
+        pass_states(m, b, STATE_SY, STATE_SCONV, s, NULL, (real *)s->state_in, 1, "hand-off of sLSTM states");
+        slstm_forward(&shape, a->slstm.gates, R, bias, initial, final, a->h, &a->slstm);
+        pass_states(m, b, STATE_SY, STATE_SCONV, s, s->state_out, NULL, 1, "hand-off of sLSTM states");
+    }
+}
+
+// dgates [B, T, NH, 4, d] is written; dh [B, T, NH, d]: gradient of a->h, which is lost
+static void slstm_cell_backward(const Model *m, int b, const Sequence *s, const BlockActs *a, real *dgates, real *dh) {
+    SlstmShape shape = slstm_shape(m, s);
+    SlstmState initial = slstm_state(m, b, s, s->state_in), dstate = slstm_state(m, b, s, s->dstate), none = {0};
+    const real *R = param(m, b, S_RECURRENT);
+    real *dR = grad(m, b, S_RECURRENT), *dbias = grad(m, b, S_BIAS);
+    int rows, heads, ways, d = shape.d;
+    if (!s->whole) {
+        slstm_backward(&shape, R, &a->slstm, dh, initial, none, none, dgates, dR, dbias, m->partial);
+    } else if (slstm_share(m, s, &rows, &heads, &ways)) {
+        int row = comm.sp_rank / ways * rows, head = comm.sp_rank % ways * heads;
+        SlstmShape mine = {rows, s->whole, heads, d, s->whole_resets ? s->whole_resets + (size_t)row * s->whole : NULL};
+        SlstmState first = slstm_state_from(slstm_state(m, b, s, s->state_first), row, (size_t)head * d);
+        slstm_reshard(m, s, dh, d, 1);
+        slstm_backward(&mine, R + (size_t)head * d * 4 * d, &a->slstm, dh, first, none, none, dgates,
+                       dR + (size_t)head * d * 4 * d, dbias + (size_t)head * 4 * d, m->partial);
+        slstm_reshard(m, s, dgates, 4 * (size_t)d, 0);
+    } else {
+        pass_states(m, b, STATE_SY, STATE_SCONV, s, NULL, s->dstate, -1, "hand-off of sLSTM gradients");
+        slstm_backward(&shape, R, &a->slstm, dh, initial, dstate, dstate, dgates, dR, dbias, m->partial);
+        pass_states(m, b, STATE_SY, STATE_SCONV, s, s->dstate, NULL, -1, "hand-off of sLSTM gradients");
+    }
+}
+
 static void slstm_block_forward(Model *m, int b, const Sequence *s, const real *x, real *out, const BlockActs *a) {
     int rows = s->B * s->T, D = dim(m, DIM_D), NH = dim(m, DIM_NH), d = dim(m, DIM_HEAD);
     Norm norm = layernorm_v1(m), heads = head_norm(m, D, 1);
-    SlstmShape shape = slstm_shape(m, s);
     norm_forward(a->u, a->stats, x, param(m, b, S_NORM), &norm, rows);
+    conv_enter(m, b, STATE_SCONV, s, a->u, D, D);
     conv_forward(a->conv, a->ca, a->u, D, param(m, b, S_CONV), param(m, b, S_CONV_BIAS),
                  state_at(m, b, STATE_SCONV, s->state_in), state_at(m, b, STATE_SCONV, s->state_out), D, s);
     for (int gate = 0; gate < 4; gate++)
@@ -1600,8 +2030,7 @@ static void slstm_block_forward(Model *m, int b, const Sequence *s, const real *
             matmul_forward(a->slstm.gates + (size_t)(4 * head + gate) * d, 4 * (size_t)D,
                            (gate < 2 ? a->ca : a->u) + (size_t)head * d, D,
                            param(m, b, S_IGATE + gate) + (size_t)head * d * d, rows, d, d, 0);
-    slstm_forward(&shape, a->slstm.gates, param(m, b, S_RECURRENT), param(m, b, S_BIAS),
-                  slstm_state(m, b, s, s->state_in), slstm_state(m, b, s, s->state_out), a->h, &a->slstm);
+    slstm_cell_forward(m, b, s, a);
     norm_forward(a->hn, a->hn_stats, a->h, param(m, b, S_GROUP_NORM), &heads, rows);
 #pragma omp parallel for
     for (int r = 0; r < rows; r++)
@@ -1613,16 +2042,13 @@ static void slstm_block_forward(Model *m, int b, const Sequence *s, const real *
 static void slstm_block_backward(Model *m, int b, const Sequence *s, const real *x, real *dx, const BlockActs *a) {
     int rows = s->B * s->T, D = dim(m, DIM_D), NH = dim(m, DIM_NH), d = dim(m, DIM_HEAD);
     Norm norm = layernorm_v1(m), heads = head_norm(m, D, 1);
-    SlstmShape shape = slstm_shape(m, s);
-    SlstmState none = {0};
     real *dgates = m->d_wide, *dh = m->d_mid, *dca = m->d_mid2, *du = m->d_mid3;
     ffn_backward(m, dx, a->x_mid, &a->ffn, &norm, param(m, b, S_NORM_FFN), grad(m, b, S_NORM_FFN),
                  param(m, b, S_FFN_UP), grad(m, b, S_FFN_UP), param(m, b, S_FFN_DOWN), grad(m, b, S_FFN_DOWN), rows,
                  dim(m, DIM_US), 1);
     norm_backward(dh, 0, grad(m, b, S_GROUP_NORM), dx, a->h, a->hn_stats, param(m, b, S_GROUP_NORM), &heads, rows,
                   m->partial);
-    slstm_backward(&shape, param(m, b, S_RECURRENT), &a->slstm, dh, slstm_state(m, b, s, s->state_in), none, none,
-                   dgates, grad(m, b, S_RECURRENT), grad(m, b, S_BIAS), m->partial);
+    slstm_cell_backward(m, b, s, a, dgates, dh);
     for (int gate = 0; gate < 4; gate++)
         for (int head = 0; head < NH; head++) {
             size_t at = (size_t)head * d;
@@ -1632,6 +2058,7 @@ static void slstm_block_backward(Model *m, int b, const Sequence *s, const real 
         }
     conv_backward(du, D, grad(m, b, S_CONV), grad(m, b, S_CONV_BIAS), dca, a->conv, a->u, D, param(m, b, S_CONV),
                   state_at(m, b, STATE_SCONV, s->state_in), D, s, m->partial);
+    conv_leave(m, b, STATE_SCONV, s, du, D, dca, param(m, b, S_CONV), D);
     norm_backward(dx, 1, grad(m, b, S_NORM), du, x, a->stats, param(m, b, S_NORM), &norm, rows, m->partial);
 }
 
@@ -1738,17 +2165,55 @@ static void model_backward(Model *m, const Sequence *s, const int *tokens) {
     embedding_backward(m, tokens, s->B * s->T);
 }
 
+// This rank's segment of the batch's sequences. On the first rank the states before the sequence enter, on the others
+// each block puts what enters in their place. The sLSTM, which may take all tokens of some rows, needs all resets.
+static void share_sequence(Model *m, Sequence *s, const Batch *batch) {
+    size_t states = sizeof(real) * (size_t)s->B * s->state_row;
+    int P = comm.sp_size, longest = m->run.max_len;
+    s->whole = batch->whole;
+    s->state_first = s->state_in;
+    if (s->state_in) memcpy(m->entering, s->state_in, states);
+    else memset(m->entering, 0, states);
+    memset(m->dstate, 0, states);
+    s->state_in = m->entering;
+    s->dstate = m->dstate;
+    if (!s->state_out) s->state_out = m->leaving;
+    if (!batch->resets || !model_has(&m->config, BLOCK_SLSTM)) return;
+    size_t count = (size_t)s->B * (size_t)longest;
+    unsigned char *gathered = m->all_resets, *whole = gathered + P * count;
+    for (int b = 0; b < s->B; b++)
+        memcpy(m->resets + (size_t)b * longest, batch->resets + (size_t)b * s->T, (size_t)s->T);
+    comm.data->all_gather(COMM_SP, m->resets, gathered, count, "all-gather of document resets", NULL);
+    for (int r = 0; r < P; r++)
+        for (int b = 0; b < s->B; b++) {
+            int begin = segment_begin(s->whole, P, r), len = segment_begin(s->whole, P, r + 1) - begin;
+            memcpy(whole + (size_t)b * s->whole + begin, gathered + r * count + (size_t)b * longest, (size_t)len);
+        }
+    s->whole_resets = whole;
+}
+
 // The layers' view of a batch. Stored states are read through a copy, because their place receives the final ones
 // and a recomputed forward pass must see the first ones again.
 static Sequence batch_sequence(Model *m, const Batch *batch) {
-    Sequence s = {batch->B, batch->T, batch->resets, m->history, NULL, NULL, m->states.total, 0};
+    Sequence s = {batch->B, batch->T, batch->resets, m->history, NULL, NULL, m->states.total, 0, 0, NULL, NULL, NULL};
     count_history(m->history, batch->resets, batch->B, batch->T);
     if (batch->state_row >= 0 && m->run.num_state_rows > 0) {
         s.state_out = m->stored + (size_t)batch->state_row * m->states.total;
         memcpy(m->state_in, s.state_out, sizeof(real) * (size_t)batch->B * m->states.total);
         s.state_in = m->state_in;
     }
+    if (batch->whole) share_sequence(m, &s, batch);
     return s;
+}
+
+// Stored states: every rank of a sequence gets those that the last one's segment has left.
+static void share_final_states(const Model *m, const Sequence *s) {
+    int last = comm.sp_size - 1;
+    if (!s->whole || s->state_out == m->leaving) return;
+    for (int r = 0; r < last; r++)
+        comm.data->send_recv(COMM_SP, s->state_out, comm.sp_rank == last ? r : -1, s->state_out,
+                             comm.sp_rank == r ? last : -1, sizeof(real) * (size_t)s->B * s->state_row, "stored states",
+                             NULL);
 }
 
 // A small job is done before a second thread has woken up; results do not depend on the choice.
@@ -1766,6 +2231,7 @@ static double cpu_forward_backward(const Batch *batch, double scale) {
     model_forward(&model, &s, batch->inputs);
     double loss = classifier(&model, batch, 1, scale);
     model_backward(&model, &s, batch->inputs);
+    share_final_states(&model, &s);
     return loss;
 }
 
@@ -1773,6 +2239,7 @@ static double cpu_evaluate(const Batch *batch) {
     use_threads((size_t)batch->B * batch->T);
     Sequence s = batch_sequence(&model, batch);
     model_forward(&model, &s, batch->inputs);
+    share_final_states(&model, &s);
     return classifier(&model, batch, 0, 0);
 }
 
@@ -1780,8 +2247,9 @@ static void cpu_decode_start(void) { memset(model.decode_state, 0, sizeof(real) 
 
 static void cpu_decode_step(int token, float *logits) {
     static const unsigned char history[1] = {3};
-    Sequence s = {1, 1, NULL, history, model.decode_state, model.decode_state, model.states.total, 1};
-    Batch batch = {1, 1, &token, NULL, NULL, -1, logits, NULL, NULL};
+    Sequence s = {1, 1,    NULL, history, model.decode_state, model.decode_state, model.states.total, 1,
+                  0, NULL, NULL, NULL};
+    Batch batch = {1, 1, &token, NULL, NULL, -1, logits, NULL, NULL, 0, 0};
     use_threads(1);
     model_forward(&model, &s, &token);
     classifier(&model, &batch, 0, 0);
@@ -1793,13 +2261,12 @@ static void cpu_decode_step(int token, float *logits) {
 static void cpu_zero_grad(void) {
     use_threads(4);
 #pragma omp parallel for
-    for (size_t i = 0; i < model.table.total; i++) model.grads[i] = 0;
+    for (size_t i = 0; i < shards_padded(&model.shards); i++) model.grads[i] = 0;
 }
 
-static double cpu_grad_norm(void) {  // blocks of fixed size, added in order: the same bits for any number of threads
+// Blocks of fixed size, added in order: the same bits for any number of threads.
+static double square_sum(const real *x, size_t total) {
     enum { BLOCK = 16384 };
-    use_threads(4);
-    size_t total = model.table.total;
     int blocks = (int)((total + BLOCK - 1) / BLOCK);
     double *sums = (double *)xcalloc((size_t)blocks, sizeof(double)), sum = 0;
 #pragma omp parallel for
@@ -1807,12 +2274,62 @@ static double cpu_grad_norm(void) {  // blocks of fixed size, added in order: th
         size_t end = (size_t)(k + 1) * BLOCK < total ? (size_t)(k + 1) * BLOCK : total;
         double block = 0;
 #pragma omp simd reduction(+ : block)
-        for (size_t i = (size_t)k * BLOCK; i < end; i++) block += (double)model.grads[i] * model.grads[i];
+        for (size_t i = (size_t)k * BLOCK; i < end; i++) block += (double)x[i] * x[i];
         sums[k] = block;
     }
     for (int k = 0; k < blocks; k++) sum += sums[k];
     free(sums);
+    return sum;
+}
+
+static double cpu_grad_norm(void) {  // each rank its own pieces, whoever else has them
+    const Shards *s = &model.shards;
+    double sum = 0;
+    use_threads(4);
+    for (size_t k = 0; k < s->num_buckets; k++)
+        sum += square_sum(model.grads + k * shards_bucket(s) + s->piece * (size_t)s->rank, s->piece);
+    comm_sum(&sum, 1, "sum of the gradient's norm");
     return sqrt(sum);
+}
+
+static real *kind_base(int kind) {
+    real *bases[] = {model.params, model.grads, model.m, model.v};
+    return bases[kind];
+}
+
+// Pieces from their owners to all.
+static void cpu_collect(int kind) {
+    const Shards *s = &model.shards;
+    if (model.own_moments && (kind == KIND_M || kind == KIND_V)) return;
+    const char *const what[] = {"all-gather of weights", "all-gather of gradients", "all-gather of moments",
+                                "all-gather of moments"};
+    for (size_t k = 0; k < s->num_buckets; k++) {
+        real *bucket = kind_base(kind) + k * shards_bucket(s);
+        comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank, bucket, sizeof(real) * s->piece,
+                              what[kind], NULL);
+    }
+}
+
+// Sums over the world: the owner of a piece gets its sum, and without --zero 1 all ranks get all.
+static void cpu_reduce_grads(void) {
+    const Shards *s = &model.shards;
+    for (size_t k = s->num_buckets; k-- > 0;) {  // in the order in which the backward pass completes them
+        real *bucket = model.grads + k * shards_bucket(s);
+        comm.data->reduce_scatter(COMM_WORLD, bucket, bucket + s->piece * (size_t)s->rank, s->piece, comm_real,
+                                  "reduce-scatter of gradients", NULL);
+    }
+    if (!model.run.zero) cpu_collect(KIND_GRAD);
+}
+
+// The elements of tensor t from `at` on, at most up to `end`, whose moments lie together: their number, 0 where this
+// rank has none of them (*skip: how many). *place: where they stand in m and v.
+static size_t moments_run(const TensorSpec *t, size_t at, size_t end, size_t *place, size_t *skip) {
+    int owner;
+    *place = t->offset + at;
+    if (!model.own_moments) return end - at;
+    size_t n = shards_run(&model.shards, t->offset + at, end - at, &owner, place);
+    *skip = n;
+    return owner == model.shards.rank ? n : 0;
 }
 
 static void cpu_update(const UpdateConfig *u) {
@@ -1822,17 +2339,22 @@ static void cpu_update(const UpdateConfig *u) {
     real correct1 = (real)(1 / (1 - pow(u->beta1, u->step))), correct2 = (real)(1 / (1 - pow(u->beta2, u->step)));
     for (int k = 0; k < model.table.num_tensors; k++) {
         const TensorSpec *t = &model.table.tensors[k];
-        real *w = model.params + t->offset, *m = model.m + t->offset, *v = model.v + t->offset;
-        const real *g = model.grads + t->offset;
         real decay = t->decay ? (real)u->weight_decay : 0;
-#pragma omp parallel for simd if (t->count > 16384)
-        for (size_t i = 0; i < t->count; i++) {
-            real gi = g[i] * scale;
-            m[i] = beta1 * m[i] + (1 - beta1) * gi;
-            v[i] = beta2 * v[i] + (1 - beta2) * gi * gi;
-            w[i] -= lr * (m[i] * correct1 / (sqrt_real(v[i] * correct2) + eps) + decay * w[i]);
+        for (size_t at = 0, place, skip = 0; at < t->count;) {
+            size_t count = moments_run(t, at, t->count, &place, &skip);
+            real *w = model.params + t->offset + at, *m = model.m + place, *v = model.v + place;
+            const real *g = model.grads + t->offset + at;
+#pragma omp parallel for simd if (count > 16384)
+            for (size_t i = 0; i < count; i++) {
+                real gi = g[i] * scale;
+                m[i] = beta1 * m[i] + (1 - beta1) * gi;
+                v[i] = beta2 * v[i] + (1 - beta2) * gi * gi;
+                w[i] -= lr * (m[i] * correct1 / (sqrt_real(v[i] * correct2) + eps) + decay * w[i]);
+            }
+            at += count ? count : skip;
         }
     }
+    if (model.own_moments) cpu_collect(KIND_WEIGHT);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -1867,7 +2389,7 @@ static void take_block(Arena *a, const Model *m, int b, BlockActs *acts) {
     acts->hn = take(a, rows * inner);
     acts->hn_stats = take(a, rows * NH * 2);
     if (type != BLOCK_SLSTM) {
-        Sequence s = {m->run.max_batch, m->run.max_len, NULL, NULL, NULL, NULL, 0, 0};
+        Sequence s = {m->run.max_batch, m->run.max_len, NULL, NULL, NULL, NULL, 0, 0, 0, NULL, NULL, NULL};
         MlstmShape shape = mlstm_shape(m, &s, v1);
         acts->proj = take(a, rows * (v1 ? 2 * I : 2 * Dk + 2 * Dv + 2 * NH));
         acts->gates = take(a, rows * 2 * NH);
@@ -1911,6 +2433,22 @@ static void scratch_widths(const Model *m, size_t *wide, size_t *mid) {
     }
 }
 
+// Of what the ranks of a sequence exchange: a block's small states both ways, resharded sLSTM pre-activations both ways
+// and its final states twice, and for an mLSTM the pairs (S, G) of all ranks and one's own, or four in a scan.
+static size_t exchange_size(const Model *m) {
+    Sequence s = {m->run.max_batch, m->run.max_len, NULL, NULL, NULL, NULL, 0, 0, 0, NULL, NULL, NULL};
+    size_t B = (size_t)s.B, D = dim(m, DIM_D), I = dim(m, DIM_I), size = 0;
+    size_t pairs = comm.sp_size <= fold_by_gather ? (size_t)comm.sp_size + 1 : 4;
+    for (int type = 0; type < NUM_BLOCK_TYPES; type++) {
+        if (!model_has(&m->config, (BlockType)type)) continue;
+        MlstmShape shape = mlstm_shape(m, &s, type == BLOCK_MLSTM_V1);
+        size_t wants = type == BLOCK_SLSTM ? 8 * B * m->run.max_len * D + 8 * B * D : pairs * B * segment_row(&shape);
+        if (type == BLOCK_MLSTM_V1 && wants < 6 * B * I) wants = 6 * B * I;
+        if (wants > size) size = wants;
+    }
+    return size;
+}
+
 static void take_activations(Arena *a, Model *m) {
     int N = m->config.num_blocks;
     size_t rows = (size_t)m->run.max_batch * m->run.max_len, D = dim(m, DIM_D), wide, mid, shared = a->used,
@@ -1935,6 +2473,7 @@ static void take_activations(Arena *a, Model *m) {
     m->d_mid3 = take(a, rows * mid);
     // widest row of partial sums: bias of slstm 4D, conv 5I or 5D, 4x4 blocks 4I
     m->partial = take(a, MAX_PARTS * (5 * (size_t)imax(dim(m, DIM_I), dim(m, DIM_D)) + mid));
+    if (comm.sp_size > 1) m->exchange = take(a, exchange_size(m));
 }
 
 static char cpu_device[96];
@@ -1961,20 +2500,33 @@ static void cpu_build(const ModelConfig *config, const TensorTable *table, const
     m->acts = (BlockActs *)xcalloc((size_t)config->num_blocks, sizeof(BlockActs));
     Arena arena = {NULL, 0};
     take_activations(&arena, m);
-    size_t states = m->states.total * (size_t)(run->num_state_rows + (run->num_state_rows ? run->max_batch : 0) + 1);
-    size_t kinds = run->training ? 4 : 1;
+    int shared = comm.sp_size > 1 && run->training;
+    size_t own = m->states.total * (size_t)(run->num_state_rows + (run->num_state_rows ? run->max_batch : 0) + 1);
+    size_t segment = shared ? m->states.total * (size_t)run->max_batch : 0, states = own + 3 * segment;
+    m->shards = shards_make(table->total, comm.size, comm.rank);
+    m->own_moments = run->zero && comm.size > 1;
+    size_t padded = shards_padded(&m->shards), moments = m->own_moments ? shards_owned(&m->shards) : padded;
     fprintf(run->training ? stdout : stderr, "memory      weights%s %.1f MiB, activations %.1f MiB, states %.1f MiB\n",
-            run->training ? ", gradients and moments" : "", (double)(kinds * table->total) / mib,
-            (double)arena.used / mib, (double)states / mib);
-    m->params = (real *)xcalloc(table->total, sizeof(real));
+            run->training ? ", gradients and moments" : "",
+            (double)(padded + (run->training ? padded + 2 * moments : 0)) / mib, (double)arena.used / mib,
+            (double)states / mib);
+    m->params = (real *)xcalloc(padded, sizeof(real));
     if (run->training) {
-        m->grads = (real *)xcalloc(table->total, sizeof(real));
-        m->m = (real *)xcalloc(table->total, sizeof(real));
-        m->v = (real *)xcalloc(table->total, sizeof(real));
+        m->grads = (real *)xcalloc(padded, sizeof(real));
+        m->m = (real *)xcalloc(moments, sizeof(real));
+        m->v = (real *)xcalloc(moments, sizeof(real));
     }
     m->stored = (real *)xcalloc(states, sizeof(real));
     m->state_in = m->stored + (size_t)run->num_state_rows * m->states.total;
-    m->decode_state = m->stored + states - m->states.total;
+    m->decode_state = m->stored + own - m->states.total;
+    if (shared) {
+        size_t tokens = (size_t)run->max_batch * run->max_len;
+        m->entering = m->stored + own;
+        m->leaving = m->entering + segment;
+        m->dstate = m->leaving + segment;
+        m->resets = (unsigned char *)xcalloc((2 * (size_t)comm.sp_size + 1) * tokens, 1);
+        m->all_resets = m->resets + tokens;
+    }
     m->history = (unsigned char *)xcalloc((size_t)run->max_batch * run->max_len, 1);
     arena.base = (real *)xcalloc(arena.used, sizeof(real));
     arena.used = 0;
@@ -1984,22 +2536,39 @@ static void cpu_build(const ModelConfig *config, const TensorTable *table, const
 // ----------------------------------------------------------------------------------------------------------------
 // The rest of the backend: tensors and states cross its border as float
 
-static real *kind_base(int kind) {
-    real *bases[] = {model.params, model.grads, model.m, model.v};
-    return bases[kind];
+// Elements first .. first+count-1 of a tensor, one way or the other: src or dst is given. Of moments only those that
+// this rank has.
+static void move_part(int kind, int index, size_t first, size_t count, const float *src, float *dst) {
+    const TensorSpec *t = &model.table.tensors[index];
+    int moments = kind == KIND_M || kind == KIND_V;
+    for (size_t at = first, end = first + count, place, skip = 0, n; at < end; at += n ? n : skip) {
+        place = t->offset + at;
+        n = moments ? moments_run(t, at, end, &place, &skip) : end - at;
+        real *x = kind_base(kind) + place;
+        for (size_t k = 0; k < n; k++)
+            if (src) x[k] = src[at - first + k];
+            else dst[at - first + k] = (float)x[k];
+    }
+}
+
+static void cpu_read_part(int kind, int index, size_t first, size_t count, float *dst) {
+    move_part(kind, index, first, count, NULL, dst);
+}
+
+static void cpu_write_part(int kind, int index, size_t first, size_t count, const float *src) {
+    move_part(kind, index, first, count, src, NULL);
 }
 
 static void cpu_read_tensor(int kind, int index, float *dst) {
-    const TensorSpec *t = &model.table.tensors[index];
-    const real *src = kind_base(kind) + t->offset;
-    for (size_t k = 0; k < t->count; k++) dst[k] = (float)src[k];
+    cpu_read_part(kind, index, 0, model.table.tensors[index].count, dst);
 }
 
 static void cpu_write_tensor(int kind, int index, const float *src) {
-    const TensorSpec *t = &model.table.tensors[index];
-    real *dst = kind_base(kind) + t->offset;
-    for (size_t k = 0; k < t->count; k++) dst[k] = src[k];
+    cpu_write_part(kind, index, 0, model.table.tensors[index].count, src);
 }
+
+static const Shards *cpu_shards(void) { return &model.shards; }
+static size_t cpu_place(int index) { return model.table.tensors[index].offset; }
 
 static void cpu_read_state(int row, float *dst) {
     for (size_t k = 0; k < model.states.total; k++) dst[k] = (float)model.stored[(size_t)row * model.states.total + k];
@@ -2013,7 +2582,8 @@ static void cpu_write_state(int row, const float *src) {
 static const Backend cpu_backend = {
     "cpu",           cpu_device,       cpu_build,      cpu_forward_backward, cpu_evaluate,
     cpu_zero_grad,   cpu_grad_norm,    cpu_update,     cpu_decode_start,     cpu_decode_step,
-    cpu_read_tensor, cpu_write_tensor, cpu_read_state, cpu_write_state};
+    cpu_read_tensor, cpu_write_tensor, cpu_read_state, cpu_write_state,      cpu_reduce_grads,
+    cpu_collect,     cpu_shards,       cpu_place,      cpu_read_part,        cpu_write_part};
 
 #ifndef TESTING  // the tests include this file and bring their own main
 // Threads that wait for others spin for some 20 ms by libgomp's default. Where another program wants the core, that

@@ -3,16 +3,17 @@
 #
 #   bash scripts/test.sh        (also: make test)
 #
-# Installs a compiler, make and OpenBLAS with apt-get if they are missing and that is allowed; without OpenBLAS the
-# tests that need it are left out. CUDA files are compiled for all major targets where nvcc is; that takes no GPU.
-# The last line is "N passed, N failed", the sum over all test programs; exit code 1 if any failed, 2 if nothing can be
-# built here.
+# Installs a compiler, make, OpenBLAS and Open MPI with apt-get if they are missing and that is allowed; without
+# OpenBLAS or MPI the tests that need it are left out. CUDA files are compiled for all major targets where nvcc is; that
+# takes no GPU. The last line is "N passed, N failed", the sum over all test programs; exit code 1 if any failed, 2 if
+# nothing can be built here.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 export LC_ALL=C
 
 bash scripts/install.sh build || exit 2
 bash scripts/install.sh blas || echo "test.sh: going on without OpenBLAS"
+bash scripts/install.sh mpi || echo "test.sh: going on without MPI"
 
 PASSED=0 FAILED=0
 LOG=$(mktemp)
@@ -58,16 +59,13 @@ if [ "$FAILED" = 0 ]; then
     for script in dev/test/*.sh; do run "${script##*/}" bash "$script"; done
 fi
 
-# The trainer was built above for all chips (no GPU is needed for that, only nvcc); of the GPU's tests and benchmarks the
-# front end tells whether they compile. The library of kernels is built for Hopper, and what the assembler says of each
-# of its kernels is checked.
+# The trainer was built above for all chips (no GPU is needed for that, only nvcc); the GPU's tests, benchmarks and the
+# library of kernels are compiled for one of them, without linking.
 NVCC=$(make -s print-nvcc)
 if [ -n "$NVCC" ]; then
-    for file in test_xlstm.cu dev/bench/*.cu; do
+    for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu; do
         compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 -cuda "$file" -o /dev/null
     done
-    compiles "libxlstm_kernels.so" make KERNELS_SM=90a build/libxlstm_kernels.so
-    run "kernel resources" bash dev/test/cuda/kernel_resources.sh
 fi
 
 echo "all tests in $((SECONDS - START)) s"

@@ -4,7 +4,9 @@
 #ifndef XLSTMC_BACKEND_H
 #define XLSTMC_BACKEND_H
 
-#include "model.h"
+#include "comm.h"    // comm
+#include "model.h"   // ModelConfig, TensorTable
+#include "shards.h"  // Shards
 
 // One micro-step: B sequences of T tokens.
 typedef struct {
@@ -18,6 +20,8 @@ typedef struct {
     float *logits;              // [B, T, V] out, after the soft cap; NULL: not wanted
     void (*meanwhile)(void *);  // may be called once while a device computes; NULL: nothing to do
     void *meanwhile_arg;
+    int whole;         // with --sp: tokens of the whole sequences, of which T are this rank's segment; else 0
+    int last_of_step;  // 1: no gradients follow before reduce_grads(), so their reduction may begin on the way
 } Batch;
 
 typedef struct {
@@ -28,6 +32,7 @@ typedef struct {
     int bf16;                // --precision bf16 (GPU)
     int threads;             // CPU threads
     int chunk;               // chunk length of the mLSTM kernel
+    int zero;                // 1: moments only of the pieces this rank owns (shards.h)
 } RunConfig;
 
 typedef struct {
@@ -49,13 +54,25 @@ typedef struct {
     double (*evaluate)(const Batch *batch);
     void (*zero_grad)(void);
     double (*grad_norm)(void);                             // L2 norm over all gradients; NaN or Inf if any is
-    void (*update)(const UpdateConfig *update);            // AdamW
+    void (*update)(const UpdateConfig *update);            // AdamW; afterwards every rank has all weights
     void (*decode_start)(void);                            // fresh states for generation, apart from all others
     void (*decode_step)(int token, float *logits);         // logits [V] (after the cap) for the next token
     void (*read_tensor)(int kind, int index, float *dst);  // tensor `index` of the table
     void (*write_tensor)(int kind, int index, const float *src);
     void (*read_state)(int row, float *dst);         // stored states of one row, laid out by model_state_table()
     void (*write_state)(int row, const float *src);  // a NULL src makes the row fresh (all zero)
+    // For several ranks; all call them together. NULL in a program that runs as one rank only.
+    void (*reduce_grads)(void);     // after the step's last forward_backward: sums the gradients over the world
+    void (*collect)(int kind);      // every rank gets all pieces from their owners (not of moments with --zero 1)
+    const Shards *(*shards)(void);  // how the flat buffer of tensors is shared out, and
+    size_t (*place)(int index);     // where tensor `index` begins in it
+    // Elements first .. first + count - 1 of a tensor; of moments with --zero 1 only what this rank owns.
+    void (*read_part)(int kind, int index, size_t first, size_t count, float *dst);
+    void (*write_part)(int kind, int index, size_t first, size_t count, const float *src);
 } Backend;
+
+// The sequence of `whole` tokens is cut into segments that differ by one token at most: where segment p of P begins.
+MAYBE_UNUSED
+static int segment_begin(int whole, int P, int p) { return (int)((int64_t)whole * p / P); }
 
 #endif

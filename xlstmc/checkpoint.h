@@ -115,36 +115,56 @@ static void swap_axes(float *dst, const float *src, size_t A, size_t B, size_t C
                 memcpy(dst + ((a * C + c) * B + b) * unit, src + ((a * B + b) * C + c) * unit, unit * sizeof(float));
 }
 
-// Tensor k as we lay it out: `values`, or `other` filled from it if its sLSTM block is in the vanilla layout, whose
-// kernel is [NH, 4d, d] for our [NH, d, 4d] and whose bias is [4, NH, d] for our [NH, 4, d].
-static const float *weights_our_layout(const ModelConfig *config, const TensorTable *table, int k,
-                                       const SafeTensor *const *found, const float *values, float *other) {
+// If tensor k is one of an sLSTM block in the vanilla layout, whose kernel is [NH, 4d, d] for our [NH, d, 4d] and whose
+// bias is [4, NH, d] for our [NH, 4, d]: fills `ours` from `values` and returns 1. `ours` NULL: only asks.
+static int weights_our_layout(const ModelConfig *config, const TensorTable *table, int k,
+                              const SafeTensor *const *found, const float *values, float *ours) {
     int block = table->tensors[k].block;
-    if (block < 0 || config->block_types[block] != BLOCK_SLSTM) return values;
+    if (block < 0 || config->block_types[block] != BLOCK_SLSTM) return 0;
     int kernel = table->block_first[block] + S_RECURRENT, bias = table->block_first[block] + S_BIAS;
-    if (!weights_vanilla_kernel(found[kernel], &table->tensors[kernel])) return values;
+    if ((k != kernel && k != bias) || !weights_vanilla_kernel(found[kernel], &table->tensors[kernel])) return 0;
     size_t heads = (size_t)config->num_heads, d = (size_t)config->hidden_size / heads;
-    if (k == kernel) swap_axes(other, values, heads, 4 * d, d, 1);
-    else if (k == bias) swap_axes(other, values, 1, 4, heads, d);
-    else return values;
-    return other;
+    if (ours && k == kernel) swap_axes(ours, values, heads, 4 * d, d, 1);
+    else if (ours) swap_axes(ours, values, 1, 4, heads, d);
+    return 1;
 }
 
-// Moves the tensors found by weights_match() into the backend; weights must be finite.
+// The elements of tensor `index` from `at` on that one rank reads and writes; *owner: which. One rank alone: all.
+static size_t tensor_run(const Backend *backend, const TensorSpec *spec, int index, size_t at, int *owner) {
+    size_t place;
+    *owner = 0;
+    if (comm.size == 1) return spec->count - at;
+    return shards_run(backend->shards(), backend->place(index) + at, spec->count - at, owner, &place);
+}
+
+// Moves the tensors found by weights_match() into the backend; weights must be finite. Each rank reads its share; then
+// all have everything, but of moments with --zero 1.
 static int weights_move(const SafeTensors *s, const ModelConfig *config, const TensorTable *table,
                         const SafeTensor *const *found, int kind, const Backend *backend, char *why, size_t why_size) {
-    float *values = (float *)xcalloc(2 * table_largest(table), sizeof(float)), *other = values + table_largest(table);
-    int code = 0;
+    float *values = (float *)xcalloc(2 * table_largest(table), sizeof(float)), *ours = values + table_largest(table);
+    int code = 0, owner;
     for (int k = 0; k < table->num_tensors && code == 0; k++) {
         const TensorSpec *spec = &table->tensors[k];
-        if ((code = safetensors_read(s, found[k], 0, spec->count, values, why, why_size))) break;
-        const float *ours = weights_our_layout(config, table, k, found, values, other);
-        for (size_t i = 0; kind == KIND_WEIGHT && i < spec->count && code == 0; i++)
-            if ((bits_from_float(ours[i]) & 0x7F800000) == 0x7F800000)  // isfinite() lies under -ffast-math
-                code = weights_damaged(s, "holds a NaN or an infinity", spec->name, why, why_size);
-        if (code == 0) backend->write_tensor(kind, k, ours);
+        int other_layout = weights_our_layout(config, table, k, found, NULL, NULL);
+        if (other_layout) {
+            if ((code = safetensors_read(s, found[k], 0, spec->count, values, why, why_size))) break;
+            weights_our_layout(config, table, k, found, values, ours);
+        }
+        for (size_t at = 0, n; at < spec->count && code == 0; at += n) {
+            n = tensor_run(backend, spec, k, at, &owner);
+            const float *part = other_layout ? ours + at : values;
+            if (owner != comm.rank) continue;
+            if (!other_layout && (code = safetensors_read(s, found[k], at, n, values, why, why_size))) break;
+            for (size_t i = 0; kind == KIND_WEIGHT && i < n && code == 0; i++)
+                if ((bits_from_float(part[i]) & 0x7F800000) == 0x7F800000)  // isfinite() lies under -ffast-math
+                    code = weights_damaged(s, "holds a NaN or an infinity", spec->name, why, why_size);
+            if (code == 0 && n == spec->count) backend->write_tensor(kind, k, part);
+            else if (code == 0) backend->write_part(kind, k, at, n, part);
+        }
     }
     free(values);
+    code = comm_agree(code, why, why_size, "loading");
+    if (code == 0 && comm.size > 1) backend->collect(kind);
     return code;
 }
 
@@ -217,8 +237,9 @@ static int manifest_parse_part(char *line, uint64_t *bytes, const char **crc) {
     return errno == 0 && *end == 0;
 }
 
-// Compares one file with its parts.
-static int manifest_verify_file(const char *path, const Json *parts, char *why, size_t why_size) {
+// Compares one file with its parts: every `stride`-th from part *next of this and the following files on.
+static int manifest_verify_file(const char *path, const Json *parts, size_t stride, size_t *next, char *why,
+                                size_t why_size) {
     char line[256], text[9];
     int fd;
     uint64_t size, at = 0, bytes;
@@ -234,6 +255,12 @@ static int manifest_verify_file(const char *path, const Json *parts, char *why, 
                                       (unsigned long long)size);
             break;
         }
+        if (*next > 0) {  // another rank's
+            (*next)--;
+            at += bytes;
+            continue;
+        }
+        *next = stride - 1;
         if ((code = file_crc(fd, path, at, bytes, &now, why, why_size))) break;
         snprintf(text, sizeof text, "%08x", now);
         if (strcmp(text, crc) != 0)
@@ -248,11 +275,14 @@ static int manifest_verify_file(const char *path, const Json *parts, char *why, 
     return code;
 }
 
-// Verifies DIR against its manifest.json: all files, or only those a model needs. *step: as the manifest says.
-static int manifest_verify(const char *dir, int only_model, int *step, char *why, size_t why_size) {
+// Verifies DIR against its manifest.json: all files, or only those a model needs. *step: as the manifest says. Of the
+// checksums those of parts first, first + stride, ...: ranks share them out.
+static int manifest_verify_parts(const char *dir, int only_model, int first, int stride, int *step, char *why,
+                                 size_t why_size) {
     char path[MAX_PATH], reason[300], *text, tail[MANIFEST_TAIL + 1];
     size_t len;
     int64_t value, version;
+    size_t next = (size_t)first;
     int code = path_join(path, dir, checkpoint_files[FILE_MANIFEST], why, why_size);
     if (code) return code;
     if (file_read_text(path, MAX_MANIFEST_BYTES, &text, &len, why, why_size))
@@ -276,10 +306,16 @@ static int manifest_verify(const char *dir, int only_model, int *step, char *why
         if (!parts && f == FILE_STATE) continue;
         if (!parts) code = checkpoint_damaged(path, why, why_size, "it does not list %s", checkpoint_files[f]);
         else if ((code = path_join(path, dir, checkpoint_files[f], why, why_size)) == 0)
-            code = manifest_verify_file(path, parts, why, why_size);
+            code = manifest_verify_file(path, parts, (size_t)stride, &next, why, why_size);
     }
     json_free(root);
     return code;
+}
+
+// The same by all ranks together, each its share; all get the same answer.
+static int manifest_verify(const char *dir, int only_model, int *step, char *why, size_t why_size) {
+    int code = manifest_verify_parts(dir, only_model, comm.rank, comm.size, step, why, why_size);
+    return comm_agree(code, why, why_size, "verifying a checkpoint");
 }
 
 // --load: the weights of DIR, one of our checkpoints or a Hugging Face directory, into the backend. The moments stay.
@@ -311,7 +347,8 @@ typedef struct {
     const ModelConfig *config;
     const TensorTable *table;
     const TensorTable *states;  // model_state_table(); used if num_state_rows > 0
-    int num_state_rows;         // rows of stored states, 0: none
+    int num_state_rows;         // rows of stored states of all ranks, 0: none
+    int batch;                  // B: these rows lie in turn with the DP groups, B a time
     const Backend *backend;
     int save_bf16;           // --save-dtype bf16: weights as bf16, the fp32 masters beside the moments
     int keep;                // --keep, 0: all
@@ -454,10 +491,14 @@ static int checkpoint_lock(const char *out, char *why, size_t why_size) {
 MAYBE_UNUSED
 static int checkpoint_latest(const char *out, char *dir, size_t dir_size, int *step, char *why, size_t why_size) {
     char path[MAX_PATH];
-    int count, code = 0, said;
-    int *steps = checkpoint_list(out, &count);
+    int count = 0, code = 0, said;
+    int *steps = comm.rank == 0 ? checkpoint_list(out, &count) : NULL;
     *step = -1;
-    if (count < 0 && errno != ENOENT) return explain(EXIT_USAGE, why, why_size, "--out %s: %s", out, strerror(errno));
+    if (count < 0 && errno != ENOENT) code = explain(EXIT_USAGE, why, why_size, "--out %s: %s", out, strerror(errno));
+    if ((code = comm_agree(code, why, why_size, "looking for a checkpoint"))) return code;
+    comm_broadcast(&count, sizeof count, "looking for a checkpoint");
+    if (comm.rank != 0) steps = (int *)xcalloc(count > 0 ? (size_t)count : 1, sizeof *steps);
+    if (count > 0) comm_broadcast(steps, (size_t)count * sizeof *steps, "looking for a checkpoint");
     for (int k = 0; k < count && *step < 0; k++) {
         code = checkpoint_step_dir(path, out, steps[k], why, why_size);
         if (code == 0) code = manifest_verify(path, 0, &said, why, why_size);
@@ -467,7 +508,7 @@ static int checkpoint_latest(const char *out, char *dir, size_t dir_size, int *s
             *step = steps[k];
             format_into(dir, dir_size, "%s", path);
         } else if (k + 1 < count) {
-            fprintf(stderr, "note: %s; trying the checkpoint before it\n", why);
+            note("%s; trying the checkpoint before it", why);
         }
     }
     free(steps);
@@ -483,8 +524,69 @@ typedef struct {
     int dtype;
 } TensorGroup;
 
-// Writes one safetensors file with every tensor of the table once for each group, and its part of the manifest. One
-// tensor at a time crosses from the backend into one buffer.
+// Opens a file that all ranks write together: rank 0 makes it, the others join in.
+static int shared_create(SafeWriter *w, const char *path, const SafeTensor *tensors, size_t count, char *why,
+                         size_t why_size) {
+    int code = comm.rank == 0 ? safetensors_create(w, path, tensors, count, why, why_size) : 0, open = comm.rank == 0;
+    if ((code = comm_agree(code, why, why_size, "saving"))) return code;
+    if (!open) code = safetensors_attach(w, path, tensors, count, why, why_size);
+    open = code == 0;
+    if ((code = comm_agree(code, why, why_size, "saving")) && open) safetensors_abandon(w);
+    return code;
+}
+
+// Ends it with the code of this rank's own part. On success *bytes grows, and the manifest has an entry.
+static int shared_finish(SafeWriter *w, int code, int file, JsonWriter *manifest, uint64_t *bytes, char *why,
+                         size_t why_size) {
+    if (code) safetensors_abandon(w);
+    else code = safetensors_finish(w, why, why_size);
+    int open = code == 0;
+    if ((code = comm_agree(code, why, why_size, "saving")) == 0) {
+        manifest_safetensors(manifest, file, w);
+        *bytes += w->size;
+    }
+    if (open) safetensors_release(w);
+    return code;
+}
+
+// This rank's runs of all tensors, and everybody's checksums.
+static int write_runs(SafeWriter *w, const TensorTable *table, const Backend *backend, const TensorGroup *groups,
+                      int num_groups, char *why, size_t why_size) {
+    size_t tensors = (size_t)table->num_tensors, all = tensors * (size_t)num_groups, run = 0, num_runs = 0;
+    float *values = (float *)xcalloc(table_largest(table), sizeof(float));
+    double *crcs = NULL;  // [num_runs]; a double holds any checksum
+    int code = 0, owner;
+    for (int pass = 0; pass < 3; pass++) {  // counts the runs; writes; takes the checksums together
+        if (pass == 1) crcs = (double *)xcalloc(num_runs, sizeof(double));
+        if (pass == 2) {
+            if ((code = comm_agree(code, why, why_size, "saving"))) break;
+            for (size_t at = 0; at < num_runs; at += 1 << 16)
+                comm_sum(crcs + at, num_runs - at < 1 << 16 ? (int)(num_runs - at) : 1 << 16, "saving");
+        }
+        run = 0;
+        for (size_t k = 0; k < all; k++) {
+            int index = (int)(k % tensors), kind = groups[k / tensors].kind;
+            const TensorSpec *spec = &table->tensors[index];
+            for (size_t at = 0, n; at < spec->count; at += n, run++) {
+                uint32_t crc;
+                n = tensor_run(backend, spec, index, at, &owner);
+                if (pass == 0) num_runs++;
+                if (pass == 2) safetensors_count_part(w, k, n, (uint32_t)crcs[run]);
+                if (pass != 1 || owner != comm.rank || code) continue;
+                if (n == spec->count) backend->read_tensor(kind, index, values);
+                else backend->read_part(kind, index, at, n, values);
+                code = safetensors_write_part(w, k, at, values, n, &crc, why, why_size);
+                crcs[run] = crc;
+            }
+        }
+    }
+    free(values);
+    free(crcs);
+    return code;
+}
+
+// Writes one safetensors file with every tensor of the table once for each group, and its part of the manifest. Each
+// rank writes what it owns; one run of elements at a time crosses from the backend into one buffer.
 static int write_groups(const char *path, const TensorTable *table, const Backend *backend, const TensorGroup *groups,
                         int num_groups, int file, JsonWriter *manifest, uint64_t *bytes, char *why, size_t why_size) {
     enum { NAME = 128 };
@@ -500,24 +602,21 @@ static int write_groups(const char *path, const TensorTable *table, const Backen
         tensors[k].ndim = spec->ndim;
         for (int d = 0; d < spec->ndim; d++) tensors[k].shape[d] = (size_t)spec->shape[d];
     }
-    int code = safetensors_create(&w, path, tensors, all, why, why_size);
+    int code = shared_create(&w, path, tensors, all, why, why_size);
     if (code == 0) {
-        float *values = (float *)xcalloc(table_largest(table), sizeof(float));
-        for (size_t k = 0; k < all && code == 0; k++) {
-            backend->read_tensor(groups[k / n].kind, (int)(k % n), values);
-            code = safetensors_append(&w, k, values, w.tensors[k].count, why, why_size);
-        }
-        free(values);
-        if (code) safetensors_abandon(&w);
-        else if ((code = safetensors_finish(&w, why, why_size)) == 0) {
-            manifest_safetensors(manifest, file, &w);
-            *bytes += w.size;
-            safetensors_release(&w);
-        }
+        code = write_runs(&w, table, backend, groups, num_groups, why, why_size);
+        code = shared_finish(&w, code, file, manifest, bytes, why, why_size);
     }
     free(tensors);
     free(names);
     return code;
+}
+
+// Where this rank's backend keeps a row of the stored states, -1: another DP group has it.
+static int state_row_here(const Checkpoint *c, int row) {
+    int together = c->batch * comm.dp_size;  // rows of a micro-step
+    if (comm.dp_size == 1) return row;
+    return row % together / c->batch == comm.dp_rank ? row / together * c->batch + row % c->batch : -1;
 }
 
 // Stored states of all rows: the tensors of the state table, each with the rows as first axis.
@@ -535,35 +634,43 @@ static int write_states(const Checkpoint *c, const char *path, JsonWriter *manif
         tensors[k].shape[0] = (size_t)c->num_state_rows;
         for (int d = 0; d < spec->ndim; d++) tensors[k].shape[d + 1] = (size_t)spec->shape[d];
     }
-    int code = safetensors_create(&w, path, tensors, n, why, why_size);
+    int code = shared_create(&w, path, tensors, n, why, why_size);
     if (code == 0) {
         float *values = (float *)xcalloc(states->total, sizeof(float));
-        for (int row = 0; row < c->num_state_rows && code == 0; row++) {
-            c->backend->read_state(row, values);
-            for (size_t k = 0; k < n && code == 0; k++)
-                code = safetensors_append(&w, k, values + states->tensors[k].offset, states->tensors[k].count, why,
-                                          why_size);
+        double *crcs = (double *)xcalloc(n, sizeof(double));
+        int failed = 0;
+        for (int row = 0; row < c->num_state_rows; row++) {
+            int local = state_row_here(c, row), writes = local >= 0 && comm.sp_rank == 0 && !failed;
+            if (writes) c->backend->read_state(local, values);
+            for (size_t k = 0; k < n; k++) {
+                size_t count = states->tensors[k].count;
+                uint32_t crc = 0;
+                if (writes && !failed)
+                    failed = safetensors_write_part(&w, k, (size_t)row * count, values + states->tensors[k].offset,
+                                                    count, &crc, why, why_size);
+                crcs[k] = crc;
+            }
+            comm_sum(crcs, (int)n, "saving states");
+            for (size_t k = 0; k < n; k++) safetensors_count_part(&w, k, states->tensors[k].count, (uint32_t)crcs[k]);
         }
         free(values);
-        if (code) safetensors_abandon(&w);
-        else if ((code = safetensors_finish(&w, why, why_size)) == 0) {
-            manifest_safetensors(manifest, FILE_STATE, &w);
-            *bytes += w.size;
-            safetensors_release(&w);
-        }
+        free(crcs);
+        code = shared_finish(&w, failed, FILE_STATE, manifest, bytes, why, why_size);
     }
     free(tensors);
     return code;
 }
 
-// A file of text; its part of the manifest unless `manifest` is NULL.
+// A file of text, by rank 0; its part of the manifest unless `manifest` is NULL.
 static int write_text(const char *path, const char *text, size_t len, int file, JsonWriter *manifest, uint64_t *bytes,
                       char *why, size_t why_size) {
-    int fd, code = file_create(path, &fd, why, why_size);
-    if (code) return code;
-    code = file_write(fd, path, 0, text, len, why, why_size);
-    if (code) close(fd);
-    else code = file_commit(fd, path, why, why_size);
+    int fd, code = 0;
+    if (comm.rank == 0) {
+        if ((code = file_create(path, &fd, why, why_size))) return code;
+        code = file_write(fd, path, 0, text, len, why, why_size);
+        if (code) close(fd);
+        else code = file_commit(fd, path, why, why_size);
+    }
     if (code) return code;
     *bytes += len;
     if (!manifest) return 0;
@@ -591,6 +698,7 @@ static int checkpoint_write(Checkpoint *c, const char *dir, int step, const char
     manifest_begin(&manifest, step);
     code = write_text(path[FILE_CONFIG], config.text, config.len, FILE_CONFIG, &manifest, &c->bytes_written, why,
                       why_size);
+    code = comm_agree(code, why, why_size, "saving");
     if (code == 0)
         code = write_groups(path[FILE_MODEL], c->table, c->backend, &weights, 1, FILE_MODEL, &manifest,
                             &c->bytes_written, why, why_size);
@@ -609,7 +717,7 @@ static int checkpoint_write(Checkpoint *c, const char *dir, int step, const char
     }
     json_writer_free(&config);
     json_writer_free(&manifest);
-    if (code == 0 && dir_sync(dir) != 0)
+    if (code == 0 && comm.rank == 0 && dir_sync(dir) != 0)
         code = explain(EXIT_USAGE, why, why_size, "cannot write %s: %s", dir, strerror(errno));
     return code;
 }
@@ -621,7 +729,7 @@ static int checkpoint_commit(const char *out, const char *tmp, const char *final
     char old[MAX_PATH] = "";
     int said, code;
     if (access(final, F_OK) == 0) {
-        if (manifest_verify(final, 0, &said, why, why_size) == 0 && said == step) {
+        if (manifest_verify_parts(final, 0, 0, 1, &said, why, why_size) == 0 && said == step) {
             checkpoint_remove(tmp);
             return 0;
         }
@@ -650,31 +758,37 @@ static void checkpoint_prune(const Checkpoint *c, int step, const char *tmp) {
         if (steps[k] > step || ++kept <= c->keep) continue;
         if (checkpoint_step_dir(path, c->out, steps[k], why, sizeof why) != 0 || !checkpoint_only_ours(path)) continue;
         if (rename(path, tmp) == 0) checkpoint_remove(tmp);
-        else fprintf(stderr, "note: cannot delete %s: %s\n", path, strerror(errno));
+        else note("cannot delete %s: %s", path, strerror(errno));
     }
     free(steps);
 }
 
 // Writes OUT/step_%08d, then deletes old checkpoints beyond c->keep. `trainer_json` is stored as it is. On an error
-// nothing is left behind and the older checkpoints are as they were. checkpoint_lock() must have been called.
+// nothing is left behind and the older checkpoints are as they were. checkpoint_lock() must have been called. All ranks
+// call it and get the same answer; what is not a tensor, rank 0 does.
 MAYBE_UNUSED
 static int checkpoint_save(Checkpoint *c, int step, const char *trainer_json, char *why, size_t why_size) {
     char tmp[MAX_PATH], final[MAX_PATH], name[32];
     void (*cleanup_before)(void) = die_cleanup;
-    snprintf(name, sizeof name, "tmp.%ld", (long)getpid());
+    int first = comm.rank == 0;
+    snprintf(name, sizeof name, "tmp.%ld", first ? (long)getpid() : (long)comm.peers[0].pid);
     int code = path_join(tmp, c->out, name, why, why_size);
     if (code == 0) code = checkpoint_step_dir(final, c->out, step, why, why_size);
     if (code) return code;
     format_into(checkpoint_unfinished, sizeof checkpoint_unfinished, "%s", tmp);
-    die_cleanup = checkpoint_cleanup;
-    checkpoint_remove(tmp);  // what could not be removed after an earlier save
-    if (mkdir(tmp, 0777) != 0)
-        code = explain(EXIT_USAGE, why, why_size, "cannot make the directory %s: %s", tmp, strerror(errno));
+    if (first) {
+        die_cleanup = checkpoint_cleanup;
+        checkpoint_remove(tmp);  // what could not be removed after an earlier save
+        if (mkdir(tmp, 0777) != 0)
+            code = explain(EXIT_USAGE, why, why_size, "cannot make the directory %s: %s", tmp, strerror(errno));
+    }
+    code = comm_agree(code, why, why_size, "saving");
     if (code == 0) code = checkpoint_write(c, tmp, step, trainer_json, why, why_size);
-    if (code == 0) code = checkpoint_commit(c->out, tmp, final, step, why, why_size);
-    if (code) checkpoint_remove(tmp);
+    if (code == 0 && first) code = checkpoint_commit(c->out, tmp, final, step, why, why_size);
+    code = comm_agree(code, why, why_size, "saving");
+    if (code && first) checkpoint_remove(tmp);
     die_cleanup = cleanup_before;
-    if (code == 0) checkpoint_prune(c, step, tmp);
+    if (code == 0 && first) checkpoint_prune(c, step, tmp);
     return code;
 }
 
@@ -686,15 +800,16 @@ static int load_states(const Checkpoint *c, const char *path, char *why, size_t 
     const TensorTable *states = c->states;
     SafeTensors s;
     if (access(path, F_OK) != 0) {
-        fprintf(stderr, "note: %s is not there: all carried states start fresh\n", path);
-        for (int row = 0; row < c->num_state_rows; row++) c->backend->write_state(row, NULL);
+        note("%s is not there: all carried states start fresh", path);
+        for (int row = 0; row < c->num_state_rows / comm.dp_size; row++) c->backend->write_state(row, NULL);
         return 0;
     }
     int code = safetensors_open(&s, path, why, why_size);
     if (code) return code;
     float *values = (float *)xcalloc(states->total, sizeof(float));
     for (int row = 0; row < c->num_state_rows && code == 0; row++) {
-        for (int k = 0; k < states->num_tensors && code == 0; k++) {
+        int local = state_row_here(c, row);
+        for (int k = 0; local >= 0 && k < states->num_tensors && code == 0; k++) {
             const TensorSpec *spec = &states->tensors[k];
             const SafeTensor *t = safetensors_find(&s, spec->name);
             int same = t && t->dtype == DTYPE_F32 && t->ndim == spec->ndim + 1;
@@ -710,7 +825,7 @@ static int load_states(const Checkpoint *c, const char *path, char *why, size_t 
                                         why_size);
             }
         }
-        if (code == 0) c->backend->write_state(row, values);
+        if (code == 0 && local >= 0) c->backend->write_state(local, values);
     }
     free(values);
     safetensors_close(&s);

@@ -54,4 +54,25 @@ static uint32_t crc32c(uint32_t crc, const void *data, size_t size) {
     return ~crc;
 }
 
+// Product of two polynomials over GF(2), modulo the checksum's; the highest bit is the coefficient of x^0.
+MAYBE_UNUSED
+static uint32_t crc32c_multiply(uint32_t a, uint32_t b) {
+    uint32_t product = 0;
+    for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
+        if (a & bit) product ^= b;
+        b = b & 1 ? (b >> 1) ^ 0x82F63B78u : b >> 1;
+    }
+    return product;
+}
+
+// Checksum of two runs of bytes one behind the other, from the checksums of each; `size` bytes in the second. The bytes
+// behind multiply what the first left by x^(8 size).
+MAYBE_UNUSED
+static uint32_t crc32c_join(uint32_t first, uint32_t second, uint64_t size) {
+    uint32_t power = 0x80000000u >> 8;  // x^8, squared for every bit of `size`
+    for (; size; size >>= 1, power = crc32c_multiply(power, power))
+        if (size & 1) first = crc32c_multiply(first, power);
+    return first ^ second;
+}
+
 #endif

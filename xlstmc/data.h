@@ -215,8 +215,8 @@ static void dataset_open(Dataset *d, const char *flag, const char *globs, int se
             flag, seq_len + 1LL, seq_len, (unsigned long long)longest);
     for (int k = 0; k < d->num_files; k++)
         if (data_file_samples(&d->files[k], seq_len) == 0)
-            fprintf(stderr, "note: %s: %s has %llu tokens, too few for a sample of --seq-len %d; it is not used\n",
-                    flag, d->files[k].path, (unsigned long long)d->files[k].num_tokens, seq_len);
+            note("%s: %s has %llu tokens, too few for a sample of --seq-len %d; it is not used", flag, d->files[k].path,
+                 (unsigned long long)d->files[k].num_tokens, seq_len);
 }
 
 MAYBE_UNUSED
@@ -261,9 +261,11 @@ static void dataset_check_tokens(Dataset *d, int vocab) {
 
 // Sample `sample` (< num_samples): inputs are its first T tokens, targets its last T. resets[t] = 1 where a document
 // begins: at an input equal to eot, and at t = 0 of the first sample of a file. eot -1: every file has its own (header
-// int [4], 50256 without one, none in text). resets may be NULL.
-static void dataset_read(const Dataset *d, uint64_t sample, int *inputs, int *targets, unsigned char *resets, int eot) {
-    assert(sample < d->num_samples);
+// int [4], 50256 without one, none in text). resets may be NULL. Only positions first .. first + count - 1 are read:
+// the segment of a rank.
+static void dataset_read_segment(const Dataset *d, uint64_t sample, int first, int count, int *inputs, int *targets,
+                                 unsigned char *resets, int eot) {
+    assert(sample < d->num_samples && first >= 0 && first + count <= d->seq_len);
     int low = 0, high = d->num_files - 1;  // the last file whose first sample is not behind `sample` has it
     while (low < high) {
         int middle = (low + high + 1) / 2;
@@ -271,17 +273,22 @@ static void dataset_read(const Dataset *d, uint64_t sample, int *inputs, int *ta
         else high = middle - 1;
     }
     const DataFile *f = &d->files[low];
-    uint64_t start = (sample - f->first_sample) * (uint64_t)d->seq_len;
+    uint64_t start = (sample - f->first_sample) * (uint64_t)d->seq_len + (uint64_t)first;
     const unsigned char *p = f->tokens + start * (uint64_t)f->width;
-    for (int t = 0; t <= d->seq_len; t++) {
+    for (int t = 0; t <= count; t++) {
         int token = (int)data_uint(p + (size_t)t * (size_t)f->width, f->width);
-        if (t < d->seq_len) inputs[t] = token;
+        if (t < count) inputs[t] = token;
         if (t > 0) targets[t - 1] = token;
     }
     if (!resets) return;
     if (eot < 0) eot = f->eot;
-    for (int t = 0; t < d->seq_len; t++) resets[t] = inputs[t] == eot;
+    for (int t = 0; t < count; t++) resets[t] = inputs[t] == eot;
     if (start == 0) resets[0] = 1;
+}
+
+MAYBE_UNUSED
+static void dataset_read(const Dataset *d, uint64_t sample, int *inputs, int *targets, unsigned char *resets, int eot) {
+    dataset_read_segment(d, sample, 0, d->seq_len, inputs, targets, resets, eot);
 }
 
 // ----------------------------------------------------------------------------------------------------------------

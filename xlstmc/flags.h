@@ -83,11 +83,11 @@ static const FlagSpec flag_specs[] = {
          "training files: comma-separated patterns; *.txt is read as bytes, *.bin as token shards, raw:FILE as "
          "headerless uint16"),
     TEXT(val, "val", "GLOB", NULL, "validation files (default: none, no evaluation)"),
-    INT(batch, "batch", "B", "8", 1, 1 << 20, 0, "sequences a micro-step"),
+    INT(batch, "batch", "B", "8", 1, 1 << 20, 0, "sequences a micro-step, of each group of --sp ranks"),
     INT(seq_len, "seq-len", "T", "256", 1, 1 << 26, 1, "tokens a sequence"),
     INT(tokens_per_step, "tokens-per-step", "N", NULL, 1, 2147483647, 1,
-        "tokens an update, a multiple of batch x seq-len; the micro-steps' gradients add up (default: batch x "
-        "seq-len)"),
+        "tokens an update, a multiple of batch x seq-len x groups of --sp ranks; the micro-steps' gradients add up "
+        "(default: one micro-step)"),
     SWITCH(no_shuffle, "no-shuffle", 1, "take the samples in order"),
     SWITCH(reset_docs, "reset-docs", 1, "fresh states where a document begins (an end-of-text token, a file)"),
     INT(eot, "eot", "ID", NULL, 0, 1 << 24, 1,
@@ -133,7 +133,7 @@ static const FlagSpec flag_specs[] = {
            "block: keep only the blocks' inputs and run each forward again in the backward pass; less memory"),
     CHOICE(precision, "precision", "fp32|bf16", NULL, 0,
            "of the arithmetic (default: fp32 on the CPU, bf16 on the GPU)"),
-    INT(sp, "sp", "P", "1", 1, 1 << 16, 0, "ranks that share one sequence"),
+    INT(sp, "sp", "P", "1", 1, 1 << 16, 0, "ranks (processes of mpirun) that share one sequence"),
     INT(zero, "zero", "0|1", "0", 0, 1, 0, "1: spread the optimiser's moments over the ranks"),
     INT(comm_timeout, "comm-timeout", "S", "600", 1, 1e6, 0, "seconds until a silent rank ends the run"),
 

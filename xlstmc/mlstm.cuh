@@ -455,34 +455,6 @@ static int states_segment_chunks(const MlstmShape *s) {
     return ceil_div(chunks, segments > 1 ? segments : 1);
 }
 
-// States entering each segment (in place of what each has added), from `initial` on; a thread an element.
-template <bool REVERSE>
-static __global__ void mlstm_segments_kernel(MlstmShape s, float *segments, const float *decay, MlstmState initial,
-                                             int num_segments, int segment_chunks) {
-    extern __shared__ float kept[];  // [num_segments] how much of the state survives each segment
-    int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + MLSTM_CHUNK - 1) / MLSTM_CHUNK;
-    for (int k = threadIdx.x; k < num_segments; k += blockDim.x) {
-        float product = 1;
-        for (int c = k * segment_chunks; c < min((k + 1) * segment_chunks, NC); c++) product *= decay[bh * NC + c];
-        kept[k] = product;
-    }
-    __syncthreads();
-    size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk);
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;  // in the head's C, then in its n
-    if (i >= matrix + s.dk) return;
-    bool in_n = i >= matrix;
-    size_t at = in_n ? s.NH * matrix + (size_t)head * s.dk + i - matrix : head * matrix + i;
-    float state = 0;
-    if (initial.C)
-        state = in_n ? initial.n[b * initial.row + (size_t)head * s.dk + i - matrix] : initial.C[b * initial.row + at];
-    for (int k = 0; k < num_segments; k++) {
-        int segment = REVERSE ? num_segments - 1 - k : k;
-        float *place = segments + ((size_t)segment * s.B + b) * record + at, adds = k + 1 < num_segments ? *place : 0;
-        *place = state;
-        state = kept[segment] * state + adds;
-    }
-}
-
 template <typename F, bool REVERSE>
 static void mlstm_states(StatesArgs<F> p, float *segments, cudaStream_t stream) {
     p.segment_chunks = states_segment_chunks<F, REVERSE>(&p.s);
@@ -874,7 +846,7 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     scratch->partial = take<float>(a, mlstm_gates_partial_floats(s));
     if (scan) {
         scratch->anchor =
-            take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, SCAN_ANCHOR));
+            take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, MLSTM_SPAN));
         scratch->segments = take<float>(a, scan_segments_floats(s));
         scratch->segments_back = take<float>(a, scan_segments_floats(s));
         return;

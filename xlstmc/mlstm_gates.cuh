@@ -7,7 +7,7 @@
 #include "floats.cuh"
 
 enum { MLSTM_CHUNK = 128, SCAN_CHUNK = 64 };  // tokens a chunk: of the kernels of mlstm.cuh, of mlstm_scan.cuh
-enum { SCAN_ANCHOR = 256 };                   // there, tokens from one exact sum of the forget gates' gradients to the next
+enum { MLSTM_SPAN = 128 };  // tokens from one exact sum of the forget gates' gradients to the next
 
 typedef struct {
     int B, T, NH, dk, dv, sigmoid_gate;
@@ -273,10 +273,41 @@ static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const 
 }
 
 // ----------------------------------------------------------------------------------------------------------------
+// Long sequences of few heads are cut into segments, all walked at once: first from a zero state, to learn what each adds.
+
+// States entering each segment (in place of what each has added), from `initial` on; a thread an element.
+template <bool REVERSE>
+static __global__ void mlstm_segments_kernel(MlstmShape s, float *segments, const float *decay, MlstmState initial,
+                                            int num_segments, int segment_chunks) {
+    extern __shared__ float kept[];  // [num_segments] how much of the state survives each segment
+    int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + s.chunk - 1) / s.chunk;
+    for (int k = threadIdx.x; k < num_segments; k += blockDim.x) {
+        float product = 1;
+        for (int c = k * segment_chunks; c < min((k + 1) * segment_chunks, NC); c++) product *= decay[bh * NC + c];
+        kept[k] = product;
+    }
+    __syncthreads();
+    size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk);
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;  // in the head's C, then in its n
+    if (i >= matrix + s.dk) return;
+    bool in_n = i >= matrix;
+    size_t at = in_n ? s.NH * matrix + (size_t)head * s.dk + i - matrix : head * matrix + i;
+    float state = 0;
+    if (initial.C)
+        state = in_n ? initial.n[b * initial.row + (size_t)head * s.dk + i - matrix] : initial.C[b * initial.row + at];
+    for (int k = 0; k < num_segments; k++) {
+        int segment = REVERSE ? num_segments - 1 - k : k;
+        float *place = segments + ((size_t)segment * s.B + b) * record + at, adds = k + 1 < num_segments ? *place : 0;
+        *place = state;
+        state = kept[segment] * state + adds;
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
 // Gradient of the gates from q, k and their gradients (doc/math.md):
 //   di_j = <k_j, dk_j>,   d log f_l = anchor + sum over l <= r in l's document and span of <q_r, dq_r> - <k_r, dk_r>
 // anchor = <C', dC'> + <n', dn'> of the states that leave the span: it reaches the span's last document only. A span is
-// a chunk of 128 tokens, or SCAN_ANCHOR of them. At its first token the sum must arrive at the anchor of the span before:
+// MLSTM_SPAN tokens. At its first token the sum must arrive at the anchor of the span before, or at 0 if no state enters:
 // by what it misses (bf16 products) it is corrected, in proportion to the tokens summed. The log f of a document's first
 // token has no effect. Bytes a token and head: 24 and 8 a tile of the row sums.
 
@@ -287,7 +318,7 @@ typedef struct {               // `tiles` partial sums of every value, added in 
     int anchor_tiles;
 } MlstmGateSums;
 
-enum { GATE_WARP_TOKENS = 64 };  // a warp of the backward kernel; SPAN / 64 warps a block
+enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // of the backward kernel
 
 // What leaves span c and reaches the tokens before, from all tiles
 __device__ inline double mlstm_anchor(const MlstmGateSums &sums, const MlstmShape &s, size_t bh, int c, int spans) {
@@ -325,15 +356,15 @@ __device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums 
 
 // A block takes a span of one head. bias_partial [2NH][B * spans]: the sums over its tokens; n0 [B][NH, dk] enters the
 // sequence, NULL: zeros
-template <typename F, int SPAN>
-static __global__ void __launch_bounds__(SPAN / 2)
+template <typename F>
+static __global__ void __launch_bounds__(32 * GATE_WARPS)
     mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
                                 F *dgates, size_t ld_dgates, float *bias_partial, int spans) {
-    constexpr int WARPS = SPAN / GATE_WARP_TOKENS;
-    __shared__ double first_sum[WARPS];  // of each warp's first token
-    __shared__ int first_start[WARPS];
+    __shared__ double first_sum[GATE_WARPS];  // of each warp's first token
+    __shared__ int first_start[GATE_WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, NH = s.NH, head = blockIdx.x % NH,
-              c = blockIdx.x / NH % spans, b = blockIdx.x / NH / spans, begin = c * SPAN, end = min(begin + SPAN, s.T);
+              c = blockIdx.x / NH % spans, b = blockIdx.x / NH / spans, begin = c * MLSTM_SPAN,
+              end = min(begin + MLSTM_SPAN, s.T);
     const size_t bh = (size_t)b * NH + head;
     const int t0 = begin + warp * GATE_WARP_TOKENS;
     int start[2];
@@ -351,13 +382,14 @@ static __global__ void __launch_bounds__(SPAN / 2)
 
     double carry = leaves;         // what the tokens behind a warp add to those of the same document: it begins at
     int carry_start = last_start;  // carry_start
-    for (int w = WARPS - 1; w >= 0; w--) {
+    for (int w = GATE_WARPS - 1; w >= 0; w--) {
         for (int g = 0; g < 2 && w == warp; g++)
             if (carry_start <= t0 + 32 * g + lane) sum[g] += carry;
         carry = first_sum[w] + (carry_start <= begin + w * GATE_WARP_TOKENS ? carry : 0);
         carry_start = first_start[w];
     }
-    const double missing = c > 0 && last_start < begin ? enters - carry : 0;
+    const bool known = c > 0 ? last_start < begin : empty && last_start <= 0;
+    const double missing = known ? enters - carry : 0;
     for (int g = 0; g < 2; g++) {
         const int l = t0 + 32 * g + lane;
         if (l >= s.T) continue;
@@ -389,7 +421,9 @@ static __global__ void mlstm_gate_bias_kernel(float *dbias, const float *partial
 }
 
 MAYBE_UNUSED
-static size_t mlstm_gates_partial_floats(const MlstmShape *s) { return (size_t)2 * s->NH * s->B * mlstm_chunks(s); }
+static size_t mlstm_gates_partial_floats(const MlstmShape *s) {
+    return (size_t)2 * s->NH * s->B * ceil_div(s->T, MLSTM_SPAN);
+}
 
 // gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, spans]:
 // partial sums, to be added in order (the last span's anchor is not read). initial: of the forward pass. dgates
@@ -402,10 +436,8 @@ static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t
                                  size_t ld_dgates, float *dbias, float *partial, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
     const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles};
-    const int span = s->chunk == SCAN_CHUNK ? (int)SCAN_ANCHOR : (int)MLSTM_CHUNK, spans = ceil_div(s->T, span);
-    auto kernel = span == SCAN_ANCHOR ? mlstm_gates_backward_kernel<F, SCAN_ANCHOR>
-                                      : mlstm_gates_backward_kernel<F, MLSTM_CHUNK>;
-    kernel<<<(unsigned)((size_t)s->B * s->NH * spans), span / 2, 0, stream>>>(
+    const int spans = ceil_div(s->T, MLSTM_SPAN);
+    mlstm_gates_backward_kernel<F><<<(unsigned)((size_t)s->B * s->NH * spans), 32 * GATE_WARPS, 0, stream>>>(
         *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans);
     LAUNCH_CHECK();
     mlstm_gate_bias_kernel<<<2 * s->NH, 256, 0, stream>>>(dbias, partial, s->B * spans);

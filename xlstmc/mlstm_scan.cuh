@@ -22,11 +22,11 @@
 //
 // X, Y, Z come by TMA, two chunks ahead where they fit; results leave by TMA. The scores of the next chunk are made while
 // the states work on this one. Long sequences of few heads are cut into segments (grid.y), each of which needs the state
-// that enters it: the same kernel as LOCAL makes what each segment adds from zero, mlstm_segments sums up.
+// that enters it: the same kernel as LOCAL makes what each segment adds from zero, mlstm_segments_kernel sums up.
 //
-// Cost of a chunk and slice in cycles of the tensor cores (64 x 64 x 2 FLOP a cycle): A (S) + A W / 64 (out, inter) + W
-// (P Z) + A W / 64 (update), each x 1; A = 128, W = 256: 128 + .. see dev/cuda/NOTES.md. Bytes: every input and output
-// once from memory where the slices of a head run side by side; no state.
+// Cost of a chunk and slice, in cycles of the tensor cores (2,048 multiply-adds): 2 A for the scores, 2 A W / 64 for the
+// state's answer, 2 W for P Z, 2 A W / 64 for the update; 2,816 at A = 128, W = 256 and the other way round. Bytes: every
+// input and output once from memory where the slices of a head run side by side, and 4 A W / 128 a token for snapshots.
 #ifndef XLSTMC_MLSTM_SCAN_CUH
 #define XLSTMC_MLSTM_SCAN_CUH
 
@@ -35,7 +35,7 @@
 #include "mma.cuh"
 
 enum { SCAN_H, SCAN_DQ, SCAN_DK, SCAN_DV };
-enum { SCAN_THREADS = 384, SCAN_BORDER = SCAN_ANCHOR / SCAN_CHUNK };  // chunks from one snapshot of C to the next
+enum { SCAN_THREADS = 384, SCAN_BORDER = MLSTM_SPAN / SCAN_CHUNK };  // chunks from one snapshot of C to the next
 
 template <int MODE_, int A_, int W_, bool LOCAL_>
 struct Scan {
@@ -47,7 +47,7 @@ struct Scan {
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                        // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                              // columns of M^T a warpgroup
     static constexpr int X_BYTES = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;    // of a tile of 64 tokens
-    static constexpr int STAGES = A * 2 + W <= 320 ? 3 : 2;  // what shared memory holds
+    static constexpr int STAGES = LOCAL || A * 2 + W <= 320 ? 3 : 2;  // what shared memory holds
     static constexpr int X_STAGES = LOCAL ? 0 : A <= 384 ? STAGES : 1, YZ_STAGES = A <= 256 ? STAGES : 1;
     static constexpr int X_AHEAD = X_STAGES > 1 ? X_STAGES - 1 : 1, YZ_AHEAD = YZ_STAGES > 1 ? YZ_STAGES - 1 : 1;
     static constexpr int LIGHT_WARP = REVERSE ? 3 : 0;  // of the scores: its rows see the fewest columns; it also loads
@@ -71,9 +71,9 @@ struct ScanArgs {
     MlstmState initial, final;  // of the whole sequence; C == NULL: zeros, not wanted
     float *segments;            // [P][B][NH dk dv + NH dk] states entering each segment; NULL: one segment
     int segment_chunks;
-    uint32_t *snapshots;  // C where every 8th chunk begins, in the order of the threads' registers: H writes, dV reads
+    uint32_t *snapshots;  // C where a span begins, in the order of the threads' registers: H writes, dV reads
     float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK reads
-    float *anchor;        // [tiles][B, NH, ceil(T / 512)] shares of <C, dC> + <n, dn> at the ends of 512 tokens
+    float *anchor;        // [tiles][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     int anchor_tile;      // the first one of this kernel
     float *dot_out;       // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded
 };
@@ -93,7 +93,7 @@ struct ScanShared {
     ScanRows rows[2];
     float vector[3][S::V_COLS];   // n as it enters the chunk: of this one, and two more that others may still read
     bf16 split[2][2][S::V_COLS];  // the same, high and low half
-    float dots[2][4][64], sums[8];
+    float dots[2][2][4][64], sums[8];  // of a state warpgroup, of even and odd chunks
     uint64_t x_full[3], x_empty[3], yz_full[3], yz_empty[3], rows_full[2], p_full[2], p_empty[2], dot_full[2];
 };
 
@@ -336,14 +336,14 @@ __device__ __forceinline__ void scan_update_n(ScanShared<S> *sh, int it, float d
     }
 }
 
-// At every 8th border: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
+// Between spans: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
 template <class S>
 __device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh,
                                               const float *vector, int c) {
     const int border = (c + S::REVERSE) / SCAN_BORDER - 1, borders = (at.all_chunks - 1) / SCAN_BORDER;
     if ((c + S::REVERSE) % SCAN_BORDER || border < 0 || border >= borders || S::LOCAL) return;
     float *kept = p.n_snapshots + ((size_t)at.bh * borders + border) * p.s.dk;
-    if (S::MODE == SCAN_H && at.slice == 0 && kept)
+    if (S::MODE == SCAN_H && at.slice == 0)
         for (int k = threadIdx.x; k < p.s.dk; k += 128) kept[k] = vector[k];
     if (S::MODE != SCAN_DK) return;
     float sum = 0;
@@ -361,24 +361,24 @@ __device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace
 // Weights the scores of chunk c and hands P, and for H the scale of the rows, to the state's warpgroups. q_n: see
 // scan_rows_dot_n
 template <class S>
-__device__ __forceinline__ void scan_publish(const ScanArgs &p, const ScanPlace &at, float (&w)[32], ScanRows *rows,
-                                             bool documents, unsigned panel, float2 q_n, int c) {
+__device__ __forceinline__ void scan_publish(const ScanArgs &p, float (&w)[32], ScanRows *rows, bool documents,
+                                             unsigned panel, float2 q_n, float (&sig)[2]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     if (documents) scan_weights<S, true>(w, rows);
     else scan_weights<S, false>(w, rows);
     if (S::MODE == SCAN_H)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int row = 16 * warp + g + 8 * h, time = c * SCAN_CHUNK + row;
+            const int row = 16 * warp + g + 8 * h;
             float sum = 0;
 #pragma unroll
             for (int j = 0; j < 8; j++) sum += w[4 * j + 2 * h] + w[4 * j + 2 * h + 1];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             if (t) continue;
-            const float sig = sum + rows->factor[row] * (h ? q_n.y : q_n.x);
-            rows->out_scale[row] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, fmaxf(fabsf(sig), rows->floor[row]) + p.s.eps);
-            if (at.slice == 0 && time < p.s.T) p.gates.sig[(size_t)at.bh * p.s.T + time] = sig;
+            sig[h] = sum + rows->factor[row] * (h ? q_n.y : q_n.x);
+            rows->out_scale[row] =
+                p.s.sigmoid_gate ? 1 : __fdividef(1.0f, fmaxf(fabsf(sig[h]), rows->floor[row]) + p.s.eps);
         }
     const int row = 16 * warp + lane % 16;
 #pragma unroll
@@ -430,6 +430,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             const unsigned x = it % (S::X_STAGES ? S::X_STAGES : 1) * S::X_BYTES;
             float w[32];
             float2 q_n = {0, 0};
+            float sig[2] = {0, 0};
             barrier_wait(scan_slot<S::X_STAGES>(sh->x_full, it), scan_parity<S::X_STAGES>(it));
             if (S::MODE == SCAN_H) q_n = scan_rows_dot_n<S>(smem + x, sh->split[slot]);
             barrier_wait(scan_slot<S::YZ_STAGES>(sh->yz_full, it), scan_parity<S::YZ_STAGES>(it));
@@ -445,9 +446,14 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             wgmma_wait<0>();
             __syncwarp();
             if (lane == 0) barrier_arrive(scan_slot<S::X_STAGES>(sh->x_empty, it));
-            scan_publish<S>(p, at, w, rows, documents, base + S::AT_P + slot * PANEL_BYTES, q_n, c);
+            scan_publish<S>(p, w, rows, documents, base + S::AT_P + slot * PANEL_BYTES, q_n, sig);
             __syncwarp();
             if (lane == 0) barrier_arrive(scan_slot<2>(sh->p_full, it));
+            for (int h = 0; S::MODE == SCAN_H && h < 2; h++) {  // behind the fence, which would wait for it
+                const int time = c * SCAN_CHUNK + tid / 32 * 16 + lane / 4 + 8 * h;
+                if (at.slice == 0 && lane % 4 == 0 && time < p.s.T)
+                    p.gates.sig[(size_t)at.bh * p.s.T + time] = sig[h];
+            }
         } else {
             barrier_wait(scan_slot<S::YZ_STAGES>(sh->yz_full, it), scan_parity<S::YZ_STAGES>(it));
         }
@@ -516,13 +522,12 @@ __device__ __forceinline__ void scan_store_state(const ScanArgs &p, const ScanPl
     scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { *scan_element<S>(C, p.s, w, a) = x; });
 }
 
-// At every 8th border: H keeps its registers in bf16; dV, whose registers lie the same way, adds <C, dC> of its part.
+// Between spans: H keeps its registers in bf16; dV, whose registers lie the same way, adds <C, dC> of its part.
 template <class S>
 __device__ __forceinline__ void scan_border_state(const ScanArgs &p, const ScanPlace &at, int wg, ScanShared<S> *sh,
                                                   const float (&M)[S::BLOCKS][S::AW / 2], int c) {
     const int border = (c + S::REVERSE) / SCAN_BORDER - 1, borders = (at.all_chunks - 1) / SCAN_BORDER;
     if (S::TRANSPOSED || S::LOCAL || (c + S::REVERSE) % SCAN_BORDER || border < 0 || border >= borders) return;
-    if (!p.snapshots) return;
     constexpr int WORDS = S::BLOCKS * S::AW / 4;
     const size_t part = (((size_t)at.bh * borders + border) * gridDim.x + at.slice) * 2 + wg;
     uint32_t *kept = p.snapshots + part * WORDS * 128 + threadIdx.x % 128;
@@ -624,10 +629,8 @@ __device__ __forceinline__ void scan_add_halves(float (&out)[32], float *red, in
 
 // Row sums of out * dot over these 64 rows of out^T, for the 64 tokens; the dot operand lies where out will be stored
 template <class S>
-__device__ __forceinline__ void scan_row_dots(const ScanArgs &p, const ScanPlace &at, const float (&out)[32],
-                                              unsigned panel, ScanShared<S> *sh, int wg, int c) {
+__device__ __forceinline__ void scan_row_dots(const float (&out)[32], unsigned panel, float (*sums)[64]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
-    float(*sums)[64] = sh->dots[wg];
     const unsigned piece = 2 * warp + lane / 8 % 2;
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
@@ -646,7 +649,12 @@ __device__ __forceinline__ void scan_row_dots(const ScanArgs &p, const ScanPlace
             if (lane < 4) *(float2 *)&sums[warp][8 * (j + k) + 2 * t] = sum;
         }
     }
-    named_barrier_sync(2 + wg, 128);
+}
+
+// The sums of the four warps to memory: after a barrier of the warpgroup
+template <class S>
+__device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPlace &at, const float (*sums)[64], int wg,
+                                                int c) {
     const int i = threadIdx.x % 128, time = c * SCAN_CHUNK + i;
     const int tile = at.slice * (S::W / 64) + (S::SPLIT ? 0 : wg);
     if (i < 64 && time < p.s.T)
@@ -677,7 +685,7 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
             out[4 * j + 2] += by.x * n1, out[4 * j + 3] += by.y * n1;
         }
         barrier_wait(shared_address(sh->dot_full + wg), it & 1);
-        scan_row_dots<S>(p, at, out, panel, sh, wg, c);
+        scan_row_dots<S>(out, panel, sh->dots[wg][it % 2]);
     } else {
         if (elected) tma_store_wait_read<S::BLOCKS - 1>();
         named_barrier_sync(2 + wg, 128);
@@ -693,6 +701,7 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
     if (elected)
         tma_store(&p.out, panel, at.slice * S::W + (S::SPLIT ? 0 : (wg * S::BLOCKS + b) * 64), at.head, c * SCAN_CHUNK,
                   at.b);
+    if (S::TRANSPOSED) scan_store_dots<S>(p, at, sh->dots[wg][it % 2], wg, c);  // behind the fence, which would wait for it
 }
 
 // The operand of the row sums comes into the panel that out leaves from
@@ -818,34 +827,6 @@ static __global__ void __launch_bounds__(SCAN_THREADS, 1) mlstm_scan_kernel(cons
 #endif
 }
 
-// States entering each segment (in place of what each has added), from `initial` on; a thread an element.
-template <bool REVERSE>
-static __global__ void scan_segments_kernel(MlstmShape s, float *segments, const float *decay, MlstmState initial,
-                                            int num_segments, int segment_chunks) {
-    extern __shared__ float kept[];  // [num_segments] how much of the state survives each segment
-    int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + s.chunk - 1) / s.chunk;
-    for (int k = threadIdx.x; k < num_segments; k += blockDim.x) {
-        float product = 1;
-        for (int c = k * segment_chunks; c < min((k + 1) * segment_chunks, NC); c++) product *= decay[bh * NC + c];
-        kept[k] = product;
-    }
-    __syncthreads();
-    size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk);
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;  // in the head's C, then in its n
-    if (i >= matrix + s.dk) return;
-    bool in_n = i >= matrix;
-    size_t at = in_n ? s.NH * matrix + (size_t)head * s.dk + i - matrix : head * matrix + i;
-    float state = 0;
-    if (initial.C)
-        state = in_n ? initial.n[b * initial.row + (size_t)head * s.dk + i - matrix] : initial.C[b * initial.row + at];
-    for (int k = 0; k < num_segments; k++) {
-        int segment = REVERSE ? num_segments - 1 - k : k;
-        float *place = segments + ((size_t)segment * s.B + b) * record + at, adds = k + 1 < num_segments ? *place : 0;
-        *place = state;
-        state = kept[segment] * state + adds;
-    }
-}
-
 // ----------------------------------------------------------------------------------------------------------------
 // Which shapes, and the launches
 
@@ -949,7 +930,7 @@ static void scan_segments(ScanArgs *p, float *segments, cudaStream_t stream) {
     if (count == 1) return;
     scan_run<MODE, true>(*p, stream);
     const dim3 grid((unsigned)ceil_div((size_t)s->dk * (s->dv + 1), 256), (unsigned)(s->B * s->NH));
-    scan_segments_kernel<REVERSE>
+    mlstm_segments_kernel<REVERSE>
         <<<grid, 256, count * sizeof(float), stream>>>(*s, segments, p->gates.decay, p->initial, count, p->segment_chunks);
     LAUNCH_CHECK();
 }
@@ -985,7 +966,7 @@ static void mlstm_scan_forward(const MlstmShape &s, const MlstmInput<bf16> &in, 
 typedef struct {                // of the backward pass
     const float *inv_den, *ds;  // [B, NH, T]
     float *q_dq, *k_dk;         // [ceil(dk / 64)][B, NH, T]
-    float *anchor;              // [scan_anchor_tiles][B, NH, ceil(T / 512)]
+    float *anchor;              // [scan_anchor_tiles][B, NH, spans]
     float *segments, *segments_back;
 } ScanScratch;
 

@@ -481,11 +481,9 @@ static void safetensors_abandon(SafeWriter *w) {
     safetensors_release(w);
 }
 
-// Creates the file and writes its header. Of tensors[] name, dtype (F32 or BF16), ndim and shape count; the names must
-// live until the end. Data follow by safetensors_append(), in file order if it can be. After an error nothing is open.
-MAYBE_UNUSED
-static int safetensors_create(SafeWriter *w, const char *path, const SafeTensor *tensors, size_t num_tensors, char *why,
-                              size_t why_size) {
+// Everything that is known before the first byte is written: the header, in `json`, and where the tensors will be.
+static void safe_plan(SafeWriter *w, JsonWriter *header, const char *path, const SafeTensor *tensors,
+                      size_t num_tensors) {
     JsonWriter json;
     memset(&json, 0, sizeof json);
     memset(w, 0, sizeof *w);
@@ -529,39 +527,83 @@ static int safetensors_create(SafeWriter *w, const char *path, const SafeTensor 
     w->header_bytes = json.len;
     w->size = json.len + at;
     w->header_crc = crc32c(0, json.text, json.len);
+    *header = json;
+}
+
+// Creates the file and writes its header. Of tensors[] name, dtype (F32 or BF16), ndim and shape count; the names must
+// live until the end. Data follow by safetensors_append(), in file order if it can be. After an error nothing is open.
+MAYBE_UNUSED
+static int safetensors_create(SafeWriter *w, const char *path, const SafeTensor *tensors, size_t num_tensors, char *why,
+                              size_t why_size) {
+    JsonWriter header;
+    safe_plan(w, &header, path, tensors, num_tensors);
     int code = file_create(path, &w->fd, why, why_size);
     if (code == 0) {
-        code = file_write(w->fd, path, 0, json.text, json.len, why, why_size);
+        code = file_write(w->fd, path, 0, header.text, header.len, why, why_size);
         if (code) close(w->fd);
     }
-    json_writer_free(&json);
+    json_writer_free(&header);
     if (code) safetensors_release(w);
     return code;
 }
 
-// The next `count` elements of tensor `index`. A tensor's elements come in order; tensors may take turns.
+// Opens a file that another process has created with the same tensors, to write parts of it.
 MAYBE_UNUSED
-static int safetensors_append(SafeWriter *w, size_t index, const float *values, size_t count, char *why,
+static int safetensors_attach(SafeWriter *w, const char *path, const SafeTensor *tensors, size_t num_tensors, char *why,
                               size_t why_size) {
+    JsonWriter header;
+    safe_plan(w, &header, path, tensors, num_tensors);
+    json_writer_free(&header);
+    for (int tries = 0; tries < 50; tries++) {  // on a network file system a new name may take seconds to be seen
+        w->fd = open(path, O_WRONLY | O_CLOEXEC);
+        if (w->fd >= 0) return 0;
+        if (errno != ENOENT) break;
+        usleep(100000);
+    }
+    int reason = errno;
+    safetensors_release(w);
+    return explain(EXIT_USAGE, why, why_size, "cannot write %s: %s; all ranks must see the same --out", path,
+                   strerror(reason));
+}
+
+// Elements first .. first + count - 1 of tensor `index`; *crc becomes the checksum of their bytes.
+static int safetensors_write_part(SafeWriter *w, size_t index, size_t first, const float *values, size_t count,
+                                  uint32_t *crc, char *why, size_t why_size) {
     const SafeTensor *t = &w->tensors[index];
     size_t width = safe_dtypes[t->dtype].width;
     assert(t->dtype == DTYPE_F32 || t->dtype == DTYPE_BF16);
-    assert(count <= t->count - w->written[index]);
+    assert(first <= t->count && count <= t->count - first);
+    *crc = 0;
     while (count > 0) {
         size_t n = count < SAFE_BUFFER / width ? count : SAFE_BUFFER / width;
         for (size_t k = 0; k < n; k++) {
             uint32_t bits = t->dtype == DTYPE_F32 ? bits_from_float(values[k]) : bf16_from_float(values[k]);
             for (size_t b = 0; b < width; b++) w->buffer[k * width + b] = (unsigned char)(bits >> (8 * b));
         }
-        int code =
-            file_write(w->fd, w->path, t->offset + w->written[index] * width, w->buffer, n * width, why, why_size);
+        int code = file_write(w->fd, w->path, t->offset + first * width, w->buffer, n * width, why, why_size);
         if (code) return code;
-        w->crc[index] = crc32c(w->crc[index], w->buffer, n * width);
-        w->written[index] += n;
+        *crc = crc32c(*crc, w->buffer, n * width);
+        first += n;
         values += n;
         count -= n;
     }
     return 0;
+}
+
+// The next `count` elements of tensor `index` are in the file, by whomever; `crc` is their checksum. Parts in order.
+static void safetensors_count_part(SafeWriter *w, size_t index, size_t count, uint32_t crc) {
+    w->crc[index] = crc32c_join(w->crc[index], crc, count * safe_dtypes[w->tensors[index].dtype].width);
+    w->written[index] += count;
+}
+
+// The next `count` elements of tensor `index`. A tensor's elements come in order; tensors may take turns.
+MAYBE_UNUSED
+static int safetensors_append(SafeWriter *w, size_t index, const float *values, size_t count, char *why,
+                              size_t why_size) {
+    uint32_t crc;
+    int code = safetensors_write_part(w, index, w->written[index], values, count, &crc, why, why_size);
+    if (code == 0) safetensors_count_part(w, index, count, crc);
+    return code;
 }
 
 // Flushes to the device and closes. crc, tensors and sizes stay readable until safetensors_release().

@@ -17,6 +17,7 @@
 
 #include "backend.h"     // Backend, Batch, RunConfig, UpdateConfig
 #include "checkpoint.h"  // config_read, weights_load, checkpoint_*, dump_write
+#include "comm.h"        // comm, comm_start, comm_sum, comm_agree
 #include "data.h"        // Dataset
 #include "flags.h"       // Flags
 #include "log.h"         // Log
@@ -32,7 +33,7 @@
 
 enum { MAX_SKIPPED_IN_A_ROW = 10 };
 
-typedef struct {            // the tokens of a micro-step
+typedef struct {            // this rank's tokens of a micro-step; T: its segment
     int *inputs, *targets;  // [B, T]
     unsigned char *resets;  // [B, T] or NULL
     int64_t at;             // their place in the sequence of all training samples, -1: none
@@ -48,7 +49,8 @@ typedef struct {
     Sampler sampler;
     Dataset train, val;
     int has_val;
-    int batch, seq_len;          // B and T of a micro-step
+    int batch, seq_len;          // B and T of a micro-step of one DP group
+    int first, len;              // this rank's segment of a sequence: positions first .. first + len - 1
     int64_t sequences_per_step;  // S
     int eot;                     // --eot, -1: each file has its own
     char resume_dir[4096];       // checkpoint to continue from, "": none
@@ -57,8 +59,10 @@ typedef struct {
     int64_t step;     // steps done; one that was skipped counts, its samples are used up
     uint64_t tokens;  // tokens done: the position in the data
     int64_t skipped, skipped_in_a_row;
+    int stop;            // several ranks: they have agreed that one got a signal to stop
     int64_t saved_step;  // -1: nothing saved
     Rows rows, next;     // of this micro-step; of the next one, read while a GPU computes
+    float *dump_logits;  // --dump: [B, T of the segment, V]
 } Trainer;
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -105,6 +109,13 @@ static volatile sig_atomic_t stop_signals = 0;
 
 static void on_stop_signal(int number) {
     if (stop_signals++) _exit(128 + number);
+}
+
+// Has a signal to stop come? Several ranks must decide alike: they do so in agree_to_stop(), which all of them call.
+static int stopping(const Trainer *t) { return comm.size == 1 ? stop_signals != 0 : t->stop; }
+
+static void agree_to_stop(Trainer *t) {
+    if (comm.size > 1) t->stop |= comm_any(stop_signals != 0, "agreement on whether to stop");
 }
 
 static void catch_signals(void) {
@@ -171,9 +182,17 @@ static void check_flags(const Trainer *t) {
         for (int b = a + 1; b < 3; b++)
             if (flag_given(f, model_flags[a]) && flag_given(f, model_flags[b]))
                 die(EXIT_USAGE, "--%s and --%s each name a model; give one of them", model_flags[a], model_flags[b]);
-    if (f->sp != 1)
+    if (comm.size % f->sp != 0)
         die(EXIT_USAGE,
-            "--sp %" PRId64 ": there is one rank; ranks come from mpirun, and --sp must divide their number", f->sp);
+            "--sp %" PRId64
+            " does not divide the number of ranks, %d; ranks come from mpirun, e.g. mpirun -np %" PRId64,
+            f->sp, comm.size, f->sp);
+    if (f->seq_len < 3 * f->sp)
+        die(EXIT_USAGE, "--seq-len %" PRId64 " is less than 3 tokens for each of --sp %" PRId64 " ranks", f->seq_len,
+            f->sp);
+    if (comm.size > 1 && !t->backend->reduce_grads)
+        die(EXIT_USAGE, "this program runs as one process; leave out mpirun");
+    if (comm.size > 1 && f->generate) die(EXIT_USAGE, "--generate runs as one process; leave out mpirun");
     if (strcmp(t->backend->name, "cpu") == 0 && f->precision && strcmp(f->precision, "fp32") != 0)
         die(EXIT_USAGE, "--precision %s: the CPU trainer computes in fp32 only; leave the flag out", f->precision);
     if (strcmp(t->backend->name, "cpu") != 0 && flag_given(f, "chunk"))
@@ -186,7 +205,7 @@ static void check_flags(const Trainer *t) {
     if (!f->generate && !f->train)
         die(EXIT_USAGE,
             "--train is missing: name text files (*.txt) or token shards (*.bin), e.g. --train book.txt; see --help");
-    if (f->batch * f->seq_len > INT32_MAX)
+    if (f->batch * (f->seq_len / f->sp + 1) > INT32_MAX)
         die(EXIT_USAGE,
             "--batch %" PRId64 " x --seq-len %" PRId64
             " are more tokens than a micro-step can hold; lower --batch and set "
@@ -221,12 +240,16 @@ static void check_dump(const char *path) {
         die(EXIT_USAGE, "--dump %s cannot be written: %s: %s", path, folder, strerror(errno));
 }
 
-// S, the sequences an update reads: a multiple of the batch.
+// S, the sequences an update reads: a multiple of the batch times the groups that each read one.
 static void resolve_batch(Trainer *t) {
     Flags *f = &t->flags;
-    int64_t micro = f->batch * f->seq_len;
+    int64_t micro = f->batch * f->seq_len * comm.dp_size;
+    char groups[48] = "";
+    if (comm.dp_size > 1) format_into(groups, sizeof groups, " x %d groups of ranks", comm.dp_size);
     t->batch = (int)f->batch;
     t->seq_len = (int)f->seq_len;
+    t->first = segment_begin(t->seq_len, comm.sp_size, comm.sp_rank);
+    t->len = segment_begin(t->seq_len, comm.sp_size, comm.sp_rank + 1) - t->first;
     t->eot = flag_given(f, "eot") ? (int)f->eot : -1;
     if (!flag_given(f, "tokens-per-step")) f->tokens_per_step = micro;
     if (f->tokens_per_step % micro != 0) {
@@ -235,9 +258,9 @@ static void resolve_batch(Trainer *t) {
         if (below > 0) format_into(nearest, sizeof nearest, "%" PRId64 " or %" PRId64, below, below + micro);
         else format_into(nearest, sizeof nearest, "%" PRId64, micro);
         die(EXIT_USAGE,
-            "--tokens-per-step %" PRId64 " is not a multiple of --batch %" PRId64 " x --seq-len %" PRId64 " = %" PRId64
-            "; nearest: %s",
-            f->tokens_per_step, f->batch, f->seq_len, micro, nearest);
+            "--tokens-per-step %" PRId64 " is not a multiple of --batch %" PRId64 " x --seq-len %" PRId64
+            "%s = %" PRId64 "; nearest: %s",
+            f->tokens_per_step, f->batch, f->seq_len, groups, micro, nearest);
     }
     t->sequences_per_step = f->tokens_per_step / f->seq_len;
     if (f->carry_state) f->no_shuffle = 1;
@@ -247,7 +270,7 @@ static void resolve_batch(Trainer *t) {
 static void check_out(const Trainer *t) {
     const char *out = t->flags.out;
     struct stat info;
-    if (!out) return;
+    if (!out || comm.rank != 0) return;
     if (stat(out, &info) == 0) {
         if (!S_ISDIR(info.st_mode)) die(EXIT_USAGE, "--out %s is a file; name a directory", out);
         if (!t->flags.resume && checkpoint_holds_run(out))
@@ -263,9 +286,10 @@ static void check_out(const Trainer *t) {
 }
 
 static void lock_out(Trainer *t) {
-    char why[1024];
+    char why[1024] = "";
     if (t->locked || !t->flags.out) return;
-    int code = checkpoint_lock(t->flags.out, why, sizeof why);
+    int code = comm.rank == 0 ? checkpoint_lock(t->flags.out, why, sizeof why) : 0;
+    code = comm_agree(code, why, sizeof why, "taking --out");
     if (code != 0) die(code, "%s", why);
     t->locked = 1;
 }
@@ -274,11 +298,13 @@ static void lock_out(Trainer *t) {
 static void find_checkpoint(Trainer *t) {
     const Flags *f = &t->flags;
     char why[1024] = "";
-    int step = -1;
+    int step = -1, there;
     struct stat info;
     t->saved_step = -1;
     if (!f->resume) return;
-    if (stat(f->out, &info) == 0) {
+    there = stat(f->out, &info) == 0;
+    comm_broadcast(&there, sizeof there, "looking for a checkpoint");
+    if (there) {
         if (!f->generate && !f->dump) lock_out(t);
         int code = checkpoint_latest(f->out, t->resume_dir, sizeof t->resume_dir, &step, why, sizeof why);
         if (code != 0) die(code, "%s", why);
@@ -411,16 +437,30 @@ static void print_model(const Trainer *t) {
            1e-6 * model_flops_per_token(c, &t->table));
 }
 
+static void print_ranks(const Trainer *t) {
+    int hosts = 0;
+    for (int r = 0, seen; r < comm.size; r++) {
+        seen = 0;
+        for (int other = 0; other < r; other++) seen |= strcmp(comm.peers[r].host, comm.peers[other].host) == 0;
+        hosts += !seen;
+    }
+    printf("%-11s %d on %d host%s", "ranks", comm.size, hosts, hosts == 1 ? "" : "s");
+    if (comm.sp_size > 1)
+        printf(", %d group%s of %d that share a sequence", comm.dp_size, comm.dp_size == 1 ? "" : "s", comm.sp_size);
+    printf(", moments %s\n", t->flags.zero ? "spread over all" : "on each");
+}
+
 static void print_plan(const Trainer *t) {
     const Flags *f = &t->flags;
     char tokens[64], keep[64];
-    int64_t micro_steps = t->sequences_per_step / t->batch;
+    int64_t micro_steps = t->sequences_per_step / t->batch / comm.dp_size;
     print_model(t);
     print_data("train", &t->train);
     if (t->has_val) print_data("val", &t->val);
     format_count(tokens, sizeof tokens, (double)f->tokens_per_step);
     printf("%-11s %s tokens: %" PRId64 " micro-step%s of %d sequences of %d\n", "step", tokens, micro_steps,
-           micro_steps == 1 ? "" : "s", t->batch, t->seq_len);
+           micro_steps == 1 ? "" : "s", t->batch * comm.dp_size, t->seq_len);
+    if (comm.size > 1) print_ranks(t);
     double epochs = (double)f->steps * (double)t->sequences_per_step / (double)t->train.num_samples;
     printf("%-11s steps %" PRId64 " to %" PRId64 " (%.2f epochs in all), %s, lr %g, warm-up %" PRId64 "\n", "plan",
            t->step + 1, f->steps, epochs, f->schedule, f->lr, f->warmup);
@@ -444,7 +484,8 @@ static int num_threads(const Flags *f) {
     long asked = variable ? strtol(variable, NULL, 10) : 0;
     if (asked >= 1 && asked <= 4096) return (int)asked;
 #ifdef _OPENMP
-    return omp_get_num_procs();
+    int cores = omp_get_num_procs(), bound = cores < (int)sysconf(_SC_NPROCESSORS_ONLN);  // mpirun gave us our own
+    return bound || cores < comm.local_size ? (bound ? cores : 1) : cores / comm.local_size;
 #else
     return 1;
 #endif
@@ -456,18 +497,20 @@ static void build_backend(Trainer *t, int max_batch, int max_len, int training) 
     memset(&run, 0, sizeof run);
     run.max_batch = max_batch;
     run.max_len = max_len;
-    run.num_state_rows = training && f->carry_state ? (int)t->sequences_per_step : 0;
+    run.num_state_rows = training && f->carry_state ? (int)t->sequences_per_step / comm.dp_size : 0;
     run.training = training;
     run.recompute = strcmp(f->recompute, "block") == 0;
     run.bf16 = strcmp(t->backend->name, "cpu") != 0 && !(f->precision && strcmp(f->precision, "fp32") == 0);
     run.threads = num_threads(f);
     run.chunk = f->chunk ? (int)f->chunk : t->config.chunk_size;
+    run.zero = (int)f->zero;
     t->backend->build(&t->config, &t->table, &run);
     t->checkpoint.out = f->out;
     t->checkpoint.config = &t->config;
     t->checkpoint.table = &t->table;
     t->checkpoint.states = &t->states;
-    t->checkpoint.num_state_rows = run.num_state_rows;
+    t->checkpoint.num_state_rows = run.num_state_rows * comm.dp_size;
+    t->checkpoint.batch = t->batch;
     t->checkpoint.backend = t->backend;
     t->checkpoint.save_bf16 = strcmp(f->save_dtype, "bf16") == 0;
     t->checkpoint.keep = (int)f->keep;
@@ -576,7 +619,7 @@ static void save_checkpoint(Trainer *t) {
 // One step
 
 static void alloc_rows(const Trainer *t, Rows *r) {
-    size_t tokens = (size_t)t->batch * (size_t)t->seq_len;
+    size_t tokens = (size_t)t->batch * (size_t)t->len;
     r->inputs = (int *)xcalloc(tokens, sizeof(int));
     r->targets = (int *)xcalloc(tokens, sizeof(int));
     if (t->flags.reset_docs) r->resets = (unsigned char *)xcalloc(tokens, 1);
@@ -584,8 +627,9 @@ static void alloc_rows(const Trainer *t, Rows *r) {
 }
 
 static void load_row(const Trainer *t, Rows *r, const Dataset *d, uint64_t sample, int row) {
-    size_t at = (size_t)row * (size_t)t->seq_len;
-    dataset_read(d, sample, r->inputs + at, r->targets + at, r->resets ? r->resets + at : NULL, t->eot);
+    size_t at = (size_t)row * (size_t)t->len;
+    dataset_read_segment(d, sample, t->first, t->len, r->inputs + at, r->targets + at,
+                         r->resets ? r->resets + at : NULL, t->eot);
 }
 
 static void load_rows(const Trainer *t, Rows *r, int64_t at) {
@@ -595,14 +639,15 @@ static void load_rows(const Trainer *t, Rows *r, int64_t at) {
 
 static void load_next(void *trainer) {
     Trainer *t = (Trainer *)trainer;
-    load_rows(t, &t->next, t->rows.at + t->batch);
+    load_rows(t, &t->next, t->rows.at + t->batch * comm.dp_size);
 }
 
 static Batch batch_of(const Trainer *t, int rows) {
     Batch b;
     memset(&b, 0, sizeof b);
     b.B = rows;
-    b.T = t->seq_len;
+    b.T = t->len;
+    b.whole = comm.sp_size > 1 ? t->seq_len : 0;
     b.inputs = t->rows.inputs;
     b.targets = t->rows.targets;
     b.resets = t->rows.resets;
@@ -611,17 +656,32 @@ static Batch batch_of(const Trainer *t, int rows) {
 }
 
 static void fresh_states(Trainer *t) {
-    for (int64_t row = 0; row < t->sequences_per_step; row++) t->backend->write_state((int)row, NULL);
+    for (int64_t row = 0; row < t->sequences_per_step / comm.dp_size; row++) t->backend->write_state((int)row, NULL);
 }
 
-// Forward and backward over the S sequences of the next step; the mean loss. logits [S, T, V] may be NULL.
+// Where row `first` of a step's micro-step begins for a DP group: each group takes B rows in turn, so that the order of
+// samples does not depend on the number of ranks.
+static int64_t rows_begin(const Trainer *t, int64_t first, int dp_rank) {
+    return (int64_t)step_begins(t) + first + (int64_t)dp_rank * t->batch;
+}
+
+// --dump: this rank's logits of a micro-step [B, T of its segment, V] to their place among those of all [S, T, V].
+static void place_logits(const Trainer *t, float *logits, int64_t row) {
+    size_t V = (size_t)t->config.vocab_size, width = (size_t)t->len * V;
+    for (int b = 0; b < t->batch; b++)
+        memcpy(logits + ((size_t)(row + b) * (size_t)t->seq_len + (size_t)t->first) * V,
+               t->dump_logits + (size_t)b * width, width * sizeof(float));
+}
+
+// Forward and backward over the S sequences of the next step; the mean loss. logits [S, T, V] may be NULL. All targets
+// count, so 1 / tokens is their weight on every rank, whatever its share.
 static double accumulate_gradients(Trainer *t, float *logits) {
     double sum = 0, scale = 1.0 / (double)t->flags.tokens_per_step;
-    size_t logits_per_row = (size_t)t->seq_len * (size_t)t->config.vocab_size;
+    int64_t together = (int64_t)t->batch * comm.dp_size;
     if (t->flags.carry_state && streams_begin(t)) fresh_states(t);
     t->backend->zero_grad();
-    for (int64_t first = 0; first < t->sequences_per_step; first += t->batch) {
-        int64_t at = (int64_t)step_begins(t) + first;
+    for (int64_t first = 0; first < t->sequences_per_step; first += together) {
+        int64_t at = rows_begin(t, first, comm.dp_rank);
         if (t->next.at == at) {
             Rows read = t->next;
             t->next = t->rows;
@@ -632,10 +692,14 @@ static double accumulate_gradients(Trainer *t, float *logits) {
         Batch batch = batch_of(t, t->batch);
         batch.meanwhile = load_next;
         batch.meanwhile_arg = t;
-        if (t->flags.carry_state) batch.state_row = (int)first;
-        if (logits) batch.logits = logits + (size_t)first * logits_per_row;
+        batch.last_of_step = first + together == t->sequences_per_step;
+        if (t->flags.carry_state) batch.state_row = (int)(first / comm.dp_size);
+        if (logits) batch.logits = t->dump_logits;
         sum += t->backend->forward_backward(&batch, scale);
+        if (logits) place_logits(t, logits, at - (int64_t)step_begins(t));
     }
+    if (comm.size > 1) t->backend->reduce_grads();
+    comm_sum(&sum, 1, "sum of the losses");
     return sum * scale;
 }
 
@@ -643,6 +707,7 @@ static double accumulate_gradients(Trainer *t, float *logits) {
 static void train_step(Trainer *t) {
     const Flags *f = &t->flags;
     double start = now_seconds(), lr = schedule_lr(f, t->step);
+    comm.step = t->step + 1;
     double loss = accumulate_gradients(t, NULL), norm = t->backend->grad_norm();
     int finite = isfinite(loss) && isfinite(norm);
     if (finite) {
@@ -656,6 +721,7 @@ static void train_step(Trainer *t) {
     t->tokens += (uint64_t)f->tokens_per_step;
     t->skipped += !finite;
     t->skipped_in_a_row = finite ? 0 : t->skipped_in_a_row + 1;
+    agree_to_stop(t);
     double seconds = now_seconds() - start;
     JsonWriter line;
     log_begin(&line);
@@ -685,22 +751,26 @@ static void train_step(Trainer *t) {
 // ----------------------------------------------------------------------------------------------------------------
 // Looking at the model on the way: no effect on training
 
-// Mean loss over samples spread evenly over --val. A signal ends it without a result.
+// Mean loss over samples spread evenly over --val; the DP groups take B of them in turn. A signal ends it without a
+// result.
 static void evaluate(Trainer *t) {
     const Flags *f = &t->flags;
     uint64_t all = t->val.num_samples, count = (uint64_t)f->eval_batches * (uint64_t)t->batch;
     if (count == 0 || count > all) count = all;
     double start = now_seconds(), sum = 0;
-    for (uint64_t first = 0; first < count; first += (uint64_t)t->batch) {
-        int rows = count - first < (uint64_t)t->batch ? (int)(count - first) : t->batch;
+    for (uint64_t step = 0; step < count; step += (uint64_t)t->batch * (uint64_t)comm.dp_size) {
+        uint64_t first = step + (uint64_t)t->batch * (uint64_t)comm.dp_rank, left = first < count ? count - first : 0;
+        int rows = left < (uint64_t)t->batch ? (int)left : t->batch;
         for (int row = 0; row < rows; row++) {
             uint64_t k = first + (uint64_t)row;
             load_row(t, &t->rows, &t->val, k * (all / count) + k * (all % count) / count, row);
         }
         Batch batch = batch_of(t, rows);
-        sum += t->backend->evaluate(&batch);
-        if (stop_signals) return;
+        if (rows > 0) sum += t->backend->evaluate(&batch);
+        agree_to_stop(t);
+        if (stopping(t)) return;
     }
+    comm_sum(&sum, 1, "sum of the validation losses");
     double tokens = (double)count * t->seq_len, seconds = now_seconds() - start;
     JsonWriter line;
     log_begin(&line);
@@ -774,7 +844,8 @@ static void open_log(Trainer *t) {
     const ModelConfig *c = &t->config;
     char blocks[4096];
     log_start(&t->log, t->step, f->steps);
-    if (!f->out) return;
+    if (comm.size > 1) t->log.tty = 0;  // mpirun gives every rank a terminal, whatever it has itself
+    if (!f->out || comm.rank != 0) return;
     int64_t resumed = t->resume_dir[0] ? t->step : -1;
     int first = log_open_json(&t->log, f->out, resumed);
     log_open_events(&t->log, f->out, resumed);
@@ -815,6 +886,7 @@ static void open_log(Trainer *t) {
     json_write_string(&line, "input_gate", c->sigmoid_gate ? "sigmoid" : "exp");
     json_write_int(&line, "parameters", (int64_t)t->table.total);
     json_end(&line, '}');
+    json_write_int(&line, "ranks", comm.size);
     json_write_string(&line, "device", t->backend->device);
     json_write_string(&line, "compiler", __VERSION__);
     json_write_string(&line, "compiler_flags", BUILD_FLAGS);
@@ -827,14 +899,14 @@ static int is_due(int64_t every, int64_t step) { return every > 0 && step % ever
 static void train(Trainer *t) {
     const Flags *f = &t->flags;
     if (t->has_val && f->eval_every && !t->resume_dir[0]) evaluate(t);
-    while (t->step < f->steps && !stop_signals) {
+    while (t->step < f->steps && !stopping(t)) {
         train_step(t);
         int last = t->step == f->steps;
-        if (t->has_val && f->eval_every && (last || is_due(f->eval_every, t->step)) && !stop_signals) evaluate(t);
-        if (is_due(f->sample_every, t->step) && !stop_signals) print_sample(t);
+        if (t->has_val && f->eval_every && (last || is_due(f->eval_every, t->step)) && !stopping(t)) evaluate(t);
+        if (is_due(f->sample_every, t->step) && !stopping(t) && comm.rank == 0) print_sample(t);
         if (is_due(f->save_every, t->step)) save_checkpoint(t);
     }
-    if (!stop_signals || t->step > 0) save_checkpoint(t);
+    if (!stopping(t) || t->step > 0) save_checkpoint(t);
     char duration[32];
     format_duration(duration, sizeof duration, now_seconds() - t->log.start);
     if (t->step < f->steps)
@@ -845,12 +917,18 @@ static void train(Trainer *t) {
 
 static void dump(Trainer *t) {
     char why[1024];
-    int S = (int)t->sequences_per_step;
-    float *logits = (float *)xcalloc((size_t)S * (size_t)t->seq_len * (size_t)t->config.vocab_size, sizeof(float));
+    int S = (int)t->sequences_per_step, code = 0;
+    size_t V = (size_t)t->config.vocab_size, count = (size_t)S * (size_t)t->seq_len * V;
+    float *logits = (float *)xcalloc(count, sizeof(float));
+    t->dump_logits = (float *)xcalloc((size_t)t->batch * (size_t)t->len * V, sizeof(float));
     double loss = accumulate_gradients(t, logits);
-    int code = dump_write(t->flags.dump, &t->table, t->backend, loss, logits, S, t->seq_len, t->config.vocab_size, why,
+    comm_merge(logits, count, "gathering logits");
+    if (comm.size > 1 && t->flags.zero) t->backend->collect(KIND_GRAD);
+    if (comm.rank == 0)
+        code = dump_write(t->flags.dump, &t->table, t->backend, loss, logits, S, t->seq_len, t->config.vocab_size, why,
                           sizeof why);
     if (code != 0) die(code, "%s", why);
+    free(t->dump_logits);
     printf("%s: loss %.6f, logits [%d, %d, %d] and %d gradients\n", t->flags.dump, loss, S, t->seq_len,
            t->config.vocab_size, t->table.num_tensors);
     free(logits);
@@ -867,9 +945,18 @@ static void generate_text(Trainer *t) {
     fprintf(stderr, "%" PRId64 " tokens in %.2f s, %.1f tokens/s\n", count, seconds, (double)count / seconds);
 }
 
+// Ranks on hosts without a common file system may have different files.
+static void check_same_data(const Dataset *d) {
+    double mine[2] = {(double)d->num_samples, 0}, all[2];
+    for (int k = 0; k < d->num_files; k++) mine[1] += d->files[k].crc;
+    memcpy(all, mine, sizeof all);
+    comm_sum(all, 2, "comparing the ranks' files");
+    if (mine[0] * comm.size != all[0] || mine[1] * comm.size != all[1])
+        die(EXIT_USAGE, "%s: the ranks see different files; give each host the same ones", d->flag);
+}
+
 // Everything from the command line to the last checkpoint; returns the exit code.
-MAYBE_UNUSED
-static int trainer_main(int argc, char **argv, const Backend *backend) {
+static int trainer_run(int argc, char **argv, const Backend *backend) {
     static Trainer trainer;  // zero; too large for some stacks
     Trainer *t = &trainer;
     Flags *f = &t->flags;
@@ -884,9 +971,11 @@ static int trainer_main(int argc, char **argv, const Backend *backend) {
         return flush_stdout();
     }
     signal(SIGXFSZ, SIG_IGN);  // a file that may not grow becomes a failed write, with its one line
+    comm.timeout = (double)f->comm_timeout;
     check_flags(t);
+    comm_layout((int)f->sp);
     resolve_batch(t);
-    if (f->dump) check_dump(f->dump);
+    if (f->dump && comm.rank == 0) check_dump(f->dump);
     if (!f->generate && !f->dump) check_out(t);
     find_checkpoint(t);
     if (!f->generate) open_data(t);
@@ -902,9 +991,11 @@ static int trainer_main(int argc, char **argv, const Backend *backend) {
     }
     dataset_check_tokens(&t->train, t->config.vocab_size);
     if (t->has_val) dataset_check_tokens(&t->val, t->config.vocab_size);
+    check_same_data(&t->train);
+    if (t->has_val) check_same_data(&t->val);
     print_plan(t);
     if (t->resume_dir[0]) read_trainer_json(t);
-    build_backend(t, t->batch, t->seq_len, 1);
+    build_backend(t, t->batch, (t->seq_len + comm.sp_size - 1) / comm.sp_size, 1);
     printf("%-11s %s\n", "device", backend->device);
     alloc_rows(t, &t->rows);
     alloc_rows(t, &t->next);
@@ -920,6 +1011,14 @@ static int trainer_main(int argc, char **argv, const Backend *backend) {
     train(t);
     log_close(&t->log);
     return 0;
+}
+
+MAYBE_UNUSED
+static int trainer_main(int argc, char **argv, const Backend *backend) {
+    comm_start();
+    int code = trainer_run(argc, argv, backend);
+    comm_finish();
+    return code;
 }
 
 #endif

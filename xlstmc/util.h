@@ -26,6 +26,14 @@ enum { EXIT_RUN = 1, EXIT_USAGE = 2, EXIT_DAMAGED = 3 };
 
 // Run by die() before the process ends, so that half-written files do not stay behind. Set by whoever writes them.
 static void (*die_cleanup)(void) MAYBE_UNUSED = NULL;
+// Takes over the rest of die() where this process is one of several: all of them end. Does not return.
+static void (*die_in_world)(int code, const char *line) MAYBE_UNUSED = NULL;
+
+MAYBE_UNUSED static void die_clean_up(void) {
+    void (*cleanup)(void) = die_cleanup;
+    die_cleanup = NULL;  // it may call die() itself
+    if (cleanup) cleanup();
+}
 
 PRINTF_LIKE(2, 3) MAYBE_UNUSED static void die(int code, const char *fmt, ...) {
     char line[4096];
@@ -36,13 +44,22 @@ PRINTF_LIKE(2, 3) MAYBE_UNUSED static void die(int code, const char *fmt, ...) {
     va_end(args);
     for (char *c = line; *c; c++)
         if ((unsigned char)*c < ' ') *c = '?';  // a file name may hold a line break; the error stays one line
+    if (die_in_world) die_in_world(code, line);
     fprintf(stderr, "error: %s\n", line);
-    if (die_cleanup) {
-        void (*cleanup)(void) = die_cleanup;
-        die_cleanup = NULL;
-        cleanup();
-    }
+    die_clean_up();
     exit(code);
+}
+
+// Something a user may want to know, on stderr. Of several processes only one has notes_wanted.
+static int notes_wanted MAYBE_UNUSED = 1;
+PRINTF_LIKE(1, 2) MAYBE_UNUSED static void note(const char *fmt, ...) {
+    va_list args;
+    if (!notes_wanted) return;
+    fputs("note: ", stderr);
+    va_start(args, fmt);
+    vfprintf(stderr, fmt, args);
+    va_end(args);
+    fputc('\n', stderr);
 }
 
 // Zeroed memory, aligned to 64 bytes (a cache line, an AVX-512 vector). Never returns NULL; release with free().

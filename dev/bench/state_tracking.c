@@ -23,7 +23,7 @@ static void parity_batch(int *inputs, int *targets, int B, int T, uint64_t seed,
 }
 
 static void train_parity(const Backend *backend, uint64_t seed, int steps, double lr, int *inputs, int *targets) {
-    Batch batch = {BATCH, FIRST_LEN, inputs, targets, NULL, -1, NULL, NULL, NULL};
+    Batch batch = {BATCH, FIRST_LEN, inputs, targets, NULL, -1, NULL, NULL, NULL, 0, 1};
     for (int step = 0; step < steps; step++) {
         double tokens = (double)BATCH * batch.T;
         parity_batch(inputs, targets, BATCH, batch.T, seed, (uint64_t)step);
@@ -41,7 +41,7 @@ static void train_parity(const Backend *backend, uint64_t seed, int steps, doubl
 static double accuracy(const Backend *backend, uint64_t seed, int *inputs, int *targets, float *logits) {
     long right = 0, count = 0;
     for (int done = 0; done < EVAL_SEQUENCES; done += BATCH) {
-        Batch batch = {imin(BATCH, EVAL_SEQUENCES - done), EVAL_LEN, inputs, targets, NULL, -1, logits, NULL, NULL};
+        Batch batch = {imin(BATCH, EVAL_SEQUENCES - done), EVAL_LEN, inputs, targets, NULL, -1, logits, NULL, NULL, 0, 1};
         parity_batch(inputs, targets, batch.B, EVAL_LEN, seed, ((uint64_t)1 << 40) + (uint64_t)done);
         backend->evaluate(&batch);
         for (int row = 0; row < batch.B * EVAL_LEN; row++) {
@@ -70,7 +70,7 @@ int main(int argc, char **argv) {
             c.num_heads = heads;
             c.ffn_dim = 64;
             TensorTable table = model_table(&c);
-            RunConfig run = {BATCH, EVAL_LEN, 0, 1, 0, 0, 2, 64};
+            RunConfig run = {BATCH, EVAL_LEN, 0, 1, 0, 0, 2, 64, 0};
             memset(&model, 0, sizeof model);  // the models of earlier rounds are left to the end of the process
             cpu_build(&c, &table, &run);
             float *scratch = (float *)xcalloc(table.total, sizeof(float));

@@ -2,8 +2,10 @@
 // KIND@STEP, the step counted from 1 in this process:
 //   loss   the loss of that step is NaN       grad   one gradient of that step is infinite
 //   state  as loss, and the stored states of --carry-state are NaN too
-//   slow   that step takes a minute
+//   slow   that step takes a minute             die   the last rank ends with an error
+// Gradients are reduced in several buckets, though the models of tests are tiny.
 //   build and run: make build/faulty_trainer && FAULTS=loss@3 build/faulty_trainer --train ...
+#define SHARD_BUCKET ((size_t)4096)
 #include "../../train_xlstm.c"
 
 static Backend faulty;
@@ -26,6 +28,7 @@ static double faulty_forward_backward(const Batch *batch, double scale) {
     double sum = cpu_forward_backward(batch, scale);
     size_t count = model.table.tensors[0].count;
     for (double end = now_seconds() + 60; fault_now("slow") && now_seconds() < end;) sleep(1);  // a signal wakes it
+    if (fault_now("die") && comm.rank == comm.size - 1) die(EXIT_DAMAGED, "a fault on demand");
     if (fault_now("grad")) {
         float *values = (float *)xcalloc(count, sizeof(float));
         values[count - 1] = INFINITY;

@@ -292,7 +292,11 @@ static void test_crc32c(void) {
             CHECK(crc32c_tables(~0u, bytes + from, size) == bitwise, "tables, %zu bytes at %zu", size, from);
         }
     CHECK(crc32c(crc32c(0, bytes, 1001), bytes + 1001, 3095) == crc32c(0, bytes, 4096), "in two parts");
-    end_case("crc32c: known value, both implementations, any alignment and length");
+    for (size_t cut = 0; cut <= 4096; cut += cut < 64 || cut > 4000 ? 1 : 97)
+        CHECK(crc32c_join(crc32c(0, bytes, cut), crc32c(0, bytes + cut, 4096 - cut), 4096 - cut) ==
+                  crc32c(0, bytes, 4096),
+              "joined from parts of %zu and %zu", cut, 4096 - cut);
+    end_case("crc32c: known value, both implementations, any alignment and length, joined from two");
 }
 
 static void test_conversions(void) {

@@ -52,6 +52,35 @@ static void test_schedules(void) {
     }
 }
 
+// A step of 8 sequences, whoever reads them: the micro-steps of 1, 2 and 4 groups of ranks take the same in the same
+// order, and the rows a group keeps states for are its own.
+static void test_ranks_order(Trainer *t, const uint64_t *want) {
+    int64_t sequences = t->sequences_per_step;
+    t->sequences_per_step = 8;
+    t->tokens = 16 * 24;  // step 3 of 8 sequences
+    for (int groups = 1; groups <= 4; groups *= 2)
+        for (t->batch = 1; t->batch * groups <= 8; t->batch *= 2) {
+            int64_t at = 24;
+            Checkpoint c;
+            memset(&c, 0, sizeof c);
+            c.batch = t->batch;
+            comm.dp_size = groups;
+            for (int64_t first = 0; first < 8; first += t->batch * groups)
+                for (comm.dp_rank = 0; comm.dp_rank < groups; comm.dp_rank++)
+                    for (int row = 0; row < t->batch; row++, at++) {
+                        int64_t position = rows_begin(t, first, comm.dp_rank) + row;
+                        check(position == at && sample_at(t, (uint64_t)position) == want[at - 18],
+                              "%d groups, batch %d: sample %d", groups, t->batch, (int)at);
+                        check(state_row_here(&c, (int)(at - 24)) == (int)(first / groups) + row,
+                              "%d groups, batch %d: states of row %d", groups, t->batch, (int)at - 24);
+                    }
+        }
+    comm.dp_size = 1;
+    comm.dp_rank = 0;
+    t->sequences_per_step = sequences;
+    t->tokens = 16 * 18;
+}
+
 static void test_sample_order(void) {
     static Trainer t;
     int seen[103] = {0}, in_order = 1, changed = 0;
@@ -74,6 +103,7 @@ static void test_sample_order(void) {
     t.tokens = 16 * 18;
     for (int row = 0; row < 6; row++)
         check(sample_at(&t, step_begins(&t) + (uint64_t)row) == first_epoch[18 + row], "row %d of step 3", row);
+    test_ranks_order(&t, first_epoch + 18);
     t.flags.no_shuffle = 1;
     check(sample_at(&t, step_begins(&t) + 5) == 23, "in order");
     t.flags.carry_state = 1;  // 6 streams of 17 samples; one sample is left over

@@ -368,7 +368,7 @@ static void test_conv(void) {
         Layer l = layer(B * T, C, (size_t)B * T * C, conv_layer_forward, conv_layer_backward);
         unsigned char *resets = make_resets(kind, B, T, 4), *history = (unsigned char *)xcalloc((size_t)B * T, 1);
         count_history(history, resets, B, T);
-        Sequence s = {B, T, resets, history, NULL, NULL, 3 * (size_t)C + 1, 0};
+        Sequence s = {B, T, resets, history, NULL, NULL, 3 * (size_t)C + 1, 0, 0, NULL, NULL, NULL};
         l.sequence = s;
         l.window = carried ? normals(B * (3 * (size_t)C + 1), 0, 1) : NULL;
         layer_input(&l, 0, "dx", (size_t)B * T * (C + 2), 0, 1, 0.5);
@@ -398,7 +398,7 @@ static void test_conv_values(void) {
         copy_to_real(BIAS, bias, C);
         copy_to_real(IN, window, B * 3 * C);
         count_history(history, resets, B, T);
-        Sequence s = {B, T, resets, history, NULL, NULL, 3 * C, 0};
+        Sequence s = {B, T, resets, history, NULL, NULL, 3 * C, 0, 0, NULL, NULL, NULL};
         conv_forward(PRE, OUT, X, C, W, BIAS, IN, WINDOW, C, &s);
         for (int b = 0; b < B; b++)
             for (int c = 0; c < C; c++) {

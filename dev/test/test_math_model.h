@@ -11,9 +11,10 @@ typedef struct {
     int shell;  // 0: RMSNorm, cap 30;  1: LayerNorm, no cap;  2: RMSNorm, caps that bite (2; gates 1.5)
     double eps;
     int width;  // 0: model_width
+    int zero;
 } ModelCase;
 
-static const ModelCase plain_model = {"mlstm,slstm,mlstm_v1", 2, 0, 16, 2, 40, 0, 0, 1, 0, 1e-6, 0};
+static const ModelCase plain_model = {"mlstm,slstm,mlstm_v1", 2, 0, 16, 2, 40, 0, 0, 1, 0, 1e-6, 0, 0};
 
 static void print_to_null(int on) {  // build() prints its memory plan, which says nothing here
     static int saved = -1;
@@ -30,8 +31,9 @@ static void print_to_null(int on) {  // build() prints its memory plan, which sa
 static void free_model(void) {
     if (!model.params) return;
     free(model.acts[0].u);  // the first buffer of the arena
-    void *all[] = {model.x, model.acts, model.params, model.grads, model.m, model.v, model.stored, model.history};
-    for (int k = 0; k < 8; k++) free(all[k]);
+    void *all[] = {model.x, model.acts,   model.params,  model.grads, model.m,
+                   model.v, model.stored, model.history, model.resets};
+    for (int k = 0; k < 9; k++) free(all[k]);
     table_free(&model.table);
     table_free(&model.states);
     memset(&model, 0, sizeof model);
@@ -98,7 +100,7 @@ static void build_model(const ModelCase *c) {
         exit(1);
     }
     TensorTable table = model_table(&config);
-    RunConfig run = {c->B, c->T, c->state_rows, 1, c->recompute, 0, c->threads, c->chunk};
+    RunConfig run = {c->B, c->T, c->state_rows, 1, c->recompute, 0, c->threads, c->chunk, c->zero};
     print_to_null(1);
     cpu_build(&config, &table, &run);
     print_to_null(0);
@@ -135,7 +137,7 @@ static Data random_data(const ModelCase *c, ResetKind resets, int ignore_targets
         d.inputs[k] = random_below(3 * (uint64_t)k, 11);
         d.targets[k] = ignore_targets && k % 3 == 1 ? -1 : random_below(3 * (uint64_t)k + 1, 11);
     }
-    Batch batch = {c->B, c->T, d.inputs, d.targets, d.resets, c->state_rows ? 0 : -1, NULL, NULL, NULL};
+    Batch batch = {c->B, c->T, d.inputs, d.targets, d.resets, c->state_rows ? 0 : -1, NULL, NULL, NULL, 0, 1};
     d.batch = batch;
     return d;
 }
@@ -217,9 +219,17 @@ static void test_model_rows(void) {
               model_describe(&c));
         double different = 0, loss = 0;
         for (int b = 0; b < 3; b++) {
-            Batch one = {
-                1,    c.T, d.inputs + b * c.T, d.targets + b * c.T, d.resets + b * c.T, c.state_rows ? b : -1, NULL,
-                NULL, NULL};
+            Batch one = {1,
+                         c.T,
+                         d.inputs + b * c.T,
+                         d.targets + b * c.T,
+                         d.resets + b * c.T,
+                         c.state_rows ? b : -1,
+                         NULL,
+                         NULL,
+                         NULL,
+                         0,
+                         1};
             free(alone.logits);
             free(alone.states);
             run_model(&one, d.scale, &alone);
@@ -362,7 +372,7 @@ static void model_in_pieces(const ModelCase *c, const Data *d, const int *ends, 
     for (int p = 0; p < count; p++) {
         int t0 = p ? ends[p - 1] : 0, T = ends[p] - t0;
         ModelResult piece = {0};
-        Data s = {{c->B, T, NULL, NULL, NULL, 0, NULL, NULL, NULL}, NULL, NULL, NULL, 0};
+        Data s = {{c->B, T, NULL, NULL, NULL, 0, NULL, NULL, NULL, 0, 1}, NULL, NULL, NULL, 0};
         s.inputs = (int *)xcalloc((size_t)c->B * T, sizeof(int));
         s.targets = (int *)xcalloc((size_t)c->B * T, sizeof(int));
         s.resets = d->resets ? (unsigned char *)xcalloc((size_t)c->B * T, 1) : NULL;
@@ -451,7 +461,7 @@ static void test_model_packed(void) {
         double loss = 0;
         for (int s = 0; s < 8; s++) {
             int t0 = starts[s], T = starts[s + 1] - t0;
-            Batch document = {1, T, d.inputs + t0, d.targets + t0, NULL, -1, NULL, NULL, NULL};
+            Batch document = {1, T, d.inputs + t0, d.targets + t0, NULL, -1, NULL, NULL, NULL, 0, 1};
             run_model(&document, d.scale, &apart);
             loss += apart.loss;
             worst_of(&w, distance(packed.logits + t0 * 11, apart.logits, (size_t)T * 11), "logits");
@@ -657,8 +667,8 @@ static void test_model_gradient(void) {
     Grid grid = pair_grid(9, levels);
     for (int k = 0; k < grid.count; k++) {
         const int *o = grid.level[k];
-        ModelCase c = {blocks[o[1]], o[3] + 1, o[4], chunks[o[2]], Ts[o[0]] < 63 ? 2 : 1, Ts[o[0]], 0, 0, 1,
-                       o[7],         0,        0};
+        ModelCase c = {
+            blocks[o[1]], o[3] + 1, o[4], chunks[o[2]], Ts[o[0]] < 63 ? 2 : 1, Ts[o[0]], 0, 0, 1, o[7], 0, 0, 0};
         c.state_rows = o[6] ? c.B : 0;
         model_gradient_case(&c, (ResetKind)o[5], o[8], c.T < 63 ? 12 : c.T < 200 ? 6 : 4, 1e-6);
     }

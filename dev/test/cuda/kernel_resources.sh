@@ -13,7 +13,7 @@ if [ ! -f "$LOG" ]; then
     echo "kernel_resources.sh: $LOG is not there; run: make KERNELS_SM=90a build/libxlstm_kernels.so" >&2
     exit 2
 fi
-DEMANGLE=cat
+DEMANGLE='cat'
 ! command -v c++filt >/dev/null || DEMANGLE=c++filt
 
 # A report reads: Compiling entry function 'NAME' for 'sm_90a', Function properties for NAME, N bytes stack frame, N

@@ -3,7 +3,7 @@
 #include "../../../train_xlstm.c"
 
 static Sequence sequence_of(const unsigned char *resets, unsigned char *history, size_t state_row, int B, int T) {
-    Sequence s = {B, T, resets, history, NULL, NULL, state_row, 0};
+    Sequence s = {B, T, resets, history, NULL, NULL, state_row, 0, 0, NULL, NULL, NULL};
     count_history(history, resets, B, T);
     return s;
 }
