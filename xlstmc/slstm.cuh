@@ -14,6 +14,8 @@
 //
 // Bytes a token and unit: forward 4 F in, 6 F out; backward 6 F in, 4 F out (F = 2 or 4). The kernels are
 // bound by the latency of a step, not by these.
+//
+// In bf16, where the GPU has clusters of blocks and one holds the head, the kernels of slstm_hopper.cuh run instead.
 #ifndef XLSTMC_SLSTM_CUH
 #define XLSTMC_SLSTM_CUH
 
