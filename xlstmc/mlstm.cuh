@@ -805,6 +805,7 @@ struct MlstmScratch {     // of backward
     float *anchor;        // [state tiles][B, NH, NC]
     float *segments;      // see StatesArgs; forward uses it, too
     float *segments_back;  // of the scan
+    float *anchor_start;   // of the scan: [tiles][B, NH]
     float *partial;        // sums of the bias gradient
 };
 
@@ -847,6 +848,7 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     if (scan) {
         scratch->anchor =
             take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, MLSTM_SPAN));
+        scratch->anchor_start = take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH);
         scratch->segments = take<float>(a, scan_segments_floats(s));
         scratch->segments_back = take<float>(a, scan_segments_floats(s));
         return;
@@ -956,14 +958,14 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     bool scanned = false;
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
-            const ScanScratch scan = {scratch->inv_den, scratch->ds,       scratch->q_dq,         scratch->k_dk,
-                                      scratch->anchor,  scratch->segments, scratch->segments_back};
+            const ScanScratch scan = {scratch->inv_den, scratch->ds,           scratch->q_dq,     scratch->k_dk,
+                                      scratch->anchor,  scratch->anchor_start, scratch->segments, scratch->segments_back};
             mlstm_scan_backward(s, in, initial, dh, dq, dk, dv, ld_grad, *gates, saved->scan, scan, stream);
             scanned = true;
         }
     if (!scanned) mlstm_split_backward(s, in, initial, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
-                         mlstm_dot_tiles<F>(&s), scratch->anchor, scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s),
+                         mlstm_dot_tiles<F>(&s), scratch->anchor, scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
                          initial, dgates, ld_dgates, dbias, scratch->partial, stream);
 }
 

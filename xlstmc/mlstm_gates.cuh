@@ -316,6 +316,7 @@ typedef struct {               // `tiles` partial sums of every value, added in 
     int tiles;
     const float *anchor;  // [anchor_tiles][B, NH, spans]
     int anchor_tiles;
+    const float *anchor_start;  // [anchor_tiles][B, NH] the same where the sequence begins; NULL: not known
 } MlstmGateSums;
 
 enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // of the backward kernel
@@ -373,7 +374,8 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS)
     for (int g = 0; g < 2; g++) start[g] = in.doc_start[(size_t)b * s.T + min(t0 + 32 * g + lane, s.T - 1)];
     mlstm_warp_sums(s, sums, bh, t0, start, sum, k_dk);
     if (lane == 0) first_sum[warp] = sum[0], first_start[warp] = start[0];
-    const double leaves = mlstm_anchor(sums, s, bh, c, spans), enters = mlstm_anchor(sums, s, bh, c - 1, spans);
+    const double leaves = mlstm_anchor(sums, s, bh, c, spans);
+    double enters = mlstm_anchor(sums, s, bh, c - 1, spans);
     const int last_start = in.doc_start[(size_t)b * s.T + end - 1];
     int empty = c == 0;  // no state enters: the first forget gate has no effect, as at a reset
     for (int a0 = 0; empty && n0 && a0 < s.dk; a0 += 32)
@@ -388,7 +390,12 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS)
         carry = first_sum[w] + (carry_start <= begin + w * GATE_WARP_TOKENS ? carry : 0);
         carry_start = first_start[w];
     }
-    const bool known = c > 0 ? last_start < begin : empty && last_start <= 0;
+    bool known = last_start < begin;
+    if (c == 0 && empty) known = last_start <= 0;
+    if (c == 0 && !empty && known) {
+        known = sums.anchor_start != NULL;
+        for (int p = 0; known && p < sums.anchor_tiles; p++) enters += sums.anchor_start[(size_t)p * s.B * NH + bh];
+    }
     const double missing = known ? enters - carry : 0;
     for (int g = 0; g < 2; g++) {
         const int l = t0 + 32 * g + lane;
@@ -426,16 +433,17 @@ static size_t mlstm_gates_partial_floats(const MlstmShape *s) {
 }
 
 // gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, spans]:
-// partial sums, to be added in order (the last span's anchor is not read). initial: of the forward pass. dgates
+// partial sums, to be added in order (the last span's anchor is not read), anchor_start [anchor_tiles][B, NH] or NULL.
+// initial: of the forward pass. dgates
 // [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dbias [2NH] is added
 // to; partial [mlstm_gates_partial_floats].
 template <typename F>
 static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
                                  const int *doc_start, const float *q_dq, const float *k_dk, int tiles,
-                                 const float *anchor, int anchor_tiles, MlstmState initial, F *dgates,
-                                 size_t ld_dgates, float *dbias, float *partial, cudaStream_t stream) {
+                                 const float *anchor, int anchor_tiles, const float *anchor_start, MlstmState initial,
+                                 F *dgates, size_t ld_dgates, float *dbias, float *partial, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
-    const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles};
+    const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles, initial.C ? anchor_start : NULL};
     const int spans = ceil_div(s->T, MLSTM_SPAN);
     mlstm_gates_backward_kernel<F><<<(unsigned)((size_t)s->B * s->NH * spans), 32 * GATE_WARPS, 0, stream>>>(
         *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans);

@@ -75,6 +75,8 @@ struct ScanArgs {
     float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK reads
     float *anchor;        // [tiles][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     int anchor_tile;      // the first one of this kernel
+    MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
+    float *anchor_start;  // [tiles][B, NH] the same shares where the sequence begins
     float *dot_out;       // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded
 };
 
@@ -336,6 +338,15 @@ __device__ __forceinline__ void scan_update_n(ScanShared<S> *sh, int it, float d
     }
 }
 
+// *to = the sum over a warpgroup; sums: 4 floats, barrier: the warpgroup's own
+__device__ __forceinline__ void scan_store_sum(float *to, float sum, float *sums, int barrier) {
+    sum = warp_sum(sum);
+    named_barrier_sync(barrier, 128);  // the last ones have been read
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % 4] = sum;
+    named_barrier_sync(barrier, 128);
+    if (threadIdx.x % 128 == 0) *to = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // Between spans: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
 template <class S>
 __device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh,
@@ -349,13 +360,21 @@ __device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace
     float sum = 0;
     for (int k = threadIdx.x; k < S::W && at.slice * S::W + k < p.s.dk; k += 128)
         sum += vector[k] * kept[at.slice * S::W + k];
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) sh->sums[threadIdx.x / 32] = sum;
-    named_barrier_sync(1, 128);
     const int blocks = (at.all_chunks + SCAN_BORDER - 1) / SCAN_BORDER;
-    if (threadIdx.x == 0)
-        p.anchor[((size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh) * blocks + border] =
-            (sh->sums[0] + sh->sums[1]) + (sh->sums[2] + sh->sums[3]);
+    scan_store_sum(&p.anchor[((size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh) * blocks + border], sum, sh->sums,
+                   1);
+}
+
+// dK at the end of its walk: the same where the sequence begins
+template <class S>
+__device__ __forceinline__ void scan_start_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
+    if (S::MODE != SCAN_DK || !at.last_segment || !p.entering.C) return;
+    const float *n = p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk + at.slice * S::W;
+    float sum = 0;
+    named_barrier_sync(1, 128);
+    for (int k = threadIdx.x; k < S::W && at.slice * S::W + k < p.s.dk; k += 128)
+        sum += sh->vector[at.chunks % 3][k] * n[k];
+    scan_store_sum(&p.anchor_start[(size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh], sum, sh->sums, 1);
 }
 
 // Weights the scores of chunk c and hands P, and for H the scale of the rows, to the state's warpgroups. q_n: see
@@ -466,6 +485,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
         }
         __syncwarp();
     }
+    scan_start_n<S>(p, at, sh);
     const MlstmState final = scan_final<S>(p, at);
     if (!final.C || !S::Y_VECTOR || at.slice) return;
     named_barrier_sync(1, 128);
@@ -545,14 +565,20 @@ __device__ __forceinline__ void scan_border_state(const ScanArgs &p, const ScanP
             }
         }
     if (S::MODE == SCAN_H) return;
-    sum = warp_sum(sum);
-    float *sums = sh->sums + 4 * wg;
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % 4] = sum;
-    named_barrier_sync(2 + wg, 128);
     const int blocks = (at.all_chunks + SCAN_BORDER - 1) / SCAN_BORDER;
-    if (threadIdx.x % 128 == 0)
-        p.anchor[((size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh) * blocks + border] =
-            (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    scan_store_sum(&p.anchor[((size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh) * blocks + border], sum,
+                   sh->sums + 4 * wg, 2 + wg);
+}
+
+// dV at the end of its walk: the same where the sequence begins
+template <class S>
+__device__ __forceinline__ void scan_start_state(const ScanArgs &p, const ScanPlace &at, int wg, ScanShared<S> *sh,
+                                                 float (&M)[S::BLOCKS][S::AW / 2]) {
+    if (S::MODE != SCAN_DV || S::LOCAL || !at.last_segment || !p.entering.C) return;
+    float *C = p.entering.C + at.b * p.entering.row + (size_t)at.head * p.s.dk * p.s.dv, sum = 0;
+    scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { sum += x * *scan_element<S>(C, p.s, w, a); });
+    scan_store_sum(&p.anchor_start[(size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh], sum,
+                   sh->sums + 4 * wg, 2 + wg);
 }
 
 // out^T [64, 64 tokens] = factor * M^T X^T; M^T rounded to bf16, 32 columns at a time: registers are scarce
@@ -779,6 +805,7 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(scan_slot<2>(sh->p_empty, it));
     }
+    scan_start_state<S>(p, at, wg, sh, M);
     scan_store_state<S>(p, at, wg, M);
     if (elected) tma_store_wait_read<0>();
 }
@@ -967,6 +994,7 @@ typedef struct {                // of the backward pass
     const float *inv_den, *ds;  // [B, NH, T]
     float *q_dq, *k_dk;         // [ceil(dk / 64)][B, NH, T]
     float *anchor;              // [scan_anchor_tiles][B, NH, spans]
+    float *anchor_start;        // [scan_anchor_tiles][B, NH]
     float *segments, *segments_back;
 } ScanScratch;
 
@@ -976,6 +1004,7 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
                                 const ScanSaved &saved, const ScanScratch &scratch, cudaStream_t stream) {
     ScanArgs p = scan_args(s, in, gates, saved);
     p.inv_den = scratch.inv_den, p.ds = scratch.ds, p.anchor = scratch.anchor;
+    p.entering = initial, p.anchor_start = scratch.anchor_start;
     const CUtensorMap q_map = head_tensor_map(in.q, s.B, s.T, s.NH, s.dk, in.ld);
     const CUtensorMap k_map = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
     const CUtensorMap v_map = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);

@@ -88,6 +88,7 @@ void oracle_update(float *w, float *m, float *v, float *grads, size_t count, int
 double oracle_grad_norm(float *grads, size_t total) {
     Model before = model;
     model.table.total = total;
+    model.shards = shards_make(total, 1, 0);
     model.run.threads = 1;
     model.grads = grads;
     double norm = cpu_grad_norm();
