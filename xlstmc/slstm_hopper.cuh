@@ -920,18 +920,17 @@ static SlstmClusterKernels slstm_cluster_kernels(float forward_us, float backwar
              {(const void *)slstm_cluster_backward_kernel<Tile>, Tile::BACKWARD_BYTES, backward_us}}};
 }
 
-enum { SLSTM_CLUSTERS = 8, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
+enum { SLSTM_CLUSTERS = 7, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
 
 static const SlstmClusterKernels *slstm_cluster_table(void) {
     static const SlstmClusterKernels table[SLSTM_CLUSTERS] = {
-        slstm_cluster_kernels<SlstmCluster<1, 8, 8>>(0.40f, 0.40f),
-        slstm_cluster_kernels<SlstmCluster<4, 4, 8>>(0.58f, 0.55f),
-        slstm_cluster_kernels<SlstmCluster<6, 4, 8>>(0.67f, 0.61f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 8>>(0.78f, 0.74f),
-        slstm_cluster_kernels<SlstmCluster<4, 8, 16>>(2.09f, 2.11f),
-        slstm_cluster_kernels<SlstmCluster<6, 6, 16>>(1.70f, 1.70f),
-        slstm_cluster_kernels<SlstmCluster<8, 6, 8>>(1.14f, 1.19f),
-        slstm_cluster_kernels<SlstmCluster<8, 8, 8>>(1.83f, 1.90f),
+        slstm_cluster_kernels<SlstmCluster<1, 8, 8>>(0.83f, 0.69f),
+        slstm_cluster_kernels<SlstmCluster<4, 4, 8>>(0.62f, 0.58f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 8>>(0.67f, 0.63f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 8>>(0.76f, 0.73f),
+        slstm_cluster_kernels<SlstmCluster<6, 6, 16>>(2.81f, 2.03f),
+        slstm_cluster_kernels<SlstmCluster<8, 6, 8>>(1.12f, 1.19f),
+        slstm_cluster_kernels<SlstmCluster<8, 8, 8>>(1.83f, 1.76f),
     };
     return table;
 }
