@@ -797,13 +797,13 @@ struct MlstmSaved {  // what forward keeps for backward
 };
 
 template <typename F>
-struct MlstmScratch {     // of backward
-    F *dC;                // [B, NH, NC, dk, pitch] leaving each chunk
-    float *dn;            // [B, NH, NC, dk]
-    float *inv_den, *ds;  // [B, NH, T]
-    float *q_dq, *k_dk;   // [column tiles][B, NH, T]
-    float *anchor;        // [state tiles][B, NH, NC]
-    float *segments;      // see StatesArgs; forward uses it, too
+struct MlstmScratch {      // of backward
+    F *dC;                 // [B, NH, NC, dk, pitch] leaving each chunk
+    float *dn;             // [B, NH, NC, dk]
+    float *inv_den, *ds;   // [B, NH, T]
+    float *q_dq, *k_dk;    // [column tiles][B, NH, T]
+    float *anchor;         // [state tiles][B, NH, NC]
+    float *segments;       // see StatesArgs; forward uses it, too
     float *segments_back;  // of the scan
     float *anchor_start;   // of the scan: [tiles][B, NH]
     float *partial;        // sums of the bias gradient
@@ -846,8 +846,7 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     scratch->k_dk = take<float>(a, tiles * tokens);
     scratch->partial = take<float>(a, mlstm_gates_partial_floats(s));
     if (scan) {
-        scratch->anchor =
-            take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, MLSTM_SPAN));
+        scratch->anchor = take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, MLSTM_SPAN));
         scratch->anchor_start = take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH);
         scratch->segments = take<float>(a, scan_segments_floats(s));
         scratch->segments_back = take<float>(a, scan_segments_floats(s));
@@ -958,15 +957,17 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     bool scanned = false;
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
-            const ScanScratch scan = {scratch->inv_den, scratch->ds,           scratch->q_dq,     scratch->k_dk,
-                                      scratch->anchor,  scratch->anchor_start, scratch->segments, scratch->segments_back};
+            const ScanScratch scan = {scratch->inv_den,  scratch->ds,           scratch->q_dq,
+                                      scratch->k_dk,     scratch->anchor,       scratch->anchor_start,
+                                      scratch->segments, scratch->segments_back};
             mlstm_scan_backward(s, in, initial, dh, dq, dk, dv, ld_grad, *gates, saved->scan, scan, stream);
             scanned = true;
         }
     if (!scanned) mlstm_split_backward(s, in, initial, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
-                         mlstm_dot_tiles<F>(&s), scratch->anchor, scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
-                         initial, dgates, ld_dgates, dbias, scratch->partial, stream);
+                         mlstm_dot_tiles<F>(&s), scratch->anchor,
+                         scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start, initial,
+                         dgates, ld_dgates, dbias, scratch->partial, stream);
 }
 
 #endif

@@ -7,7 +7,7 @@
 #include "floats.cuh"
 
 enum { MLSTM_CHUNK = 128, SCAN_CHUNK = 64 };  // tokens a chunk: of the kernels of mlstm.cuh, of mlstm_scan.cuh
-enum { MLSTM_SPAN = 128 };  // tokens from one exact sum of the forget gates' gradients to the next
+enum { MLSTM_SPAN = 128 };                    // tokens from one exact sum of the forget gates' gradients to the next
 
 typedef struct {
     int B, T, NH, dk, dv, sigmoid_gate;
@@ -273,12 +273,13 @@ static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const 
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Long sequences of few heads are cut into segments, all walked at once: first from a zero state, to learn what each adds.
+// Long sequences of few heads are cut into segments, all walked at once: first from a zero state, to learn what each
+// adds.
 
 // States entering each segment (in place of what each has added), from `initial` on; a thread an element.
 template <bool REVERSE>
 static __global__ void mlstm_segments_kernel(MlstmShape s, float *segments, const float *decay, MlstmState initial,
-                                            int num_segments, int segment_chunks) {
+                                             int num_segments, int segment_chunks) {
     extern __shared__ float kept[];  // [num_segments] how much of the state survives each segment
     int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + s.chunk - 1) / s.chunk;
     for (int k = threadIdx.x; k < num_segments; k += blockDim.x) {
@@ -307,9 +308,9 @@ static __global__ void mlstm_segments_kernel(MlstmShape s, float *segments, cons
 // Gradient of the gates from q, k and their gradients (doc/math.md):
 //   di_j = <k_j, dk_j>,   d log f_l = anchor + sum over l <= r in l's document and span of <q_r, dq_r> - <k_r, dk_r>
 // anchor = <C', dC'> + <n', dn'> of the states that leave the span: it reaches the span's last document only. A span is
-// MLSTM_SPAN tokens. At its first token the sum must arrive at the anchor of the span before, or at 0 if no state enters:
-// by what it misses (bf16 products) it is corrected, in proportion to the tokens summed. The log f of a document's first
-// token has no effect. Bytes a token and head: 24 and 8 a tile of the row sums.
+// MLSTM_SPAN tokens. At its first token the sum must arrive at the anchor of the span before, or at 0 if no state
+// enters: by what it misses (bf16 products) it is corrected, in proportion to the tokens summed. The log f of a
+// document's first token has no effect. Bytes a token and head: 24 and 8 a tile of the row sums.
 
 typedef struct {               // `tiles` partial sums of every value, added in order
     const float *q_dq, *k_dk;  // [tiles][B, NH, T]

@@ -1,7 +1,7 @@
 // mlstm_scan.cuh: the chunkwise mLSTM on Hopper, in bf16: one kernel, four uses (formulas: doc/math.md 3.4, 4).
 //
-// The cell and its three gradients are the same computation: walk through the chunks of 64 tokens, forward or backward in
-// time, and for each, with rows X, Y [64, A] and Z [64, W] and a state M [A, W],
+// The cell and its three gradients are the same computation: walk through the chunks of 64 tokens, forward or backward
+// in time, and for each, with rows X, Y [64, A] and Z [64, W] and a state M [A, W],
 //
 //     out = factor * (X M) + P Z,    P = weights * (X Y^T) inside the chunk
 //     M   = decay M + Y^T (scale * Z)
@@ -12,21 +12,23 @@
 //       dQ       dH    V     K    C^T          dv   dk             s D (inv_den_l dh.v + ds_l)
 //       dK       V     dH    Q    dC^T         dv   dk             s D (inv_den_l dh.v + ds_l)
 //
-// H and dQ walk forward, dV and dK backward. The state never leaves the multiprocessor. A block has three warpgroups and
-// holds a slice of W columns of one head's state, transposed, in the accumulators of two of them:
+// H and dQ walk forward, dV and dK backward. The state never leaves the multiprocessor. A block has three warpgroups
+// and holds a slice of W columns of one head's state, transposed, in the accumulators of two of them:
 //
 //   scores    X Y^T (64 x 64), weights, P in bf16 to shared memory; the normaliser n and its gradient
-//   state 0,1 out^T = M^T X^T with the accumulators themselves, rounded to bf16, as register operand; then + Z^T P^T; then
-//             M^T += (scale * Z)^T Y, fed from registers too. Where W = 64 both share the rows and halve A, and the
+//   state 0,1 out^T = M^T X^T with the accumulators themselves, rounded to bf16, as register operand; M^T += (scale *
+//             Z)^T Y, fed from registers too; out^T += Z^T P^T. Where W = 64 both share the rows and halve A, and the
 //             second adds its part of out through shared memory; else each has its own rows of M^T
 //
-// X, Y, Z come by TMA, two chunks ahead where they fit; results leave by TMA. The scores of the next chunk are made while
-// the states work on this one. Long sequences of few heads are cut into segments (grid.y), each of which needs the state
-// that enters it: the same kernel as LOCAL makes what each segment adds from zero, mlstm_segments_kernel sums up.
+// X, Y, Z come by TMA, two chunks ahead where they fit; results leave by TMA. The scores of the next chunk are made
+// while the states work on this one. Long sequences of few heads are cut into segments (grid.y), each of which needs
+// the state that enters it: the same kernel as LOCAL makes what each segment adds from zero, mlstm_segments_kernel sums
+// up.
 //
-// Cost of a chunk and slice, in cycles of the tensor cores (2,048 multiply-adds): 2 A for the scores, 2 A W / 64 for the
-// state's answer, 2 W for P Z, 2 A W / 64 for the update; 2,816 at A = 128, W = 256 and the other way round. Bytes: every
-// input and output once from memory where the slices of a head run side by side, and 4 A W / 128 a token for snapshots.
+// Cost of a chunk and slice, in cycles of the tensor cores (2,048 multiply-adds): 2 A for the scores, 2 A W / 64 for
+// the state's answer, 2 W for P Z, 2 A W / 64 for the update; 2,816 at A = 128, W = 256 and the other way round. Bytes:
+// every input and output once from memory where the slices of a head run side by side, and 4 A W / 128 a token for
+// snapshots.
 #ifndef XLSTMC_MLSTM_SCAN_CUH
 #define XLSTMC_MLSTM_SCAN_CUH
 
@@ -40,14 +42,14 @@ enum { SCAN_THREADS = 384, SCAN_BORDER = MLSTM_SPAN / SCAN_CHUNK };  // chunks f
 template <int MODE_, int A_, int W_, bool LOCAL_>
 struct Scan {
     static constexpr int MODE = MODE_, A = A_, W = W_;
-    static constexpr bool LOCAL = LOCAL_;                                     // the state alone, no output
-    static constexpr bool REVERSE = MODE == SCAN_DK || MODE == SCAN_DV;       // in time
-    static constexpr bool TRANSPOSED = MODE == SCAN_DQ || MODE == SCAN_DK;    // contracted dv, output dk
-    static constexpr bool SPLIT = W == 64;                                    // the state's warpgroups halve A, not W
-    static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                        // of 64 rows of M^T a warpgroup
-    static constexpr int AW = SPLIT ? A / 2 : A;                              // columns of M^T a warpgroup
-    static constexpr int X_BYTES = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;    // of a tile of 64 tokens
-    static constexpr int STAGES = LOCAL || A * 2 + W <= 320 ? 3 : 2;  // what shared memory holds
+    static constexpr bool LOCAL = LOCAL_;                                   // the state alone, no output
+    static constexpr bool REVERSE = MODE == SCAN_DK || MODE == SCAN_DV;     // in time
+    static constexpr bool TRANSPOSED = MODE == SCAN_DQ || MODE == SCAN_DK;  // contracted dv, output dk
+    static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
+    static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
+    static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
+    static constexpr int X_BYTES = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;  // of a tile of 64 tokens
+    static constexpr int STAGES = LOCAL || A * 2 + W <= 320 ? 3 : 2;        // what shared memory holds
     static constexpr int X_STAGES = LOCAL ? 0 : A <= 384 ? STAGES : 1, YZ_STAGES = A <= 256 ? STAGES : 1;
     static constexpr int X_AHEAD = X_STAGES > 1 ? X_STAGES - 1 : 1, YZ_AHEAD = YZ_STAGES > 1 ? YZ_STAGES - 1 : 1;
     static constexpr int LIGHT_WARP = REVERSE ? 3 : 0;  // of the scores: its rows see the fewest columns; it also loads
@@ -81,8 +83,8 @@ struct ScanArgs {
 };
 
 struct ScanRows {  // of the 64 tokens of a chunk
-    // The weight of query l and key j is exp2f(u_j - r_l) times X Y^T, plus add_l for dQ and dK: the logarithms of s and
-    // 1 / den are in r. A bf16 result does without the low halves of u and r: 1e-4 of the weight where gates are at
+    // The weight of query l and key j is exp2f(u_j - r_l) times X Y^T, plus add_l for dQ and dK: the logarithms of s
+    // and 1 / den are in r. A bf16 result does without the low halves of u and r: 1e-4 of the weight where gates are at
     // their caps for a whole chunk, else 1e-6.
     float u[64], r[64], add[64], floor[64];
     float factor[64], border[64], out_scale[64];  // of the row's part from the state, of n, of the sum (H)
@@ -93,8 +95,8 @@ struct ScanRows {  // of the 64 tokens of a chunk
 template <class S>
 struct ScanShared {
     ScanRows rows[2];
-    float vector[3][S::V_COLS];   // n as it enters the chunk: of this one, and two more that others may still read
-    bf16 split[2][2][S::V_COLS];  // the same, high and low half
+    float vector[3][S::V_COLS];        // n as it enters the chunk: of this one, and two more that others may still read
+    bf16 split[2][2][S::V_COLS];       // the same, high and low half
     float dots[2][2][4][64], sums[8];  // of a state warpgroup, of even and odd chunks
     uint64_t x_full[3], x_empty[3], yz_full[3], yz_empty[3], rows_full[2], p_full[2], p_empty[2], dot_full[2];
 };
@@ -151,7 +153,8 @@ template <class S>
 __device__ __forceinline__ void scan_load_x(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
                                             int it) {
     if (S::X_STAGES == 0 || it >= at.chunks) return;
-    const unsigned full = scan_slot<S::X_STAGES>(sh->x_full, it), tile = base + it % (S::X_STAGES ? S::X_STAGES : 1) * S::X_BYTES;
+    const unsigned full = scan_slot<S::X_STAGES>(sh->x_full, it),
+                   tile = base + it % (S::X_STAGES ? S::X_STAGES : 1) * S::X_BYTES;
     barrier_wait(scan_slot<S::X_STAGES>(sh->x_empty, it), scan_parity<S::X_STAGES>(it) ^ 1);
     barrier_arrive_expect(full, S::X_BYTES);
     for (int k = 0; k < S::A / 64; k++)
@@ -175,8 +178,8 @@ __device__ __forceinline__ void scan_load_yz(const ScanArgs &p, const ScanPlace 
 // ----------------------------------------------------------------------------------------------------------------
 // The scores' warpgroup
 
-// Of token threadIdx % 64: the first 64 threads hold u and r, the others qscale, kscale, and all of them 1 / den (H: the
-// floor of the denominator) and ds. Loaded a chunk ahead, so nothing is computed from them before they are stored.
+// Of token threadIdx % 64: the first 64 threads hold u and r, the others qscale, kscale, and all of them 1 / den (H:
+// the floor of the denominator) and ds. Loaded a chunk ahead, so nothing is computed from them before they are stored.
 struct ScanRowValues {
     float2 first, second;
     float inv_den, ds;
@@ -262,7 +265,8 @@ __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *row
     }
 }
 
-// <x_i, n> of rows i = 16 warp + g and i + 8, in the lanes with t = 0: a product with the halves of n as columns 0 and 1
+// <x_i, n> of rows i = 16 warp + g and i + 8, in the lanes with t = 0: a product with the halves of n as columns 0 and
+// 1
 template <class S>
 __device__ __forceinline__ float2 scan_rows_dot_n(const unsigned char *x, const bf16 (*split)[S::V_COLS]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16 + lane % 16;
@@ -291,8 +295,8 @@ __device__ __forceinline__ void scan_store_n(ScanShared<S> *sh, int it, int k, f
     *(unsigned *)&sh->split[it % 2][1][column] = pack_two(x - rounded.x, y - rounded.y);
 }
 
-// n of the next chunk: decay n + sum over this one's tokens of scale_r tile_r: a product with the halves of scale as rows
-// 0 and 1; warp w has a quarter of the columns
+// n of the next chunk: decay n + sum over this one's tokens of scale_r tile_r: a product with the halves of scale as
+// rows 0 and 1; warp w has a quarter of the columns
 template <class S>
 __device__ __forceinline__ void scan_update_n(ScanShared<S> *sh, int it, float decay, const unsigned char *tile,
                                               const float *scale) {
@@ -470,8 +474,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             if (lane == 0) barrier_arrive(scan_slot<2>(sh->p_full, it));
             for (int h = 0; S::MODE == SCAN_H && h < 2; h++) {  // behind the fence, which would wait for it
                 const int time = c * SCAN_CHUNK + tid / 32 * 16 + lane / 4 + 8 * h;
-                if (at.slice == 0 && lane % 4 == 0 && time < p.s.T)
-                    p.gates.sig[(size_t)at.bh * p.s.T + time] = sig[h];
+                if (at.slice == 0 && lane % 4 == 0 && time < p.s.T) p.gates.sig[(size_t)at.bh * p.s.T + time] = sig[h];
             }
         } else {
             barrier_wait(scan_slot<S::YZ_STAGES>(sh->yz_full, it), scan_parity<S::YZ_STAGES>(it));
@@ -503,8 +506,8 @@ __device__ __forceinline__ int scan_row(const ScanPlace &at, int wg, int b) {
            threadIdx.x % 32 / 4;
 }
 
-// element(w, a, M element) for all that a thread holds and the head has. 16 at a time: the compiler would rather have the
-// addresses of all of them at hand, and spill.
+// element(w, a, M element) for all that a thread holds and the head has. 16 at a time: the compiler would rather have
+// the addresses of all of them at hand, and spill.
 template <class S, typename Element>
 __device__ __forceinline__ void scan_each_element(const ScanArgs &p, const ScanPlace &at, int wg,
                                                   float (&M)[S::BLOCKS][S::AW / 2], Element element) {
@@ -727,13 +730,14 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
     if (elected)
         tma_store(&p.out, panel, at.slice * S::W + (S::SPLIT ? 0 : (wg * S::BLOCKS + b) * 64), at.head, c * SCAN_CHUNK,
                   at.b);
-    if (S::TRANSPOSED) scan_store_dots<S>(p, at, sh->dots[wg][it % 2], wg, c);  // behind the fence, which would wait for it
+    if (S::TRANSPOSED)
+        scan_store_dots<S>(p, at, sh->dots[wg][it % 2], wg, c);  // behind the fence, which would wait for it
 }
 
 // The operand of the row sums comes into the panel that out leaves from
 template <class S>
-__device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace &at, unsigned panel,
-                                              ScanShared<S> *sh, int wg, int it) {
+__device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace &at, unsigned panel, ScanShared<S> *sh,
+                                              int wg, int it) {
     const unsigned full = shared_address(sh->dot_full + wg);
     tma_store_wait_read<0>();
     barrier_arrive_expect(full, PANEL_BYTES);
@@ -744,7 +748,8 @@ __device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace
 // One chunk: of block b of 64 rows of M^T
 template <class S>
 __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
-                                          ScanShared<S> *sh, float (&M)[S::AW / 2], float decay, int wg, int b, int it) {
+                                          ScanShared<S> *sh, float (&M)[S::AW / 2], float decay, int wg, int b,
+                                          int it) {
     const unsigned base = shared_address(smem), half = S::SPLIT ? wg * (S::AW / 64) * PANEL_BYTES : 0;
     const unsigned yz = base + S::AT_YZ + it % S::YZ_STAGES * (S::X_BYTES + S::Z_BYTES);
     const int rows_panel = S::SPLIT ? 0 : wg * S::BLOCKS + b;
@@ -888,9 +893,12 @@ static int mlstm_chunk(int dk, int dv, size_t ld) {
 
 // A of a contracted width, and W that goes with it: the state of a slice fills the registers of two warpgroups
 constexpr int scan_pad(int width, bool transposed) {
-    return width <= 64 && !transposed ? 64 : width <= 128 ? 128 : width <= 192 ? 192 : width <= 256 ? 256
-                                                                             : width <= 384 ? 384
-                                                                                            : 512;
+    return width <= 64 && !transposed ? 64
+           : width <= 128             ? 128
+           : width <= 192             ? 192
+           : width <= 256             ? 256
+           : width <= 384             ? 384
+                                      : 512;
 }
 constexpr int scan_columns(int A, bool transposed) {
     return transposed ? (A == 128 || A >= 384 ? 64 : 128) : A == 128 ? 256 : 128;
@@ -925,8 +933,7 @@ static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
     static_assert(bytes <= 227 * 1024, "shared memory of a block");
     dim3 grid((unsigned)scan_slices(&p.s, TRANSPOSED), (unsigned)ceil_div(mlstm_chunks(&p.s), p.segment_chunks),
               (unsigned)(p.s.B * p.s.NH));
-    CUDA_CHECK(
-        cudaFuncSetAttribute(mlstm_scan_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    CUDA_CHECK(cudaFuncSetAttribute(mlstm_scan_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     mlstm_scan_kernel<S><<<grid, SCAN_THREADS, bytes, stream>>>(p);
     LAUNCH_CHECK();
 }
@@ -957,8 +964,8 @@ static void scan_segments(ScanArgs *p, float *segments, cudaStream_t stream) {
     if (count == 1) return;
     scan_run<MODE, true>(*p, stream);
     const dim3 grid((unsigned)ceil_div((size_t)s->dk * (s->dv + 1), 256), (unsigned)(s->B * s->NH));
-    mlstm_segments_kernel<REVERSE>
-        <<<grid, 256, count * sizeof(float), stream>>>(*s, segments, p->gates.decay, p->initial, count, p->segment_chunks);
+    mlstm_segments_kernel<REVERSE><<<grid, 256, count * sizeof(float), stream>>>(*s, segments, p->gates.decay,
+                                                                                 p->initial, count, p->segment_chunks);
     LAUNCH_CHECK();
 }
 

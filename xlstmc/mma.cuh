@@ -1,14 +1,14 @@
-// mma.cuh: products of one warp, as every chip since sm_80 has them: D[16, 8] += A[16, 16] B[16, 8] in bf16 with sums in
-// float, and the loads of their operands. With g = lane / 4, t = lane % 4 a thread holds D[g][2t], D[g][2t + 1],
-// D[g + 8][2t], D[g + 8][2t + 1]; of A the pairs from column 2t on of rows g and g + 8, then the same from 2t + 8 on; of B
+// mma.cuh: products of one warp, as every chip since sm_80 has them: D[16, 8] += A[16, 16] B[16, 8] in bf16 with sums
+// in float, and the loads of their operands. With g = lane / 4, t = lane % 4 a thread holds D[g][2t], D[g][2t + 1], D[g
+// + 8][2t], D[g + 8][2t + 1]; of A the pairs from column 2t on of rows g and g + 8, then the same from 2t + 8 on; of B
 // rows 2t, 2t + 1 of column g, then rows 2t + 8, 2t + 9.
 #ifndef XLSTMC_MMA_CUH
 #define XLSTMC_MMA_CUH
 
 #include "cuda_util.cuh"
 
-// Four 8 x 8 matrices; lane 8i + r gives the address of row r of matrix i. Transposed: a register holds two elements of a
-// column of the matrix in memory.
+// Four 8 x 8 matrices; lane 8i + r gives the address of row r of matrix i. Transposed: a register holds two elements of
+// a column of the matrix in memory.
 __device__ inline void ldmatrix(unsigned (&r)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -19,9 +19,7 @@ __device__ inline void ldmatrix_trans(unsigned (&r)[4], unsigned address) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address));
 }
-__device__ inline void ldmatrix(unsigned (&r)[4], const bf16 *p) {
-    ldmatrix(r, (unsigned)__cvta_generic_to_shared(p));
-}
+__device__ inline void ldmatrix(unsigned (&r)[4], const bf16 *p) { ldmatrix(r, (unsigned)__cvta_generic_to_shared(p)); }
 __device__ inline void ldmatrix_trans(unsigned (&r)[4], const bf16 *p) {
     ldmatrix_trans(r, (unsigned)__cvta_generic_to_shared(p));
 }
