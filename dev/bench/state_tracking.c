@@ -41,7 +41,8 @@ static void train_parity(const Backend *backend, uint64_t seed, int steps, doubl
 static double accuracy(const Backend *backend, uint64_t seed, int *inputs, int *targets, float *logits) {
     long right = 0, count = 0;
     for (int done = 0; done < EVAL_SEQUENCES; done += BATCH) {
-        Batch batch = {imin(BATCH, EVAL_SEQUENCES - done), EVAL_LEN, inputs, targets, NULL, -1, logits, NULL, NULL, 0, 1};
+        Batch batch = {
+            imin(BATCH, EVAL_SEQUENCES - done), EVAL_LEN, inputs, targets, NULL, -1, logits, NULL, NULL, 0, 1};
         parity_batch(inputs, targets, batch.B, EVAL_LEN, seed, ((uint64_t)1 << 40) + (uint64_t)done);
         backend->evaluate(&batch);
         for (int row = 0; row < batch.B * EVAL_LEN; row++) {

@@ -26,15 +26,8 @@ WORK=$(mktemp -d "${TMPDIR:-/tmp}/test_ranks.XXXXXX")
 trap 'rm -rf "$WORK"' EXIT
 cd "$WORK" || exit 1
 
-PASSED=0 FAILED=0
-check() { # check NAME COMMAND...: passes if the command succeeds
-    local name=$1
-    shift
-    if "$@" >check.log 2>&1; then PASSED=$((PASSED + 1)); return; fi
-    FAILED=$((FAILED + 1))
-    echo "FAIL $name"
-    tail -n 6 check.log | sed 's/^/    /'
-}
+# shellcheck source=dev/test/checks.bash
+. "$ROOT/dev/test/checks.bash"
 must() { "$@" >run.log 2>&1 || { FAILED=$((FAILED + 1)); echo "FAIL $*"; tail -n 5 run.log | sed 's/^/    /'; }; }
 ranks() { # ranks N COMMAND...
     local n=$1

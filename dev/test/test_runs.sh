@@ -17,15 +17,8 @@ WORK=$(mktemp -d "${TMPDIR:-/tmp}/test_runs.XXXXXX")
 trap 'rm -rf "$WORK"' EXIT
 cd "$WORK" || exit 1
 
-PASSED=0 FAILED=0
-check() { # check NAME COMMAND...: passes if the command succeeds
-    local name=$1
-    shift
-    if "$@" >check.log 2>&1; then PASSED=$((PASSED + 1)); return; fi
-    FAILED=$((FAILED + 1))
-    echo "FAILED: $name"
-    tail -n 5 check.log | sed 's/^/    /'
-}
+# shellcheck source=dev/test/checks.bash
+. "$ROOT/dev/test/checks.bash"
 finish() {
     echo "test_runs: $PASSED passed, $FAILED failed"
     [ "$FAILED" = 0 ]

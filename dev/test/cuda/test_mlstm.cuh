@@ -180,8 +180,9 @@ template <typename F>
 static MlstmLabel mlstm_test_label(const MlstmCase *c, int chunk) {
     MlstmLabel l;
     format_into(l.label, sizeof l.label, "mlstm%s %s%s B%d T%d NH%d %d/%d f%g%s%s%s%s",
-                chunk == SCAN_CHUNK ? "_scan" : "", format_name<F>(), c->sigmoid ? " sig" : "", c->B, c->T, c->NH, c->dk, c->dv, c->f_mean, c->cap > 0 ? " cap" : "",
-                c->every ? " resets" : "", c->carried ? " carried" : "", c->odd ? " odd" : "");
+                chunk == SCAN_CHUNK ? "_scan" : "", format_name<F>(), c->sigmoid ? " sig" : "", c->B, c->T, c->NH,
+                c->dk, c->dv, c->f_mean, c->cap > 0 ? " cap" : "", c->every ? " resets" : "",
+                c->carried ? " carried" : "", c->odd ? " odd" : "");
     return l;
 }
 
