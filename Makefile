@@ -12,6 +12,7 @@
 #   NO_OMP=1          without OpenMP (one thread)
 #   NO_OPENBLAS=1     the built-in matrix product even where OpenBLAS is
 #   NO_MPI=1          one process only, even where MPI is
+#   NO_NCCL=1         one GPU only, even where NCCL is
 #   SM=90a            CUDA code for one chip (80, 86, 89, 90a, ...); SM=all for all of them and newer ones. Default: the
 #                     chip of the GPU here, or all if there is none
 #   CC=clang CFLAGS=... LDFLAGS=...    as usual; CFLAGS come after our own
@@ -70,6 +71,12 @@ endif
 CUDA_OF_NVCC := $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v nvcc 2>/dev/null)))
 CUDA_HOME ?= $(or $(wildcard $(CUDA_PATH)),$(CUDA_OF_NVCC),$(wildcard /usr/local/cuda))
 NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+
+# NCCL, beside the toolkit or in it
+NCCL_MAIN := $(H)include <nccl.h>\nint main(void) { ncclUniqueId id; return ncclGetUniqueId(&id); }
+ifneq ($(if $(NO_NCCL),,$(and $(NVCC),$(MPI))),)
+NCCL := $(call first,$(NCCL_MAIN),-I$(CUDA_HOME)/include|-L$(CUDA_HOME)/lib64|-lnccl)
+endif
 GIT := $(shell git describe --always --dirty 2>/dev/null)
 endif
 
@@ -108,7 +115,7 @@ all: train_xlstm data/tokenize $(CUDA_PROGRAMS) | summary
 summary:
 	@echo "compiler $(CC) | OpenMP $(if $(OMP),yes,no) | OpenBLAS $(if $(BLAS),yes,no: built-in matmul) |" \
 	    "MPI $(if $(MPI),yes,no: one process) |" \
-	    "nvcc $(if $(NVCC),$(NVCC) SM=$(SM),no)$(if $(DEBUG), | DEBUG)$(if $(SANITIZE), | SANITIZE)"
+	    "nvcc $(if $(NVCC),$(NVCC) SM=$(SM) | NCCL $(if $(NCCL),yes,no: one GPU),no)$(if $(DEBUG), | DEBUG)$(if $(SANITIZE), | SANITIZE)"
 
 # What everything depends on: rewritten only when it changes.
 FLAGS := $(CC) $(subst ',,$(ALL_CFLAGS) $(BLAS_CFLAGS) $(BLAS_LIBS) $(MPI_CFLAGS) $(MPI_LIBS) $(LIBS) $(LDFLAGS))
@@ -153,6 +160,9 @@ GENCODE := -gencode arch=compute_$(SM),code=sm_$(SM)
 endif
 NVCC_FLAGS := -std=c++17 -O3 --threads 2 $(GENCODE) -Xcompiler -Wall,-Wno-unused-function \
     $(if $(filter -fopenmp,$(OMP)),-Xcompiler -fopenmp) $(NVCCFLAGS)
+# Several GPUs: of the words for MPI nvcc understands these
+RANKS_FLAGS := $(if $(MPI),-DUSE_MPI $(filter -I% -D%,$(MPI))) $(if $(NCCL),-DUSE_NCCL)
+RANKS_LIBS := $(if $(MPI),$(filter -L% -l%,$(MPI))) $(if $(NCCL),-lnccl)
 CUDA_LIBS := -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt
 ABOUT_CUDA := -DBUILD_FLAGS='"$(NVCC_FLAGS)"' -DBUILD_GIT='"$(GIT)"'
 CUDA_SOURCES := train_xlstm.cu $(wildcard xlstmc/*)
@@ -160,11 +170,11 @@ CUDA_SOURCES := train_xlstm.cu $(wildcard xlstmc/*)
 # rewritten only when it changes, as $(BUILD)/flags
 $(BUILD)/nvcc_flags: FORCE
 	@mkdir -p $(BUILD)
-	@echo '$(NVCC) $(NVCC_FLAGS)' | cmp -s - $@ || echo '$(NVCC) $(NVCC_FLAGS)' >$@
+	@echo '$(NVCC) $(NVCC_FLAGS) $(RANKS_FLAGS)' | cmp -s - $@ || echo '$(NVCC) $(NVCC_FLAGS) $(RANKS_FLAGS)' >$@
 
 train_xlstmcu: $(CUDA_SOURCES) $(BUILD)/nvcc_flags
 	@echo "  nvcc     train_xlstm.cu -> $@  (SM=$(SM))"
-	$(Q)$(NVCC) $(NVCC_FLAGS) $(ABOUT_CUDA) train_xlstm.cu -o $@ $(CUDA_LIBS)
+	$(Q)$(NVCC) $(NVCC_FLAGS) $(RANKS_FLAGS) $(ABOUT_CUDA) train_xlstm.cu -o $@ $(CUDA_LIBS) $(RANKS_LIBS)
 
 ORACLES := $(patsubst dev/test/cuda/%.c,$(BUILD)/obj/%.o,$(wildcard dev/test/cuda/oracle_*.c))
 $(BUILD)/obj/oracle_%.o: dev/test/cuda/oracle_%.c $(BUILD)/flags

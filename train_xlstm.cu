@@ -14,6 +14,7 @@
 #include "xlstmc/adamw.cuh"
 #include "xlstmc/blocks4.cuh"
 #include "xlstmc/classifier.cuh"
+#include "xlstmc/comm_cuda.cuh"
 #include "xlstmc/conv.cuh"
 #include "xlstmc/cuda_util.cuh"
 #include "xlstmc/embedding.cuh"
@@ -22,6 +23,7 @@
 #include "xlstmc/matmul.cuh"
 #include "xlstmc/mlstm.cuh"
 #include "xlstmc/norm.cuh"
+#include "xlstmc/reshard.cuh"
 #include "xlstmc/slstm.cuh"
 #include "xlstmc/trainer.h"
 
@@ -104,6 +106,7 @@ struct BlockActs {    // what a block keeps for its backward pass
 // What may differ from one micro-step to the next and yet be the same CUDA graph is read from device memory.
 typedef struct {
     int B, T, training, stateful;
+    int whole, reduce;  // as in Batch: with --sp; gradients leave
 } GraphKey;
 
 enum { MAX_GRAPHS = 8 };
@@ -122,10 +125,21 @@ struct Model {
     cudaStream_t stream;
     size_t *offsets, total;  // of tensors; elements of one copy
     size_t *state_offsets, state_size, state_small;
-    float *params, *grads, *m, *v;  // [total]
-    F *weights;                     // [total] params in format F (the same memory if F is float)
-    UpdateChunk *chunks;            // device
+    Shards shards;           // of params, grads and weights
+    int own_moments;         // 1: m and v hold this rank's pieces only, [shards_owned]
+    float *params, *grads;   // [shards_padded], which is total with one rank
+    float *m, *v;            // the same, or [shards_owned]
+    F *weights;              // params in format F (the same memory if F is float)
+    UpdateChunk *chunks;     // device
     int num_chunks;
+    int *bucket_chunks;  // [num_buckets + 1] with own_moments: the first chunk of each bucket
+    // Several ranks
+    cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
+    cudaEvent_t worked, exchanged, reduced;         // on the three streams
+    size_t unsent;                                  // buckets whose gradients have not left, the first ones
+    float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
+    char *exchange;
+    int *whole_start;  // doc_start of the rows that this rank's sLSTMs take, [rows, whole]
     float *stored;                      // [num_state_rows][state_size]
     float *state_in, *state_out;        // [max_batch][state_size]
     float *decode_state, *decode_in;    // [state_size], [state_small]
@@ -161,6 +175,13 @@ typedef struct {  // a batch as the layers see it; the token arrays lie in devic
     const float *state_in;  // [B][state_size] states before the first token; NULL: fresh
     float *state_out;       // [B][state_size] states after the last; NULL: not wanted
     int decode;             // one token of generation: the mLSTM's recurrent step
+    // Sequence parallelism: the T tokens are this rank's segment of sequences of `whole` tokens, 0: they are all. Each
+    // block fills state_in with what the segments before have left, and dstate with the gradient of what this one
+    // leaves.
+    int whole;
+    const float *state_first;  // [B][state_size] states before the whole sequence; NULL: fresh
+    float *dstate;             // [B][state_size]
+    int again;                 // a forward pass done again: what enters is still there
 } Sequence;
 
 template <typename F>
@@ -205,6 +226,62 @@ static HeadNormShape head_norm(const Model<F> *m, int width, int v1) {
 }
 
 // ----------------------------------------------------------------------------------------------------------------
+// Between the ranks that share a sequence. What they exchange goes over a stream of its own, so that m->stream can do
+// other work between begin and end.
+
+template <typename F>
+static void exchange_begins(Model<F> *m) {
+    CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->exchange_stream, m->worked, 0));
+}
+template <typename F>
+static void exchange_ends(Model<F> *m, const char *what) {
+    CUDA_CHECK(cudaEventRecord(m->exchanged, m->exchange_stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->exchanged, 0));
+    // Launches behind a rank that does not come would soon wait, too, without an end.
+    if (!device_captures(m->stream)) device_wait(m->exchange_stream, what);
+}
+
+// [B][count] floats, rows of state_size, from `from` to the next rank (direction 1) or the one before (-1), and those of
+// the other neighbour to `to`.
+template <typename F>
+static void pass_rows(Model<F> *m, int B, size_t count, const float *from, float *to, int direction, const char *what) {
+    int next = comm.sp_rank + direction, before = comm.sp_rank - direction;
+    if (next < 0 || next >= comm.sp_size) next = -1;
+    if (before < 0 || before >= comm.sp_size) before = -1;
+    float *sent = (float *)m->exchange, *received = sent + (size_t)B * count;
+    size_t width = count * sizeof(float), pitch = m->state_size * sizeof(float);
+    if (next >= 0)
+        CUDA_CHECK(cudaMemcpy2DAsync(sent, width, from, pitch, width, B, cudaMemcpyDeviceToDevice, m->stream));
+    exchange_begins(m);
+    comm.data->send_recv(COMM_SP, sent, next, received, before, width * B, what, m->exchange_stream);
+    exchange_ends(m, what);
+    if (before >= 0)
+        CUDA_CHECK(cudaMemcpy2DAsync(to, pitch, received, width, width, B, cudaMemcpyDeviceToDevice, m->stream));
+}
+
+// The convolution reads up to 3 inputs of the segment before: its halo.
+template <typename F>
+static void conv_enter(Model<F> *m, int b, int slot, const Sequence *s, const F *x, size_t ld, int C) {
+    if (!s->whole || s->again) return;
+    float *window = state_at(m, b, slot, s->state_out);
+    conv_window(window, x, ld, s->doc_start, m->state_size, s->B, s->T, C, m->stream);
+    pass_rows(m, s->B, 3 * (size_t)C, window, state_at(m, b, slot, s->state_in), 1, "halo of the convolution");
+}
+
+// dx += what the next segment's use of the last inputs gives; dout, pre: as for conv_backward
+template <typename F>
+static void conv_leave(Model<F> *m, int b, int slot, const Sequence *s, F *dx, size_t ld_dx, const F *dout,
+                       const F *pre, const float *w, int C) {
+    if (!s->whole) return;
+    float *dwindow = state_at(m, b, slot, s->dstate);
+    conv_backward_window(dwindow, dout, pre, w, s->doc_start, m->state_size, s->B, s->T, C, m->stream);
+    pass_rows(m, s->B, 3 * (size_t)C, dwindow, dwindow, -1, "gradient of the convolution's halo");
+    if (comm.sp_rank < comm.sp_size - 1)
+        conv_backward_tail(dx, ld_dx, dwindow, s->doc_start, m->state_size, s->B, s->T, C, m->stream);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
 // Gated FFN with its norm and residual: out = x + down(act(gate(u)) * up(u)), u = norm(x)
 
 template <typename F>
@@ -240,6 +317,11 @@ static MlstmShape mlstm_shape(const Model<F> *m, int B, int T, int v1) {
 }
 
 template <typename F>
+static const MlstmScratch<F> *mlstm_scratch(const Model<F> *m, int b) {
+    return &m->mlstm_scratch[m->config.block_types[b] == BLOCK_MLSTM_V1];
+}
+
+template <typename F>
 static MlstmState mlstm_state(const Model<F> *m, int b, const float *base) {
     MlstmState s = {state_at(m, b, STATE_C, base), state_at(m, b, STATE_N, base), state_at(m, b, STATE_M, base),
                     m->state_size};
@@ -267,10 +349,84 @@ static void mlstm_cell(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
     MlstmInput<F> in = mlstm_input(m, b, a, s);
     MlstmState final = mlstm_state(m, b, s->state_out);
+    const MlstmScratch<F> *scratch = mlstm_scratch(m, b);
     if (s->decode) mlstm_step(shape, in, final, a->h, m->stream);
+    else if (s->whole)
+        mlstm_segment_forward(shape, in, mlstm_state(m, b, s->state_in), final, a->h, &a->mlstm, scratch, m->stream);
+    else mlstm_forward(shape, in, mlstm_state(m, b, s->state_in), final, a->h, &a->mlstm, scratch, m->stream);
+}
+
+// dq, dk, dv [rows, ld] and dgates [rows, ld_gates] from dh
+template <typename F>
+static void mlstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a, const F *dh, F *dq, F *dk, F *dv,
+                            size_t ld, F *dgates, size_t ld_gates, float *dbias) {
+    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    MlstmInput<F> in = mlstm_input(m, b, a, s);
+    MlstmState initial = mlstm_state(m, b, s->state_in);
+    const MlstmScratch<F> *scratch = mlstm_scratch(m, b);
+    if (s->whole)
+        mlstm_cell_backward(shape, in, initial, mlstm_state(m, b, s->state_out), mlstm_state(m, b, s->dstate), dh, dq,
+                            dk, dv, ld, dgates, ld_gates, dbias, &a->mlstm, scratch, m->stream);
     else
-        mlstm_forward(shape, in, mlstm_state(m, b, s->state_in), final, a->h, &a->mlstm,
-                      &m->mlstm_scratch[m->config.block_types[b] == BLOCK_MLSTM_V1], m->stream);
+        mlstm_backward(shape, in, initial, dh, m->dh_dot_h, dq, dk, dv, ld, dgates, ld_gates, dbias, &a->mlstm, scratch,
+                       m->stream);
+}
+
+// Segments: all ranks of a sequence tell each other their pairs (mlstm_segments.cuh), then each folds those before it
+// to the states that enter its segment, and in the backward pass those behind it. Between begin and end there is time
+// for other work; a forward pass that is done again begins the same way.
+template <typename F>
+static void mlstm_pairs(Model<F> *m, const MlstmShape *shape, float **own, float **all, size_t *size) {
+    *size = (size_t)shape->B * mlstm_pair_row(shape);
+    *own = (float *)m->exchange;
+    *all = *own + *size;
+}
+template <typename F>
+static void mlstm_enter_begins(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a) {
+    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    float *own, *all;
+    size_t size;
+    if (!s->whole) return;
+    mlstm_pairs(m, &shape, &own, &all, &size);
+    mlstm_pair_forward(shape, mlstm_input(m, b, a, s), mlstm_pair_state(shape, own), &a->mlstm, mlstm_scratch(m, b),
+                       m->stream);
+    if (s->again) return;
+    exchange_begins(m);
+    comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM states", m->exchange_stream);
+}
+template <typename F>
+static void mlstm_enter_ends(Model<F> *m, int b, const Sequence *s) {
+    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    float *own, *all;
+    size_t size;
+    if (!s->whole || s->again) return;
+    mlstm_pairs(m, &shape, &own, &all, &size);
+    exchange_ends(m, "all-gather of mLSTM states");
+    mlstm_fold(&shape, mlstm_state(m, b, s->state_in), mlstm_state(m, b, s->state_first), all, comm.sp_rank, m->stream);
+}
+template <typename F>
+static void mlstm_leave_begins(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a, const F *dh) {
+    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    float *own, *all;
+    size_t size;
+    if (!s->whole) return;
+    mlstm_pairs(m, &shape, &own, &all, &size);
+    mlstm_pair_backward(shape, mlstm_input(m, b, a, s), dh, m->dh_dot_h, mlstm_pair_state(shape, own), &a->mlstm,
+                        mlstm_scratch(m, b), m->stream);
+    exchange_begins(m);
+    comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM gradients", m->exchange_stream);
+}
+template <typename F>
+static void mlstm_leave_ends(Model<F> *m, int b, const Sequence *s) {
+    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    float *own, *all;
+    size_t size;
+    int next = comm.sp_rank + 1;
+    if (!s->whole) return;
+    mlstm_pairs(m, &shape, &own, &all, &size);
+    exchange_ends(m, "all-gather of mLSTM gradients");
+    mlstm_fold_backward(&shape, mlstm_state(m, b, s->dstate), all + (size_t)next * size, comm.sp_size - next,
+                        m->stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -282,9 +438,21 @@ static void mlstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *
     int G = gate_rows(m->config.num_heads);
     NormShape norm = rmsnorm(m);
     norm_forward(a->u, a->stats, x, param(m, b, M_NORM), norm, rows, m->stream);
-    matmul_forward<F, F>(a->proj, P, a->u, D, weight(m, b, M_Q), NULL, rows, P, D, m->stream);
+    // Columns of q, k v, ogate. In a segment k and v come first: other ranks wait for what they make of them.
+    const int columns[4] = {0, Dk, 2 * Dk + Dv, P}, whole = !s->whole, first = whole ? 0 : 1;
+    const F *w = weight(m, b, M_Q);
+    auto project = [&](int from, int to) {
+        matmul_forward<F, F>(a->proj + from, P, a->u, D, w + (size_t)from * D, NULL, rows, to - from, D, m->stream);
+    };
+    project(columns[first], columns[whole ? 3 : 2]);
     // Gates leave in float: their rounding would be felt over long sequences.
     matmul_forward<F, float>(a->gates, G, a->u, D, weight(m, b, M_IGATE), NULL, rows, G, D, m->stream);
+    mlstm_enter_begins(m, b, s, a);
+    if (!whole) {
+        project(columns[0], columns[1]);
+        project(columns[2], columns[3]);
+    }
+    mlstm_enter_ends(m, b, s);
     mlstm_cell(m, b, s, a);
     head_norm_gate_forward(a->y, a->hn_stats, a->h, param(m, b, M_HEAD_NORM), a->proj + 2 * Dk + Dv, (size_t)P,
                            head_norm(m, Dv, 0), rows, m->stream);
@@ -299,20 +467,19 @@ static void mlstm_block_backward(Model<F> *m, int b, const Sequence *s, const F 
     int P = 2 * Dk + 2 * Dv, G = gate_rows(NH);
     size_t ld = (size_t)(P + G);  // d_wide: gradients of q k v ogate, and of the gates behind them
     NormShape norm = rmsnorm(m);
-    MlstmShape shape = mlstm_shape(m, s->B, s->T, 0);
     F *dproj = m->d_wide, *dh = m->d_mid2;
     ffn_backward(m, a->x_mid, &a->ffn, norm, param(m, b, M_NORM_FFN), grad(m, b, M_NORM_FFN), weight(m, b, M_FFN_GATE),
                  grad(m, b, M_FFN_GATE), weight(m, b, M_FFN_DOWN), grad(m, b, M_FFN_DOWN), rows, dim(m, DIM_U), 0);
-    matmul_backward(m->d_mid, Dv, 0, grad(m, b, M_OUT_PROJ), m->dx, D, a->y, Dv, weight(m, b, M_OUT_PROJ), rows, D, Dv,
-                    m->stream);
+    matmul_backward_input(m->d_mid, Dv, 0, m->dx, D, weight(m, b, M_OUT_PROJ), rows, D, Dv, m->stream);
     head_norm_gate_backward(dh, dproj + 2 * Dk + Dv, ld, grad(m, b, M_HEAD_NORM), m->dh_dot_h, m->d_mid, a->h,
                             a->hn_stats, param(m, b, M_HEAD_NORM), a->proj + 2 * Dk + Dv, (size_t)P,
                             head_norm(m, Dv, 0), rows, m->partial, m->stream);
+    mlstm_leave_begins(m, b, s, a, dh);
+    matmul_backward_weight(grad(m, b, M_OUT_PROJ), m->dx, D, a->y, Dv, rows, D, Dv, m->stream);
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dproj + P + 2 * NH, ld * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
-    mlstm_backward(shape, mlstm_input(m, b, a, s), mlstm_state(m, b, s->state_in), dh, m->dh_dot_h, dproj, dproj + Dk,
-                   dproj + 2 * Dk, ld, dproj + P, ld, grad(m, b, M_IGATE_BIAS), &a->mlstm, &m->mlstm_scratch[0],
-                   m->stream);
+    mlstm_leave_ends(m, b, s);
+    mlstm_cell_back(m, b, s, a, dh, dproj, dproj + Dk, dproj + 2 * Dk, ld, dproj + P, ld, grad(m, b, M_IGATE_BIAS));
     matmul_backward(m->d_mid, D, 0, grad(m, b, M_Q), dproj, ld, a->u, D, weight(m, b, M_Q), rows, (int)ld, D,
                     m->stream);
     norm_backward(m->dx, 1, grad(m, b, M_NORM), m->d_mid, x, a->stats, param(m, b, M_NORM), norm, rows, m->partial,
@@ -334,6 +501,7 @@ static void mlstm_v1_block_forward(Model<F> *m, int b, const Sequence *s, const 
     size_t ld_up = 2 * (size_t)I;
     norm_forward(a->u, a->stats, x, param(m, b, V1_NORM), layernorm_v1(m), rows, m->stream);
     matmul_forward<F, F>(a->proj, ld_up, a->u, D, weight(m, b, V1_UP), NULL, rows, 2 * I, D, m->stream);
+    conv_enter(m, b, STATE_CONV, s, a->proj, ld_up, I);
     conv_forward(a->conv, a->ca, a->proj, ld_up, param(m, b, V1_CONV), param(m, b, V1_CONV_BIAS), s->doc_start,
                  conv_window(m, b, STATE_CONV, s), state_at(m, b, STATE_CONV, s->state_out), m->state_size, s->B, s->T,
                  I, m->stream);
@@ -341,6 +509,8 @@ static void mlstm_v1_block_forward(Model<F> *m, int b, const Sequence *s, const 
                         m->stream);
     matmul_forward<F, float>(a->gates, G, a->qkv, 3 * (size_t)I, weight(m, b, V1_IGATE), NULL, rows, G, 3 * I,
                              m->stream);
+    mlstm_enter_begins(m, b, s, a);
+    mlstm_enter_ends(m, b, s);
     mlstm_cell(m, b, s, a);
     head_norm_skip_forward(a->y, a->hn_stats, a->h, param(m, b, V1_HEAD_NORM), a->ca, param(m, b, V1_SKIP), a->proj + I,
                            ld_up, head_norm(m, I, 1), rows, m->stream);
@@ -351,20 +521,19 @@ template <typename F>
 static void mlstm_v1_block_backward(Model<F> *m, int b, const Sequence *s, const F *x, BlockActs<F> *a) {
     int rows = s->B * s->T, D = dim(m, DIM_D), I = dim(m, DIM_I), NH = m->config.num_heads, G = gate_rows(NH);
     size_t ld_up = 2 * (size_t)I, ld_qkv = 3 * (size_t)I;
-    MlstmShape shape = mlstm_shape(m, s->B, s->T, 1);
     // Scratch: d_wide holds dup [rows, 2I], dqkv [rows, 3I] and dgates [rows, G]; d_mid, d_mid2, d_mid3 are [rows, I].
     F *dup = m->d_wide, *dqkv = dup + (size_t)rows * ld_up, *dgates = dqkv + (size_t)rows * ld_qkv;
     F *dh = m->d_mid2, *dca = m->d_mid3;
-    matmul_backward(m->d_mid, I, 0, grad(m, b, V1_DOWN), m->dx, D, a->y, I, weight(m, b, V1_DOWN), rows, D, I,
-                    m->stream);
+    matmul_backward_input(m->d_mid, I, 0, m->dx, D, weight(m, b, V1_DOWN), rows, D, I, m->stream);
     head_norm_skip_backward(dh, dup + I, ld_up, dca, grad(m, b, V1_HEAD_NORM), grad(m, b, V1_SKIP), m->dh_dot_h,
                             m->d_mid, a->h, a->hn_stats, param(m, b, V1_HEAD_NORM), a->ca, param(m, b, V1_SKIP),
                             a->proj + I, ld_up, head_norm(m, I, 1), rows, m->partial, m->stream);
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dgates + 2 * NH, G * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
-    mlstm_backward(shape, mlstm_input(m, b, a, s), mlstm_state(m, b, s->state_in), dh, m->dh_dot_h, dqkv, dqkv + I,
-                   dqkv + 2 * I, ld_qkv, dgates, (size_t)G, grad(m, b, V1_IGATE_BIAS), &a->mlstm, &m->mlstm_scratch[1],
-                   m->stream);
+    mlstm_leave_begins(m, b, s, a, dh);
+    matmul_backward_weight(grad(m, b, V1_DOWN), m->dx, D, a->y, I, rows, D, I, m->stream);
+    mlstm_leave_ends(m, b, s);
+    mlstm_cell_back(m, b, s, a, dh, dqkv, dqkv + I, dqkv + 2 * I, ld_qkv, dgates, (size_t)G, grad(m, b, V1_IGATE_BIAS));
     matmul_backward(dqkv, ld_qkv, 1, grad(m, b, V1_IGATE), dgates, G, a->qkv, ld_qkv, weight(m, b, V1_IGATE), rows, G,
                     3 * I, m->stream);
     blocks4_qkv_backward(dca, dup, ld_up, grad(m, b, V1_Q), grad(m, b, V1_K), grad(m, b, V1_V), dqkv, a->ca, a->proj,
@@ -373,6 +542,7 @@ static void mlstm_v1_block_backward(Model<F> *m, int b, const Sequence *s, const
     conv_backward(dup, ld_up, grad(m, b, V1_CONV), grad(m, b, V1_CONV_BIAS), dca, a->conv, a->proj, ld_up,
                   param(m, b, V1_CONV), s->doc_start, conv_window(m, b, STATE_CONV, s), m->state_size, s->B, s->T, I,
                   m->partial, m->stream);
+    conv_leave(m, b, STATE_CONV, s, dup, ld_up, dca, a->conv, param(m, b, V1_CONV), I);
     matmul_backward(m->d_mid, D, 0, grad(m, b, V1_UP), dup, ld_up, a->u, D, weight(m, b, V1_UP), rows, 2 * I, D,
                     m->stream);
     norm_backward(m->dx, 1, grad(m, b, V1_NORM), m->d_mid, x, a->stats, param(m, b, V1_NORM), layernorm_v1(m), rows,
@@ -389,11 +559,124 @@ static SlstmState slstm_state(const Model<F> *m, int b, const float *base) {
     return s;
 }
 
+// Over segments the cell must go token by token anyway, so ranks share out rows and heads instead (reshard.cuh): each
+// takes all tokens of some. With more ranks than rows x heads, some take none.
+template <typename F>
+static Reshard slstm_share(const Model<F> *m, const Sequence *s) {
+    return reshard_of(s->B, m->config.num_heads, s->whole, comm.sp_size, comm.sp_rank);
+}
+
+// In place, [B, T, NH, width] of this rank's tokens <-> [rows, whole, heads, width] of its rows and heads
+template <typename F>
+static void slstm_exchange(Model<F> *m, const Reshard *share, F *x, int width, bool to_heads) {
+    size_t *send = (size_t *)xcalloc(2 * (size_t)share->ranks, sizeof(size_t)), *recv = send + share->ranks, sent = 0;
+    for (int r = 0; r < share->ranks; r++) {
+        size_t by_heads = reshard_piece(share, share->rank, r) * width * sizeof(F),
+               by_tokens = reshard_piece(share, r, share->rank) * width * sizeof(F);
+        send[r] = to_heads ? by_heads : by_tokens;
+        recv[r] = to_heads ? by_tokens : by_heads;
+        sent += send[r];
+    }
+    char *ours = m->exchange, *theirs = ours + (sent + 255) / 256 * 256;
+    if (to_heads) reshard<F, true, true>(share, x, ours, width, m->stream);
+    else reshard<F, false, true>(share, x, ours, width, m->stream);
+    exchange_begins(m);
+    comm.data->all_to_all(COMM_SP, ours, send, theirs, recv, "all-to-all of sLSTM heads", m->exchange_stream);
+    exchange_ends(m, "all-to-all of sLSTM heads");
+    if (to_heads) reshard<F, false, false>(share, x, theirs, width, m->stream);
+    else reshard<F, true, false>(share, x, theirs, width, m->stream);
+    free(send);
+}
+
+static SlstmState slstm_state_from(SlstmState s, const Reshard *share, int d) {  // of a rank's rows and heads
+    size_t skip = share->row * s.row + (size_t)share->head * d;
+    SlstmState part = {s.y + skip, s.c + skip, s.n + skip, s.m + skip, s.row};
+    return s.y ? part : s;
+}
+
+// All ranks of a sequence get the final states of all rows and heads.
+template <typename F>
+static void slstm_gather_final(Model<F> *m, const Reshard *share, SlstmState final, int d) {
+    size_t run = (size_t)share->heads * d * sizeof(float), most = ceil_div(share->B, share->groups),
+           bytes = 4 * most * run, pitch = final.row * sizeof(float);
+    char *ours = m->exchange, *all = ours + bytes;
+    for (int r = -1; r < share->ranks; r++) {  // -1: packs
+        Reshard part = reshard_of(share->B, share->NH, share->whole, share->ranks, r < 0 ? share->rank : r);
+        SlstmState state = slstm_state_from(final, &part, d);
+        float *const values[4] = {state.y, state.c, state.n, state.m};
+        for (int k = 0; k < 4 && part.rows > 0; k++) {
+            char *packed = (r < 0 ? ours : all + r * bytes) + k * most * run;
+            CUDA_CHECK(cudaMemcpy2DAsync(r < 0 ? (void *)packed : values[k], r < 0 ? run : pitch,
+                                         r < 0 ? (void *)values[k] : packed, r < 0 ? pitch : run, run, part.rows,
+                                         cudaMemcpyDeviceToDevice, m->stream));
+        }
+        if (r >= 0) continue;
+        exchange_begins(m);
+        comm.data->all_gather(COMM_SP, ours, all, bytes, "final sLSTM states", m->exchange_stream);
+        exchange_ends(m, "final sLSTM states");
+    }
+}
+
+// a->h from m->slstm_x. In a segment the cell's own buffers hold this rank's rows and heads.
+template <typename F>
+static void slstm_cell(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a) {
+    int NH = m->config.num_heads, d = dim(m, DIM_D) / NH;
+    SlstmState initial = slstm_state(m, b, s->whole ? s->state_first : s->state_in),
+               final = slstm_state(m, b, s->state_out);
+    const F *R = weight(m, b, S_RECURRENT);
+    const float *bias = param(m, b, S_BIAS);
+    if (!s->whole) {
+        SlstmShape shape = {s->B, s->T, NH, d};
+        slstm_forward(&shape, m->slstm_x, R, bias, s->doc_start, initial, final, a->h, &a->slstm, &m->slstm_scratch,
+                      m->stream);
+        return;
+    }
+    Reshard share = slstm_share(m, s);
+    SlstmShape mine = {share.rows, s->whole, share.heads, d};
+    slstm_exchange(m, &share, m->slstm_x, 4 * d, true);
+    if (share.rows > 0)
+        slstm_forward(&mine, m->slstm_x, R + (size_t)share.head * d * 4 * d, bias + (size_t)share.head * 4 * d,
+                      m->whole_start, slstm_state_from(initial, &share, d), slstm_state_from(final, &share, d), a->h,
+                      &a->slstm, &m->slstm_scratch, m->stream);
+    slstm_exchange(m, &share, a->h, d, false);
+    if (s->state_out != m->leaving) slstm_gather_final(m, &share, final, d);
+}
+
+// dgates [rows, 4D] from dh, which is lost, and the gradients of R and the bias
+template <typename F>
+static void slstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a, F *dgates, F *dh) {
+    int NH = m->config.num_heads, d = dim(m, DIM_D) / NH;
+    SlstmShape shape = {s->B, s->T, NH, d};
+    SlstmState initial = slstm_state(m, b, s->whole ? s->state_first : s->state_in);
+    const F *R = weight(m, b, S_RECURRENT);
+    float *dR = grad(m, b, S_RECURRENT), *dbias = grad(m, b, S_BIAS);
+    const int *doc_start = s->whole ? m->whole_start : s->doc_start;
+    Reshard share;
+    if (s->whole) {
+        share = slstm_share(m, s);
+        shape = SlstmShape{share.rows, s->whole, share.heads, d};
+        initial = slstm_state_from(initial, &share, d);
+        R += (size_t)share.head * d * 4 * d, dR += (size_t)share.head * d * 4 * d;
+        dbias += (size_t)share.head * 4 * d;
+        slstm_exchange(m, &share, dh, d, true);
+    }
+    if (shape.B > 0) {
+        slstm_backward(&shape, R, &a->slstm, dh, doc_start, initial, dgates, dbias, m->partial, &m->slstm_scratch,
+                       m->stream);
+        size_t width = (size_t)shape.NH * d;
+        Matrix y_prev = {a->slstm.y_prev, width, 1, d}, dr = {dgates, 4 * width, 0, 4LL * d};
+        // dR [NH, d, 4d] += sum over tokens of y_prev^T dr
+        matmul_general<F, float>(dR, 4 * (size_t)d, 4LL * d * d, y_prev, dr, dR, 4 * (size_t)d, d, 4 * d,
+                                 shape.B * shape.T, shape.NH, m->stream);
+    }
+    if (s->whole) slstm_exchange(m, &share, dgates, 4 * d, false);
+}
+
 template <typename F>
 static void slstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *x, F *out, BlockActs<F> *a) {
     int rows = s->B * s->T, D = dim(m, DIM_D), NH = m->config.num_heads, d = D / NH;
-    SlstmShape shape = {s->B, s->T, NH, d};
     norm_forward(a->u, a->stats, x, param(m, b, S_NORM), layernorm_v1(m), rows, m->stream);
+    conv_enter(m, b, STATE_SCONV, s, a->u, (size_t)D, D);
     conv_forward(a->conv, a->ca, a->u, (size_t)D, param(m, b, S_CONV), param(m, b, S_CONV_BIAS), s->doc_start,
                  conv_window(m, b, STATE_SCONV, s), state_at(m, b, STATE_SCONV, s->state_out), m->state_size, s->B,
                  s->T, D, m->stream);
@@ -403,9 +686,7 @@ static void slstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *
         matmul_general<F, F>(m->slstm_x + (size_t)gate * d, 4 * (size_t)D, 4LL * d, in, w, (F *)NULL, 0, rows, d, d, NH,
                              m->stream);
     }
-    slstm_forward(&shape, m->slstm_x, weight(m, b, S_RECURRENT), param(m, b, S_BIAS), s->doc_start,
-                  slstm_state(m, b, s->state_in), slstm_state(m, b, s->state_out), a->h, &a->slstm, &m->slstm_scratch,
-                  m->stream);
+    slstm_cell(m, b, s, a);
     head_norm_add_forward(a->x_mid, a->hn_stats, a->h, param(m, b, S_GROUP_NORM), x, head_norm(m, D, 1), rows,
                           m->stream);
     ffn_forward(m, out, a->x_mid, &a->ffn, layernorm_v1(m), param(m, b, S_NORM_FFN), weight(m, b, S_FFN_UP),
@@ -415,19 +696,13 @@ static void slstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *
 template <typename F>
 static void slstm_block_backward(Model<F> *m, int b, const Sequence *s, const F *x, BlockActs<F> *a) {
     int rows = s->B * s->T, D = dim(m, DIM_D), NH = m->config.num_heads, d = D / NH;
-    SlstmShape shape = {s->B, s->T, NH, d};
     F *dgates = m->d_wide, *dh = m->d_mid, *dca = m->d_mid2, *du = m->d_mid3;
     ffn_backward(m, a->x_mid, &a->ffn, layernorm_v1(m), param(m, b, S_NORM_FFN), grad(m, b, S_NORM_FFN),
                  weight(m, b, S_FFN_UP), grad(m, b, S_FFN_UP), weight(m, b, S_FFN_DOWN), grad(m, b, S_FFN_DOWN), rows,
                  dim(m, DIM_US), 1);
     head_norm_backward(dh, grad(m, b, S_GROUP_NORM), m->dx, a->h, a->hn_stats, param(m, b, S_GROUP_NORM),
                        head_norm(m, D, 1), rows, m->partial, m->stream);
-    slstm_backward(&shape, weight(m, b, S_RECURRENT), &a->slstm, dh, s->doc_start, slstm_state(m, b, s->state_in),
-                   dgates, grad(m, b, S_BIAS), m->partial, &m->slstm_scratch, m->stream);
-    Matrix y_prev = {a->slstm.y_prev, (size_t)D, 1, d}, dr = {dgates, 4 * (size_t)D, 0, 4LL * d};
-    float *dR = grad(m, b, S_RECURRENT);  // [NH, d, 4d] += sum over tokens of y_prev^T dr
-    matmul_general<F, float>(dR, 4 * (size_t)d, 4LL * d * d, y_prev, dr, dR, 4 * (size_t)d, d, 4 * d, rows, NH,
-                             m->stream);
+    slstm_cell_back(m, b, s, a, dgates, dh);
     for (int gate = 0; gate < 4; gate++) {
         F *dinput = gate < 2 ? dca : du;
         float *dw = grad(m, b, S_IGATE + gate);
@@ -442,6 +717,7 @@ static void slstm_block_backward(Model<F> *m, int b, const Sequence *s, const F 
     conv_backward(du, (size_t)D, grad(m, b, S_CONV), grad(m, b, S_CONV_BIAS), dca, a->conv, a->u, (size_t)D,
                   param(m, b, S_CONV), s->doc_start, conv_window(m, b, STATE_SCONV, s), m->state_size, s->B, s->T, D,
                   m->partial, m->stream);
+    conv_leave(m, b, STATE_SCONV, s, du, (size_t)D, dca, a->conv, param(m, b, S_CONV), D);
     norm_backward(m->dx, 1, grad(m, b, S_NORM), du, x, a->stats, param(m, b, S_NORM), layernorm_v1(m), rows, m->partial,
                   m->stream);
 }
@@ -457,7 +733,11 @@ template <typename F>
 static void block_backward(Model<F> *m, int b, const Sequence *s) {
     void (*backward[])(Model<F> *, int, const Sequence *, const F *, BlockActs<F> *) = {
         mlstm_block_backward<F>, mlstm_v1_block_backward<F>, slstm_block_backward<F>};
-    if (m->run.recompute && b + 1 < m->config.num_blocks) block_forward(m, b, s);  // the last one's are still there
+    if (m->run.recompute && b + 1 < m->config.num_blocks) {  // the last one's are still there
+        Sequence again = *s;
+        again.again = 1;
+        block_forward(m, b, &again);
+    }
     backward[m->config.block_types[b]](m, b, s, m->x[b], &m->acts[b]);
 }
 
@@ -498,25 +778,69 @@ static void model_forward(Model<F> *m, const Sequence *s, const int *tokens) {
                  rows, m->stream);
 }
 
+// Gradients from element `complete` on are what they will be: their buckets leave to be summed over the world, while
+// the backward pass goes on. Last called with 0.
+template <typename F>
+static void send_gradients(Model<F> *m, size_t complete) {
+    const Shards *s = &m->shards;
+    size_t size = shards_bucket(s), before = m->unsent;
+    for (; m->unsent > 0 && (m->unsent - 1) * size >= complete; m->unsent--) {
+        float *bucket = m->grads + (m->unsent - 1) * size, *piece = bucket + s->piece * (size_t)s->rank;
+        if (m->unsent == before) {
+            CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
+            CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
+        }
+        comm.data->reduce_scatter(COMM_WORLD, bucket, piece, s->piece, COMM_F32, "reduce-scatter of gradients",
+                                  m->gradient_stream);
+        if (!m->run.zero)
+            comm.data->all_gather(COMM_WORLD, piece, bucket, s->piece * sizeof(float), "all-gather of gradients",
+                                  m->gradient_stream);
+    }
+    if (complete > 0 || before == 0) return;
+    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+}
+
 template <typename F>
 static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
     int rows = s->B * s->T, last = m->config.num_blocks;
     size_t norm = m->offsets[m->table.shell[SHELL_OUT_NORM]];
+    send_gradients(m, m->offsets[m->table.shell[SHELL_HEAD]]);  // of the classifier
     norm_backward(m->dx, 0, m->grads + norm, m->d_mid, m->x[last], m->out_stats, m->params + norm, out_norm(m), rows,
                   m->partial, m->stream);
-    for (int b = last - 1; b >= 0; b--) block_backward(m, b, s);
+    for (int b = last - 1; b >= 0; b--) {
+        block_backward(m, b, s);
+        send_gradients(m, m->offsets[m->table.block_first[b]]);
+    }
     embedding_backward(m->grads + m->offsets[m->table.shell[SHELL_EMBEDDING]], m->dx, tokens, rows, dim(m, DIM_D),
                        dim(m, DIM_V), m->embedding_scratch, m->stream);
+    send_gradients(m, 0);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // A micro-step: its arrays go to the device through pinned memory, then one graph runs all its kernels.
 
 typedef struct {  // pinned host memory
-    int *inputs, *targets, *doc_start;
+    int *inputs, *targets, *doc_start, *whole_start;
     float *scale, *logits;
     double *sums;
 } Staging;
+
+// What an sLSTM's buffers hold at most: in segments, all tokens of a rank's rows and heads
+template <typename F>
+static SlstmShape slstm_shape_max(const Model<F> *m) {
+    int B = m->run.max_batch, T = m->run.max_len, NH = m->config.num_heads;
+    SlstmShape s = {B, T, NH, dim(m, DIM_D) / NH};
+    if (comm.sp_size == 1) return s;
+    Reshard share = reshard_of(B, NH, T * comm.sp_size, comm.sp_size, 0);
+    s.B = ceil_div(B, share.groups), s.T = T * comm.sp_size, s.NH = share.heads;
+    return s;
+}
+template <typename F>
+static size_t whole_start_size(const Model<F> *m) {
+    SlstmShape s = slstm_shape_max(m);
+    return comm.sp_size > 1 && model_has(&m->config, BLOCK_SLSTM) ? (size_t)s.B * s.T : 0;
+}
 
 template <typename F>
 static Staging staging(const Model<F> *m, size_t *bytes) {
@@ -526,6 +850,7 @@ static Staging staging(const Model<F> *m, size_t *bytes) {
     s.inputs = take<int>(&arena, rows);
     s.targets = take<int>(&arena, rows);
     s.doc_start = take<int>(&arena, rows);
+    s.whole_start = take<int>(&arena, whole_start_size(m));
     s.scale = take<float>(&arena, 1);
     s.logits = take<float>(&arena, dim(m, DIM_V));
     s.sums = take<double>(&arena, 2);
@@ -533,19 +858,50 @@ static Staging staging(const Model<F> *m, size_t *bytes) {
     return s;
 }
 
+// This rank's segment of the batch's sequences. On the first rank the windows before the sequence enter; all else each
+// block puts in its place.
+template <typename F>
+static void share_sequence(Model<F> *m, Sequence *s, int whole) {
+    size_t pitch = m->state_size * sizeof(float), width = m->state_small * sizeof(float);
+    s->whole = whole;
+    s->state_first = s->state_in;
+    if (s->state_first)
+        CUDA_CHECK(cudaMemcpy2DAsync(m->entering, pitch, s->state_first, pitch, width, s->B, cudaMemcpyDeviceToDevice,
+                                     m->stream));
+    else CUDA_CHECK(cudaMemset2DAsync(m->entering, pitch, 0, width, s->B, m->stream));
+    s->state_in = m->entering;
+    s->dstate = m->dstate;
+    if (!s->state_out) s->state_out = m->leaving;
+}
+
+// Stored states: every rank of a sequence gets those that the last one's segment has left.
+template <typename F>
+static void share_final_states(Model<F> *m, const Sequence *s) {
+    int last = comm.sp_size - 1;
+    exchange_begins(m);
+    for (int r = 0; r < last; r++)
+        comm.data->send_recv(COMM_SP, s->state_out, comm.sp_rank == last ? r : -1, s->state_out,
+                             comm.sp_rank == r ? last : -1, s->B * m->state_size * sizeof(float), "stored states",
+                             m->exchange_stream);
+    exchange_ends(m, "stored states");
+}
+
 template <typename F>
 static void enqueue_step(Model<F> *m, const GraphKey *k, float *logits_out) {
     Sequence s = {k->B, k->T, m->doc_start, k->stateful ? m->state_in : NULL, k->stateful ? m->state_out : NULL, 0};
+    if (k->whole) share_sequence(m, &s, k->whole);
+    m->unsent = k->reduce && comm.size > 1 ? m->shards.num_buckets : 0;
     model_forward(m, &s, m->inputs);
     classifier(m, k->B * k->T, k->training, m->targets, logits_out);
     loss_sum(m->sums, m->losses, k->B * k->T, m->stream);
     if (k->training) model_backward(m, &s, m->inputs);
+    if (k->whole && k->stateful) share_final_states(m, &s);
 }
 
 // Runs `enqueue` eagerly the first time, as a captured graph from the second on.
 template <typename F, typename Enqueue>
 static void run_as_graph(Model<F> *m, cudaGraphExec_t *exec, int *runs, Enqueue enqueue) {
-    if ((*runs)++ == 0) {
+    if ((*runs)++ == 0 || !device_comm.graphs) {
         enqueue();
         return;
     }
@@ -571,6 +927,42 @@ static Graph *find_graph(Model<F> *m, const GraphKey *key) {
     return graph;
 }
 
+// doc_start [B, T] from resets [B, T] or NULL
+static void find_documents(int *doc_start, const unsigned char *resets, int B, int T) {
+    for (int b = 0; b < B; b++)
+        for (int t = 0, start = NO_RESET; t < T; t++) {
+            if (resets && resets[(size_t)b * T + t]) start = t;
+            doc_start[(size_t)b * T + t] = start;
+        }
+}
+
+// doc_start of whole sequences, for the sLSTMs, which take all tokens of some rows: [rows, whole], whose size it
+// returns; 0: not needed.
+template <typename F>
+static size_t find_whole_documents(const Model<F> *m, const Batch *batch, int *whole_start) {
+    if (!batch->whole || !model_has(&m->config, BLOCK_SLSTM)) return 0;
+    Reshard share = reshard_of(batch->B, m->config.num_heads, batch->whole, comm.sp_size, comm.sp_rank);
+    size_t whole = (size_t)batch->whole, count = (size_t)batch->B * m->run.max_len, P = (size_t)comm.sp_size;
+    if (!batch->resets) {
+        find_documents(whole_start, NULL, share.rows, batch->whole);
+        return (size_t)share.rows * whole;
+    }
+    unsigned char *resets = (unsigned char *)xcalloc((P + 1) * count + whole, 1), *all = resets + count,
+                  *row = all + P * count;
+    memcpy(resets, batch->resets, (size_t)batch->B * batch->T);
+    comm.host->all_gather(COMM_SP, resets, all, count, "all-gather of document resets", NULL);
+    for (int b = 0; b < share.rows; b++) {
+        for (int r = 0; r < comm.sp_size; r++) {
+            int begin = segment_begin(batch->whole, comm.sp_size, r),
+                len = segment_begin(batch->whole, comm.sp_size, r + 1) - begin;
+            memcpy(row + begin, all + (size_t)r * count + (size_t)(share.row + b) * len, (size_t)len);
+        }
+        find_documents(whole_start + (size_t)b * whole, row, 1, batch->whole);
+    }
+    free(resets);
+    return (size_t)share.rows * whole;
+}
+
 // The sum of the token losses.
 template <typename F>
 static double run_batch(Model<F> *m, const Batch *batch, int training, double scale) {
@@ -578,14 +970,11 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
     size_t rows = (size_t)B * T, row_bytes = m->state_size * sizeof(float);
     Staging host = staging(m, NULL);
     int stateful = batch->state_row >= 0 && m->run.num_state_rows > 0;
-    GraphKey key = {B, T, training, stateful};
+    GraphKey key = {B, T, training, stateful, batch->whole, training && batch->last_of_step};
     memcpy(host.inputs, batch->inputs, rows * sizeof(int));
     memcpy(host.targets, batch->targets, rows * sizeof(int));
-    for (int b = 0; b < B; b++)
-        for (int t = 0, start = NO_RESET; t < T; t++) {
-            if (batch->resets && batch->resets[(size_t)b * T + t]) start = t;
-            host.doc_start[(size_t)b * T + t] = start;
-        }
+    find_documents(host.doc_start, batch->resets, B, T);
+    size_t whole_rows = find_whole_documents(m, batch, host.whole_start);
     *host.scale = (float)scale;
     const struct {
         void *device;
@@ -594,10 +983,12 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
     } copies[] = {{m->inputs, host.inputs, rows * sizeof(int)},
                   {m->targets, host.targets, rows * sizeof(int)},
                   {m->doc_start, host.doc_start, rows * sizeof(int)},
+                  {m->whole_start, host.whole_start, whole_rows * sizeof(int)},
                   {m->scale, host.scale, sizeof(float)}};
     for (size_t k = 0; k < sizeof copies / sizeof copies[0]; k++)
-        CUDA_CHECK(
-            cudaMemcpyAsync(copies[k].device, copies[k].host, copies[k].bytes, cudaMemcpyHostToDevice, m->stream));
+        if (copies[k].bytes)
+            CUDA_CHECK(
+                cudaMemcpyAsync(copies[k].device, copies[k].host, copies[k].bytes, cudaMemcpyHostToDevice, m->stream));
     float *stored = stateful ? m->stored + (size_t)batch->state_row * m->state_size : NULL;
     if (stateful) CUDA_CHECK(cudaMemcpyAsync(m->state_in, stored, B * row_bytes, cudaMemcpyDeviceToDevice, m->stream));
     Graph *graph = batch->logits ? NULL : find_graph(m, &key);
@@ -611,13 +1002,13 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
                 (double)bytes / 1073741824.0);
         enqueue_step(m, &key, logits);
         CUDA_CHECK(cudaMemcpyAsync(batch->logits, logits, bytes, cudaMemcpyDeviceToHost, m->stream));
-        CUDA_CHECK(cudaStreamSynchronize(m->stream));
+        device_wait(m->stream, "a copy");
         CUDA_CHECK(cudaFree(logits));
     }
     if (stateful) CUDA_CHECK(cudaMemcpyAsync(stored, m->state_out, B * row_bytes, cudaMemcpyDeviceToDevice, m->stream));
     CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
     if (batch->meanwhile) batch->meanwhile(batch->meanwhile_arg);
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    device_wait(m->stream, "a training step");
     return host.sums[0];
 }
 
@@ -636,7 +1027,7 @@ static void decode_token(Model<F> *m, int token, float *logits) {
     });
     size_t bytes = (size_t)dim(m, DIM_V) * sizeof(float);
     CUDA_CHECK(cudaMemcpyAsync(host.logits, m->logits_out, bytes, cudaMemcpyDeviceToHost, m->stream));
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    device_wait(m->stream, "a copy");
     memcpy(logits, host.logits, bytes);
 }
 
@@ -651,6 +1042,15 @@ static void take_ffn(Arena *a, FfnActs<F> *f, size_t rows, size_t D, size_t U) {
     f->act = take<F>(a, rows * U);
 }
 
+// Rows of width D in an sLSTM's buffers
+template <typename F>
+static size_t slstm_rows(const Model<F> *m) {
+    SlstmShape s = slstm_shape_max(m);
+    size_t rows = (size_t)m->run.max_batch * m->run.max_len, mine = (size_t)s.B * s.T * s.NH;
+    size_t NH = m->config.num_heads;
+    return rows * NH > mine ? rows : (mine + NH - 1) / NH;
+}
+
 template <typename F>
 static void take_block(Arena *a, const Model<F> *m, int b, BlockActs<F> *acts) {
     size_t rows = (size_t)m->run.max_batch * m->run.max_len, D = dim(m, DIM_D), I = dim(m, DIM_I);
@@ -659,7 +1059,7 @@ static void take_block(Arena *a, const Model<F> *m, int b, BlockActs<F> *acts) {
     size_t inner = type == BLOCK_MLSTM ? Dv : v1 ? I : D;
     acts->u = take<F>(a, rows * D);
     acts->stats = take<float>(a, rows * 2);
-    acts->h = take<F>(a, rows * inner);
+    acts->h = take<F>(a, (type == BLOCK_SLSTM ? slstm_rows(m) : rows) * inner);
     acts->hn_stats = take<float>(a, rows * NH * 2);
     if (type != BLOCK_SLSTM) {
         MlstmShape shape = mlstm_shape(m, m->run.max_batch, m->run.max_len, v1);
@@ -679,7 +1079,7 @@ static void take_block(Arena *a, const Model<F> *m, int b, BlockActs<F> *acts) {
     acts->x_mid = take<F>(a, rows * D);
     take_ffn(a, &acts->ffn, rows, D, dim(m, type == BLOCK_MLSTM ? DIM_U : DIM_US));
     if (type == BLOCK_SLSTM) {
-        SlstmShape shape = {m->run.max_batch, m->run.max_len, (int)NH, (int)(D / NH)};
+        SlstmShape shape = slstm_shape_max(m);
         slstm_take_saved(a, &shape, &acts->slstm);
     }
 }
@@ -705,11 +1105,30 @@ template <typename F>
 static size_t partial_floats(const Model<F> *m) {
     int D = dim(m, DIM_D), I = dim(m, DIM_I), widest = imax(imax(D, I), dim(m, DIM_DV)), NH = m->config.num_heads;
     size_t most = (size_t)NORM_PARTS * D, heads = 2 * (size_t)imax(HEAD_NORM_PARTS, NH) * (widest / NH);
-    SlstmShape shape = {m->run.max_batch, m->run.max_len, NH, D / NH};
+    SlstmShape shape = slstm_shape_max(m);
     const size_t others[] = {heads, blocks4_partial_floats(I), conv_partial_floats(imax(D, I)),
                              slstm_partial_size(&shape)};
     for (size_t k = 0; k < sizeof others / sizeof others[0]; k++)
         if (others[k] > most) most = others[k];
+    return most;
+}
+
+// Of what the ranks of a sequence exchange: an mLSTM's own pair and those of all; a window there and back; an sLSTM's
+// pre-activations there and back, or its final states.
+template <typename F>
+static size_t exchange_bytes(const Model<F> *m) {
+    size_t B = (size_t)m->run.max_batch, D = dim(m, DIM_D), I = dim(m, DIM_I), P = (size_t)comm.sp_size, most = 0;
+    for (int type = 0; type < NUM_BLOCK_TYPES; type++) {
+        if (!model_has(&m->config, (BlockType)type)) continue;
+        MlstmShape shape = mlstm_shape(m, (int)B, m->run.max_len, type == BLOCK_MLSTM_V1);
+        size_t cell = (P + 1) * B * mlstm_pair_row(&shape) * sizeof(float);
+        if (type == BLOCK_SLSTM) {
+            size_t packed = 2 * slstm_rows(m) * 4 * D * sizeof(F) + 256, states = (P + 1) * B * 4 * D * sizeof(float);
+            cell = packed > states ? packed : states;
+        }
+        size_t window = 6 * B * (type == BLOCK_MLSTM_V1 ? I : D) * sizeof(float), wants = cell > window ? cell : window;
+        if (wants > most) most = wants;
+    }
     return most;
 }
 
@@ -737,8 +1156,9 @@ static void take_activations(Arena *a, Model<F> *m) {
     m->scale = take<float>(a, 1);
     m->sums = take<double>(a, 2);
     if (model_has(&m->config, BLOCK_SLSTM)) {
-        SlstmShape shape = {B, T, (int)NH, (int)(D / NH)};
-        m->slstm_x = take<F>(a, rows * 4 * D);
+        SlstmShape shape = slstm_shape_max(m);
+        m->slstm_x = take<F>(a, slstm_rows(m) * 4 * D);
+        m->whole_start = take<int>(a, whole_start_size(m));
         slstm_take_scratch<F>(a, &shape, &m->slstm_scratch);
     }
     for (int v1 = 0; v1 < 2; v1++)
@@ -746,11 +1166,13 @@ static void take_activations(Arena *a, Model<F> *m) {
             MlstmShape shape = mlstm_shape(m, B, T, v1);
             mlstm_take_scratch(a, &shape, &m->mlstm_scratch[v1]);
         }
+    if (comm.sp_size > 1) m->exchange = take<char>(a, exchange_bytes(m));
     if (!m->run.training) return;
     scratch_widths(m, &wide, &mid);
+    size_t cells = model_has(&m->config, BLOCK_SLSTM) ? slstm_rows(m) : 0;
     m->dx = take<F>(a, rows * D);
-    m->d_wide = take<F>(a, rows * wide);
-    m->d_mid = take<F>(a, rows * mid);
+    m->d_wide = take<F>(a, rows * wide > cells * 4 * D ? rows * wide : cells * 4 * D);
+    m->d_mid = take<F>(a, rows * mid > cells * D ? rows * mid : cells * D);
     m->d_mid2 = take<F>(a, rows * mid);
     m->d_mid3 = take<F>(a, rows * mid);
     m->dh_dot_h = take<float>(a, rows * NH);
@@ -763,11 +1185,16 @@ static void take_activations(Arena *a, Model<F> *m) {
 template <typename F>
 static void take_tensors(Arena *a, Model<F> *m) {
     size_t rows = (size_t)m->run.max_batch, training = m->run.training != 0;
-    m->params = take<float>(a, m->total);
-    m->weights = sizeof(F) == 4 ? (F *)m->params : take<F>(a, m->total);
-    m->grads = take<float>(a, training * m->total);
-    m->m = take<float>(a, training * m->total);
-    m->v = take<float>(a, training * m->total);
+    size_t padded = shards_padded(&m->shards), moments = m->own_moments ? shards_owned(&m->shards) : padded;
+    size_t segments = comm.sp_size > 1 ? rows * m->state_size : 0;
+    m->params = take<float>(a, padded);
+    m->weights = sizeof(F) == 4 ? (F *)m->params : take<F>(a, padded);
+    m->grads = take<float>(a, training * padded);
+    m->m = take<float>(a, training * moments);
+    m->v = take<float>(a, training * moments);
+    m->entering = take<float>(a, segments);
+    m->leaving = take<float>(a, segments);
+    m->dstate = take<float>(a, segments);
     m->chunks = take<UpdateChunk>(a, (size_t)m->num_chunks);
     m->stored = take<float>(a, (size_t)m->run.num_state_rows * m->state_size);
     m->state_in = take<float>(a, m->run.num_state_rows ? rows * m->state_size : 0);
@@ -792,7 +1219,7 @@ template <typename F>
 static void check_memory(Model<F> *m, size_t available) {
     const double gib = 1073741824.0;
     size_t wanted = planned_bytes(m, NULL) + SLACK_BYTES;
-    int B = m->run.max_batch, T = m->run.max_len, stateful = m->run.num_state_rows > 0;
+    int B = m->run.max_batch, T = m->run.max_len, stateful = m->run.num_state_rows > 0, P = comm.sp_size;
     if (wanted <= available) return;
     if (!m->run.training)
         die(EXIT_USAGE, "the model needs %.1f GiB on the GPU, %.1f GiB are free%s", (double)wanted / gib,
@@ -812,25 +1239,33 @@ static void check_memory(Model<F> *m, size_t available) {
         die(EXIT_USAGE,
             "--batch %d --seq-len %d needs %.1f GiB on the GPU, %.1f GiB are free; --batch %d would fit, with "
             "--tokens-per-step for the rest%s",
-            B, T, (double)wanted / gib, (double)available / gib, fits[0], recompute);
+            B, T * P, (double)wanted / gib, (double)available / gib, fits[0], recompute);
     if (fits[1])
         die(EXIT_USAGE,
             "--batch %d --seq-len %d needs %.1f GiB on the GPU, %.1f GiB are free; --batch 1 --seq-len %d would fit%s",
-            B, T, (double)wanted / gib, (double)available / gib, fits[1], recompute);
+            B, T * P, (double)wanted / gib, (double)available / gib, fits[1] * P, recompute);
     die(EXIT_USAGE, "the model needs more than the %.1f GiB that are free on the GPU; choose a smaller --model%s",
         (double)available / gib, recompute);
 }
 
-// The pieces that the optimiser works on; returns their number, `chunks` may be NULL.
-static int update_chunks(const TensorTable *t, const size_t *offsets, UpdateChunk *chunks) {
-    const size_t piece = UPDATE_CHUNK;
-    int count = 0;
+// The pieces that the optimiser works on; returns their number, `chunks` may be NULL. own: those of this rank's shards
+// only; first_of_bucket [num_buckets + 1] then says where each bucket's begin, or is NULL.
+static int update_chunks(const TensorTable *t, const size_t *offsets, const Shards *shards, int own,
+                         UpdateChunk *chunks, int *first_of_bucket) {
+    int count = 0, owner = 0;
+    size_t bucket = 0;
     for (int k = 0; k < t->num_tensors; k++)
-        for (size_t at = 0; at < t->tensors[k].count; at += piece, count++) {
-            size_t left = t->tensors[k].count - at;
-            UpdateChunk chunk = {offsets[k] + at, (unsigned)(left < piece ? left : piece), (float)t->tensors[k].decay};
+        for (size_t at = 0, n; at < t->tensors[k].count; at += n) {
+            size_t place = offsets[k] + at, left = t->tensors[k].count - at, moments = place;
+            n = left < (size_t)UPDATE_CHUNK ? left : (size_t)UPDATE_CHUNK;
+            if (own) n = shards_run(shards, place, n, &owner, &moments);
+            if (own && owner != shards->rank) continue;
+            while (first_of_bucket && bucket <= place / shards_bucket(shards)) first_of_bucket[bucket++] = count;
+            UpdateChunk chunk = {place, moments, (unsigned)n, (float)t->tensors[k].decay};
             if (chunks) chunks[count] = chunk;
+            count++;
         }
+    while (first_of_bucket && bucket <= shards->num_buckets) first_of_bucket[bucket++] = count;
     return count;
 }
 
@@ -848,7 +1283,10 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     m->state_offsets = (size_t *)xcalloc((size_t)m->states.num_tensors, sizeof(size_t));
     m->total = device_layout(config, table, m->offsets);
     m->state_size = state_layout(&m->states, m->state_offsets, &m->state_small);
-    m->num_chunks = update_chunks(table, m->offsets, NULL);
+    m->shards = shards_make(m->total, comm.size, comm.rank);
+    m->own_moments = run->zero && comm.size > 1;
+    m->num_chunks = update_chunks(table, m->offsets, &m->shards, m->own_moments, NULL, NULL);
+    m->bucket_chunks = (int *)xcalloc(m->shards.num_buckets + 1, sizeof(int));
     m->x = (F **)xcalloc((size_t)config->num_blocks + 1, sizeof(F *));
     m->acts = (BlockActs<F> *)xcalloc((size_t)config->num_blocks, sizeof(BlockActs<F>));
     size_t rows = (size_t)run->max_batch * run->max_len, fit = LOGIT_BYTES / sizeof(F) / (size_t)dim(m, DIM_V);
@@ -874,11 +1312,17 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
 #endif
     matmul_init(m->memory);
     CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
+    int lowest, highest;
+    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&m->exchange_stream, cudaStreamNonBlocking, highest));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, highest));
+    for (cudaEvent_t *event : {&m->worked, &m->exchanged, &m->reduced})
+        CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     m->staging = NULL;
     staging(m, &pinned);
     CUDA_CHECK(cudaMallocHost(&m->staging, pinned));
     UpdateChunk *chunks = (UpdateChunk *)xcalloc((size_t)m->num_chunks, sizeof(UpdateChunk));
-    update_chunks(table, m->offsets, chunks);
+    update_chunks(table, m->offsets, &m->shards, m->own_moments, chunks, m->bucket_chunks);
     CUDA_CHECK(cudaMemcpy(m->chunks, chunks, (size_t)m->num_chunks * sizeof(UpdateChunk), cudaMemcpyHostToDevice));
     free(chunks);
     CUDA_CHECK(cudaMemset(m->scale, 0, sizeof(float)));
@@ -889,14 +1333,20 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
 // Optimiser, and what crosses the backend's border
 
 template <typename F>
-static double model_grad_norm(Model<F> *m) {
+static double model_grad_norm(Model<F> *m) {  // each rank its own pieces, whoever else has them
     Staging host = staging(m, NULL);
-    grad_norm_squared(m->sums + 1, m->norm_partial, m->grads, m->total, m->stream);
+    const Shards *s = &m->shards;
+    grad_norm_squared(m->sums + 1, m->norm_partial, m->grads + s->piece * (size_t)s->rank, s->piece, s->num_buckets,
+                      shards_bucket(s), m->stream);
     CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums + 1, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    return sqrt(host.sums[0]);
+    device_wait(m->stream, "the gradient's norm");
+    double sum = host.sums[0];
+    comm_sum(&sum, 1, "sum of the gradient's norm");
+    return sqrt(sum);
 }
 
+// With its own moments only, a rank updates its piece of a bucket, and while the next bucket is updated the pieces of
+// this one are gathered.
 template <typename F>
 static void model_update(Model<F> *m, const UpdateConfig *u) {
     AdamwArgs args = {(float)u->lr,
@@ -907,8 +1357,26 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
                       (float)(1 / (1 - pow(u->beta1, u->step))),
                       (float)(1 / (1 - pow(u->beta2, u->step))),
                       (float)u->grad_scale};
-    adamw_update(m->params, sizeof(F) == 2 ? (bf16 *)m->weights : NULL, m->m, m->v, m->grads, m->chunks, m->num_chunks,
-                 args, m->stream);
+    const Shards *s = &m->shards;
+    size_t size = shards_bucket(s);
+    if (!m->own_moments) {
+        adamw_update(m->params, sizeof(F) == 2 ? (bf16 *)m->weights : NULL, m->m, m->v, m->grads, m->chunks,
+                     m->num_chunks, args, m->stream);
+        return;
+    }
+    for (size_t k = 0; k < s->num_buckets; k++) {
+        int first = m->bucket_chunks[k], count = m->bucket_chunks[k + 1] - first;
+        float *bucket = m->params + k * size;
+        if (count > 0)
+            adamw_update(m->params, NULL, m->m, m->v, m->grads, m->chunks + first, count, args, m->stream);
+        CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
+        CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
+        comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank, bucket, s->piece * sizeof(float),
+                              "all-gather of weights", m->gradient_stream);
+        if (sizeof(F) == 2) convert_weights((bf16 *)m->weights + k * size, bucket, size, m->gradient_stream);
+    }
+    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
 }
 
 template <typename F>
@@ -917,20 +1385,42 @@ static float *kind_base(const Model<F> *m, int kind) {
     return bases[kind];
 }
 
+// Pieces from their owners to all.
 template <typename F>
-static void model_read_tensor(Model<F> *m, int kind, int index, float *dst) {
-    CUDA_CHECK(cudaMemcpyAsync(dst, kind_base(m, kind) + m->offsets[index],
-                               m->table.tensors[index].count * sizeof(float), cudaMemcpyDeviceToHost, m->stream));
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+static void model_collect(Model<F> *m, int kind) {
+    const Shards *s = &m->shards;
+    const char *const what[] = {"all-gather of weights", "all-gather of gradients", "all-gather of moments",
+                                "all-gather of moments"};
+    if (m->own_moments && (kind == KIND_M || kind == KIND_V)) return;
+    for (size_t k = 0; k < s->num_buckets; k++) {
+        float *bucket = kind_base(m, kind) + k * shards_bucket(s);
+        comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank, bucket, s->piece * sizeof(float),
+                              what[kind], m->stream);
+    }
+    if (kind == KIND_WEIGHT && sizeof(F) == 2)
+        convert_weights((bf16 *)m->weights, m->params, shards_padded(s), m->stream);
+    device_wait(m->stream, what[kind]);
 }
 
+// Elements first .. first+count-1 of a tensor, one way or the other: dst or src is given. Of moments only those that
+// this rank has.
 template <typename F>
-static void model_write_tensor(Model<F> *m, int kind, int index, const float *src) {
-    size_t count = m->table.tensors[index].count, at = m->offsets[index];
-    CUDA_CHECK(cudaMemcpyAsync(kind_base(m, kind) + at, src, count * sizeof(float), cudaMemcpyHostToDevice, m->stream));
-    if (kind == KIND_WEIGHT && sizeof(F) == 2)
-        convert_weights((bf16 *)m->weights + at, m->params + at, count, m->stream);
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));  // src is the caller's
+static void model_move_part(Model<F> *m, int kind, int index, size_t first, size_t count, float *dst,
+                            const float *src) {
+    int apart = m->own_moments && (kind == KIND_M || kind == KIND_V), owner = m->shards.rank;
+    size_t begin = m->offsets[index] + first;
+    for (size_t at = 0, n; at < count; at += n) {
+        size_t place = begin + at;
+        n = count - at;
+        if (apart) n = shards_run(&m->shards, begin + at, n, &owner, &place);
+        if (owner != m->shards.rank) continue;
+        float *device = kind_base(m, kind) + place;
+        if (dst) CUDA_CHECK(cudaMemcpyAsync(dst + at, device, n * sizeof(float), cudaMemcpyDeviceToHost, m->stream));
+        else CUDA_CHECK(cudaMemcpyAsync(device, src + at, n * sizeof(float), cudaMemcpyHostToDevice, m->stream));
+    }
+    if (src && kind == KIND_WEIGHT && sizeof(F) == 2)
+        convert_weights((bf16 *)m->weights + begin, m->params + begin, count, m->stream);
+    device_wait(m->stream, "a copy");  // src is the caller's
 }
 
 template <typename F>
@@ -942,7 +1432,7 @@ static void model_move_state(Model<F> *m, int row, float *dst, const float *src)
         if (dst) CUDA_CHECK(cudaMemcpyAsync(dst + s->offset, device, bytes, cudaMemcpyDeviceToHost, m->stream));
         else CUDA_CHECK(cudaMemcpyAsync(device, src + s->offset, bytes, cudaMemcpyHostToDevice, m->stream));
     }
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    device_wait(m->stream, "a copy");
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -965,10 +1455,11 @@ static void choose_device(void) {
             status == cudaSuccess                   ? "CUDA sees no device"
             : status == cudaErrorInsufficientDriver ? "no NVIDIA driver"
                                                     : cudaGetErrorString(status));
-    CUDA_CHECK(cudaSetDevice(0));
+    int device = device_of_rank(count);
+    CUDA_CHECK(cudaSetDevice(device));
     cudaDeviceProp p;
     cudaFuncAttributes attributes;
-    CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
+    CUDA_CHECK(cudaGetDeviceProperties(&p, device));
     if (p.major < 8)
         die(EXIT_USAGE, "%s is sm_%d%d; the kernels need sm_80 or newer; ./train_xlstm trains on the CPU", p.name,
             p.major, p.minor);
@@ -981,6 +1472,7 @@ static void choose_device(void) {
             p.major, p.minor, p.major, p.minor);
     format_into(cuda_device, sizeof cuda_device, "%s, sm_%d%d, %s", p.name, p.major, p.minor,
                 use_bf16 ? "bf16" : "fp32");
+    device_comm_start(device);
 }
 
 // What the kernels do not take, in one line that names the flag.
@@ -1019,7 +1511,7 @@ static double cuda_evaluate(const Batch *batch) {
 }
 template <typename F>
 static void model_zero_grad(Model<F> *m) {
-    CUDA_CHECK(cudaMemsetAsync(m->grads, 0, m->total * sizeof(float), m->stream));
+    CUDA_CHECK(cudaMemsetAsync(m->grads, 0, shards_padded(&m->shards) * sizeof(float), m->stream));
 }
 static void cuda_zero_grad(void) { WITH_MODEL(model_zero_grad); }
 static double cuda_grad_norm(void) { return WITH_MODEL(model_grad_norm); }
@@ -1038,14 +1530,30 @@ static void cuda_decode_step(int token, float *logits) {
     if (use_bf16) decode_token(&model_bf16, token, logits);
     else decode_token(&model_fp32, token, logits);
 }
+static void cuda_move_part(int kind, int index, size_t first, size_t count, float *dst, const float *src) {
+    if (use_bf16) model_move_part(&model_bf16, kind, index, first, count, dst, src);
+    else model_move_part(&model_fp32, kind, index, first, count, dst, src);
+}
+static const TensorTable *cuda_table(void) { return use_bf16 ? &model_bf16.table : &model_fp32.table; }
+static void cuda_read_part(int kind, int index, size_t first, size_t count, float *dst) {
+    cuda_move_part(kind, index, first, count, dst, NULL);
+}
+static void cuda_write_part(int kind, int index, size_t first, size_t count, const float *src) {
+    cuda_move_part(kind, index, first, count, NULL, src);
+}
 static void cuda_read_tensor(int kind, int index, float *dst) {
-    if (use_bf16) model_read_tensor(&model_bf16, kind, index, dst);
-    else model_read_tensor(&model_fp32, kind, index, dst);
+    cuda_move_part(kind, index, 0, cuda_table()->tensors[index].count, dst, NULL);
 }
 static void cuda_write_tensor(int kind, int index, const float *src) {
-    if (use_bf16) model_write_tensor(&model_bf16, kind, index, src);
-    else model_write_tensor(&model_fp32, kind, index, src);
+    cuda_move_part(kind, index, 0, cuda_table()->tensors[index].count, NULL, src);
 }
+static void cuda_reduce_grads(void) {}  // they have left with the step's last micro-step, which waited for them
+static void cuda_collect(int kind) {
+    if (use_bf16) model_collect(&model_bf16, kind);
+    else model_collect(&model_fp32, kind);
+}
+static const Shards *cuda_shards(void) { return use_bf16 ? &model_bf16.shards : &model_fp32.shards; }
+static size_t cuda_place(int index) { return use_bf16 ? model_bf16.offsets[index] : model_fp32.offsets[index]; }
 template <typename F>
 static void model_fresh_state(Model<F> *m, int row) {
     CUDA_CHECK(cudaMemsetAsync(m->stored + (size_t)row * m->state_size, 0, m->state_size * sizeof(float), m->stream));
@@ -1064,7 +1572,8 @@ static void cuda_write_state(int row, const float *src) {
 static const Backend cuda_backend = {
     "cuda",           cuda_device,       cuda_build,      cuda_forward_backward, cuda_evaluate,
     cuda_zero_grad,   cuda_grad_norm,    cuda_update,     cuda_decode_start,     cuda_decode_step,
-    cuda_read_tensor, cuda_write_tensor, cuda_read_state, cuda_write_state};
+    cuda_read_tensor, cuda_write_tensor, cuda_read_state, cuda_write_state,      cuda_reduce_grads,
+    cuda_collect,     cuda_shards,       cuda_place,      cuda_read_part,        cuda_write_part};
 
 #ifndef TESTING  // the tests include this file and bring their own main
 int main(int argc, char **argv) { return trainer_main(argc, argv, &cuda_backend); }

@@ -8,7 +8,8 @@
 enum { UPDATE_CHUNK = 16384, UPDATE_THREADS = 256, GRAD_NORM_BLOCKS = 1024, GRAD_NORM_THREADS = 256 };
 
 typedef struct {
-    size_t offset;   // of the first element in the flat buffers
+    size_t offset;   // of the first element in the flat buffers of weights and gradients
+    size_t moments;  // of its moments in theirs; both are multiples of 4, or neither is
     unsigned count;  // elements
     float decay;     // 1: weight decay applies, 0: it does not
 } UpdateChunk;
@@ -26,19 +27,19 @@ __device__ inline void adamw(float &w, float &m, float &v, float g, float decay,
     w -= a.lr * (m * a.correct1 / (sqrtf(v * a.correct2) + a.eps) + decay * w);
 }
 
-// N elements from i on
+// N elements from i on, whose moments begin at j
 template <int N>
-__device__ inline void adamw_elements(float *w, bf16 *w16, float *m, float *v, const float *grads, size_t i,
+__device__ inline void adamw_elements(float *w, bf16 *w16, float *m, float *v, const float *grads, size_t i, size_t j,
                                       float decay, const AdamwArgs &args) {
     float we[N], me[N], ve[N], ge[N];
     load_group<N == 4>(ge, grads + i);
-    load_group<N == 4>(me, m + i);
-    load_group<N == 4>(ve, v + i);
+    load_group<N == 4>(me, m + j);
+    load_group<N == 4>(ve, v + j);
     load_group<N == 4>(we, w + i);
 #pragma unroll
     for (int k = 0; k < N; k++) adamw(we[k], me[k], ve[k], ge[k], decay, args);
-    store_group<N == 4>(m + i, me);
-    store_group<N == 4>(v + i, ve);
+    store_group<N == 4>(m + j, me);
+    store_group<N == 4>(v + j, ve);
     store_group<N == 4>(w + i, we);
     if (w16) store_group<N == 4>(w16 + i, we);
 }
@@ -52,9 +53,9 @@ static __global__ void __launch_bounds__(UPDATE_THREADS)
     float decay = chunk.decay * args.weight_decay;
 #pragma unroll 2
     for (unsigned k = threadIdx.x; k < quads; k += UPDATE_THREADS)
-        adamw_elements<4>(w, w16, m, v, grads, chunk.offset + 4 * k, decay, args);
+        adamw_elements<4>(w, w16, m, v, grads, chunk.offset + 4 * k, chunk.moments + 4 * k, decay, args);
     for (unsigned k = 4 * quads + threadIdx.x; k < chunk.count; k += UPDATE_THREADS)
-        adamw_elements<1>(w, w16, m, v, grads, chunk.offset + k, decay, args);
+        adamw_elements<1>(w, w16, m, v, grads, chunk.offset + k, chunk.moments + k, decay, args);
 }
 
 // w, m, v, grads: flat buffers of all parameters, aligned to 16 bytes; w16: the weights in bf16, or NULL;
@@ -66,16 +67,18 @@ static void adamw_update(float *w, bf16 *w16, float *m, float *v, const float *g
     LAUNCH_CHECK();
 }
 
-// Costs 4 bytes an element. The number of blocks is fixed, so the order of the sum is too, on every device.
+// Costs 4 bytes an element. The number of blocks is fixed, so the order of the sum is too, on every device. Elements
+// counted are those of pieces that begin `stride` apart.
 static __global__ void __launch_bounds__(GRAD_NORM_THREADS)
-    grad_norm_kernel(double *partial, const float *__restrict__ grads, size_t total) {
+    grad_norm_kernel(double *partial, const float *__restrict__ grads, size_t total, size_t piece, size_t stride) {
     size_t quads = total / 4, step = (size_t)GRAD_NORM_BLOCKS * GRAD_NORM_THREADS;
     size_t first = (size_t)blockIdx.x * GRAD_NORM_THREADS + threadIdx.x;
     double sum = 0;
 #pragma unroll 4
     for (size_t k = first; k < quads; k += step) {
         float g[4];
-        load_group<true>(g, grads + 4 * k);
+        const size_t at = 4 * k;
+        load_group<true>(g, grads + (piece == total ? at : at / piece * stride + at % piece));
         sum += (double)g[0] * g[0] + (double)g[1] * g[1] + (double)g[2] * g[2] + (double)g[3] * g[3];
     }
     if (4 * quads + first < total) sum += (double)grads[4 * quads + first] * grads[4 * quads + first];
@@ -86,10 +89,12 @@ static __global__ void __launch_bounds__(GRAD_NORM_BLOCKS) grad_norm_add_kernel(
     double sum = block_sum_double(partial[threadIdx.x]);
     if (threadIdx.x == 0) *result = sum;
 }
-// result [1] = the sum of squares of grads [total], which is aligned to 16 bytes; partial [GRAD_NORM_BLOCKS]
+// result [1] = the sum of squares of `pieces` pieces of grads, which begin `stride` elements apart and are aligned to 16
+// bytes, unless there is but one; partial [GRAD_NORM_BLOCKS]
 MAYBE_UNUSED
-static void grad_norm_squared(double *result, double *partial, const float *grads, size_t total, cudaStream_t stream) {
-    grad_norm_kernel<<<GRAD_NORM_BLOCKS, GRAD_NORM_THREADS, 0, stream>>>(partial, grads, total);
+static void grad_norm_squared(double *result, double *partial, const float *grads, size_t piece, size_t pieces,
+                              size_t stride, cudaStream_t stream) {
+    grad_norm_kernel<<<GRAD_NORM_BLOCKS, GRAD_NORM_THREADS, 0, stream>>>(partial, grads, piece * pieces, piece, stride);
     LAUNCH_CHECK();
     grad_norm_add_kernel<<<1, GRAD_NORM_BLOCKS, 0, stream>>>(result, partial);
     LAUNCH_CHECK();

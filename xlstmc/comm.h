@@ -1,7 +1,6 @@
 // comm.h: the processes ("ranks") that train one model together, and what they tell each other.
 //
-//   world = DP x SP     SP ranks share one sequence, neighbours first: sp_rank = rank % SP; the DP = size / SP groups
-//   of
+//   world = DP x SP     SP ranks share one sequence, neighbours first: sp_rank = rank % SP; the DP = size / SP groups of
 //                       them have different sequences. Weights and gradients belong to the world (doc/parallel.md).
 //
 // A program has two back ends, each a CommOps: comm.host moves host memory (losses, checksums, decisions), comm.data
@@ -84,6 +83,9 @@ static void self_send_recv(CommGroup group, const void *src, int to, void *dst, 
     (void)group, (void)src, (void)to, (void)dst, (void)from, (void)bytes, (void)what, (void)stream;
 }
 
+// Ends what comm.data has under way on a device, before the job ends because of another rank; NULL: nothing to end
+static void (*comm_abort_data)(void) MAYBE_UNUSED = NULL;
+
 static const CommOps comm_self = {"self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv};
 static Comm comm = {0, 1, 0, 1, 0, 1, 0, 1, 600, 0, &comm_self, &comm_self, NULL};
 
@@ -103,7 +105,8 @@ static int comm_world_rank(CommGroup group, int rank) {
 // order sends to all others (they then end without a word of their own).
 
 #ifdef USE_MPI
-enum { COMM_TAG_FAREWELL = NUM_COMM_GROUPS, COMM_MESSAGE = 1 << 30 };  // bytes: MPI counts with int
+enum { COMM_TAG_FAREWELL = NUM_COMM_GROUPS, COMM_TAG_WAITING };
+enum { COMM_MESSAGE = 1 << 30 };  // bytes: MPI counts with int
 
 typedef struct {
     MPI_Request *requests;
@@ -130,6 +133,7 @@ static void mpi_end_job(int code) {
         MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_WORLD, &flag, MPI_STATUS_IGNORE);
         comm_sleep(1e-3);
     }
+    if (comm_abort_data) comm_abort_data();
     MPI_Abort(MPI_COMM_WORLD, code);
     _exit(code);
 }
@@ -173,6 +177,39 @@ static void mpi_fail(const char *what, int rank, const char *reason) {
     die_clean_up();
     comm_sleep(1);
     mpi_end_job(EXIT_RUN);
+}
+
+static void mpi_fail_if_dead(const char *what, int rank) {
+    if (rank == comm.rank || !mpi_peer_is_dead(rank)) return;
+    comm_sleep(0.1);
+    mpi_heed_farewell();  // it may have ended in order, with a last word
+    mpi_fail(what, rank, "has died");
+}
+
+static void mpi_fail_silent(const char *what, int rank) {
+    char reason[64];
+    format_into(reason, sizeof reason, "was silent for %g s (--comm-timeout)", comm.timeout);
+    mpi_fail(what, rank, reason);
+}
+
+// The first rank that does not wait as this one does, -1: all do. Ranks whose time is over tell each other so.
+static int mpi_silent_rank(void) {
+    int *waits = (int *)xcalloc((size_t)comm.size, sizeof(int)), flag = 0, silent = -1;
+    MPI_Request request;
+    MPI_Status status;
+    for (int r = 0; r < comm.size; r++)
+        if (r != comm.rank && MPI_Isend(&flag, 0, MPI_INT, r, COMM_TAG_WAITING, MPI_COMM_WORLD, &request) == 0)
+            MPI_Request_free(&request);
+    for (int k = 0; k < 100; k++, comm_sleep(0.01)) {
+        mpi_heed_farewell();
+        if (MPI_Iprobe(MPI_ANY_SOURCE, COMM_TAG_WAITING, MPI_COMM_WORLD, &flag, &status) != 0 || !flag) continue;
+        MPI_Recv(&flag, 0, MPI_INT, status.MPI_SOURCE, COMM_TAG_WAITING, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+        waits[status.MPI_SOURCE] = 1;
+    }
+    for (int r = comm.size - 1; r >= 0; r--)
+        if (r != comm.rank && !waits[r]) silent = r;
+    free(waits);
+    return silent;
 }
 
 static void mpi_check(int code, const char *what) {
@@ -220,16 +257,8 @@ static void mpi_wait(const char *what) {
         mpi_heed_farewell();
         for (int k = 0; k < w->count; k++) {
             if (w->from[k] < 0 || w->requests[k] == MPI_REQUEST_NULL) continue;
-            if (mpi_peer_is_dead(w->from[k])) {
-                comm_sleep(0.1);
-                mpi_heed_farewell();  // it may have ended in order, with a last word
-                mpi_fail(what, w->from[k], "has died");
-            }
-            if (now - start > comm.timeout) {
-                char reason[64];
-                format_into(reason, sizeof reason, "was silent for %g s (--comm-timeout)", comm.timeout);
-                mpi_fail(what, w->from[k], reason);
-            }
+            mpi_fail_if_dead(what, w->from[k]);
+            if (now - start > comm.timeout) mpi_fail_silent(what, w->from[k]);
         }
         if (now - start > comm.timeout) mpi_fail(what, -1, "nobody took a message within --comm-timeout");
     }
@@ -367,6 +396,50 @@ static void comm_layout(int sp) {
     comm.dp_size = comm.size / sp;
     comm.sp_rank = comm.rank % sp;
     comm.dp_rank = comm.rank / sp;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Waiting for a device, which may wait for other ranks: such waits poll, and call comm_watch() on the way.
+
+// Ends the job if a rank has ended it or died, or if this one has waited since `start` for too long.
+MAYBE_UNUSED
+static void comm_watch(double start, const char *what) {
+#ifdef USE_MPI
+    static double looked = 0;
+    double now = now_seconds();
+    if (now - looked < 0.02) return;
+    looked = now;
+    mpi_heed_farewell();
+    for (int r = 0; r < comm.size; r++) mpi_fail_if_dead(what, r);
+    if (now - start <= comm.timeout) return;
+    int silent = mpi_silent_rank();
+    if (silent < 0) mpi_fail(what, -1, "no rank came further within --comm-timeout");
+    mpi_fail_silent(what, silent);
+#else
+    (void)start, (void)what;
+#endif
+}
+
+// Around a call that may wait for other ranks and cannot poll: what: what it does; NULL: it is over.
+static char comm_guard_line[512];
+static void comm_guard_ends(int number) {
+    (void)number;
+    if (write(STDERR_FILENO, comm_guard_line, strlen(comm_guard_line)) < 0) _exit(EXIT_RUN);
+    _exit(EXIT_RUN);
+}
+MAYBE_UNUSED
+static void comm_guard(const char *what) {
+    if (!what) {
+        alarm(0);
+        return;
+    }
+    snprintf(comm_guard_line, sizeof comm_guard_line,
+             "error: rank %d of %d on %s, step %lld, %s: no answer for %g s (--comm-timeout); the job ends, --resume "
+             "continues it\n",
+             comm.rank, comm.size, comm.peers ? comm.peers[comm.rank].host : "?", (long long)comm.step, what,
+             comm.timeout);
+    signal(SIGALRM, comm_guard_ends);
+    alarm((unsigned)(comm.timeout + 1));
 }
 
 // ----------------------------------------------------------------------------------------------------------------

@@ -196,4 +196,78 @@ static void conv_backward(F *dx, size_t ld_dx, float *dw, float *dbias, const F 
     add_partials(dbias, partial_bias, parts, C, stream);
 }
 
+// ----------------------------------------------------------------------------------------------------------------
+// Between neighbouring segments of a sequence (doc/parallel.md): a thread a channel of a sequence
+
+// The last inputs, as far as they are of the last token's document, as conv_forward leaves them in window_out
+template <typename F>
+static __global__ void conv_window_kernel(float *window_out, const F *x, size_t ld, const int *doc_start,
+                                          size_t state_row, int B, int T, int C) {
+    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int b = (int)(id / C), c = (int)(id % C);
+    if (b >= B) return;
+    const int first = doc_start[(size_t)b * T + T - 1];
+    for (int lag = 0; lag < 3; lag++) {
+        const int t = T - 1 - lag;
+        window_out[b * state_row + (size_t)(2 - lag) * C + c] =
+            t >= 0 && t >= first ? to_float(x[((size_t)b * T + t) * ld + c]) : 0.0f;
+    }
+}
+template <typename F>
+static void conv_window(float *window_out, const F *x, size_t ld, const int *doc_start, size_t state_row, int B, int T,
+                        int C, cudaStream_t stream) {
+    conv_window_kernel<<<ceil_div((size_t)B * C, 256), 256, 0, stream>>>(window_out, x, ld, doc_start, state_row, B, T,
+                                                                         C);
+    LAUNCH_CHECK();
+}
+
+// dwindow [B][3, C]: gradient of the window that entered; dout, pre, w, doc_start as for conv_backward
+template <typename F>
+static __global__ void conv_backward_window_kernel(float *dwindow, const F *dout, const F *pre, const float *w,
+                                                   const int *doc_start, size_t state_row, int B, int T, int C) {
+    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int b = (int)(id / C), c = (int)(id % C);
+    if (b >= B) return;
+    for (int k = 0; k < 3; k++) {  // the token at position k - 3
+        float sum = 0;
+        for (int t = 0; t <= k && t < T; t++) {
+            const size_t row = (size_t)b * T + t;
+            const int lag = t + 3 - k;
+            if (k - 3 >= doc_start[row])
+                sum += to_float(dout[row * C + c]) * silu_gradf(to_float(pre[row * C + c])) * w[4 * c + 3 - lag];
+        }
+        dwindow[b * state_row + (size_t)k * C + c] = sum;
+    }
+}
+template <typename F>
+static void conv_backward_window(float *dwindow, const F *dout, const F *pre, const float *w, const int *doc_start,
+                                 size_t state_row, int B, int T, int C, cudaStream_t stream) {
+    conv_backward_window_kernel<<<ceil_div((size_t)B * C, 256), 256, 0, stream>>>(dwindow, dout, pre, w, doc_start,
+                                                                                  state_row, B, T, C);
+    LAUNCH_CHECK();
+}
+
+// dx of the last tokens += the gradient of the window that they left
+template <typename F>
+static __global__ void conv_backward_tail_kernel(F *dx, size_t ld_dx, const float *dwindow, const int *doc_start,
+                                                 size_t state_row, int B, int T, int C) {
+    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int b = (int)(id / C), c = (int)(id % C);
+    if (b >= B) return;
+    const int first = doc_start[(size_t)b * T + T - 1];
+    for (int lag = 0; lag < 3; lag++) {
+        const int t = T - 1 - lag;
+        if (t < 0 || t < first) continue;
+        F *to = dx + ((size_t)b * T + t) * ld_dx + c;
+        *to = from_float<F>(to_float(*to) + dwindow[b * state_row + (size_t)(2 - lag) * C + c]);
+    }
+}
+template <typename F>
+static void conv_backward_tail(F *dx, size_t ld_dx, const float *dwindow, const int *doc_start, size_t state_row, int B,
+                               int T, int C, cudaStream_t stream) {
+    conv_backward_tail_kernel<<<ceil_div((size_t)B * C, 256), 256, 0, stream>>>(dx, ld_dx, dwindow, doc_start,
+                                                                                state_row, B, T, C);
+    LAUNCH_CHECK();
+}
+
 #endif

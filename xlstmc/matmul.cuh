@@ -145,14 +145,28 @@ static void matmul_forward(FOut *out, size_t ld_out, const F *x, size_t ld_x, co
     matmul_general<F, FOut>(out, ld_out, 0, a, b, residual, ld_out, rows, N, K, 1, stream);
 }
 
-// dx[rows, K] (+)= dout[rows, N] w[N, K];  dw[N, K] += dout^T x[rows, K]
+// dx[rows, K] (+)= dout[rows, N] w[N, K]
+template <typename F>
+static void matmul_backward_input(F *dx, size_t ld_dx, int accumulate_dx, const F *dout, size_t ld_dout, const F *w,
+                                  int rows, int N, int K, cudaStream_t stream) {
+    Matrix dy = {dout, ld_dout, 0, 0}, weight = {w, (size_t)K, 0, 0};
+    matmul_general<F, F>(dx, ld_dx, 0, dy, weight, accumulate_dx ? dx : NULL, ld_dx, rows, K, N, 1, stream);
+}
+
+// dw[N, K] += dout[rows, N]^T x[rows, K]
+template <typename F>
+static void matmul_backward_weight(float *dw, const F *dout, size_t ld_dout, const F *x, size_t ld_x, int rows, int N,
+                                   int K, cudaStream_t stream) {
+    Matrix dy_t = {dout, ld_dout, 1, 0}, in = {x, ld_x, 0, 0};
+    matmul_general<F, float>(dw, (size_t)K, 0, dy_t, in, dw, (size_t)K, N, K, rows, 1, stream);
+}
+
+// Both
 template <typename F>
 static void matmul_backward(F *dx, size_t ld_dx, int accumulate_dx, float *dw, const F *dout, size_t ld_dout,
                             const F *x, size_t ld_x, const F *w, int rows, int N, int K, cudaStream_t stream) {
-    Matrix dy = {dout, ld_dout, 0, 0}, dy_t = {dout, ld_dout, 1, 0}, weight = {w, (size_t)K, 0, 0},
-           in = {x, ld_x, 0, 0};
-    matmul_general<F, F>(dx, ld_dx, 0, dy, weight, accumulate_dx ? dx : NULL, ld_dx, rows, K, N, 1, stream);
-    matmul_general<F, float>(dw, (size_t)K, 0, dy_t, in, dw, (size_t)K, N, K, rows, 1, stream);
+    matmul_backward_input(dx, ld_dx, accumulate_dx, dout, ld_dout, w, rows, N, K, stream);
+    matmul_backward_weight(dw, dout, ld_dout, x, ld_x, rows, N, K, stream);
 }
 
 #endif

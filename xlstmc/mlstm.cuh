@@ -192,7 +192,8 @@ struct StatesArgs {
     size_t pitch;               // dv up to a multiple of 8
     int segment_chunks;         // the sequence is walked in segments of so many chunks, all at once
     float *segments;            // [P][B][NH dk dv + NH dk] states entering each segment; NULL: one segment
-    bool local;                 // the first of two walks: from zero, to learn what each segment adds to the state
+    bool local;                 // the first of two walks: from zero, to learn what each segment adds to the state;
+    bool all_segments;          // the last one's, too, which only other ranks ask for
     const F *entering;          // reverse: C and n as the forward pass saved them
     const float *n_entering;
     float *anchor;  // reverse: [tiles][B, NH, NC] this tile's share of <C', dC'> + <n', dn'>
@@ -361,7 +362,7 @@ static __global__ void __launch_bounds__(MLSTM_THREADS, N == 64 ? 3 : 2) mlstm_s
     int first_chunk = blockIdx.z * p.segment_chunks, last_chunk = min(first_chunk + p.segment_chunks, at.NC) - 1;
     int first_tile = 2 * first_chunk, last_tile = min(2 * last_chunk + 1, (p.s.T + 63) / 64 - 1);
     int num_tiles = last_tile - first_tile + 1;
-    if (p.local && blockIdx.z == (REVERSE ? 0 : gridDim.z - 1)) return;  // nobody asks for what the last segment adds
+    if (p.local && !p.all_segments && blockIdx.z == (REVERSE ? 0 : gridDim.z - 1)) return;  // nobody asks for it
     MlstmState initial, final;
     states_ends<F, REVERSE>(p, &initial, &final);
     const float *decay = p.decay + (size_t)at.bh * at.NC;
@@ -455,19 +456,28 @@ static int states_segment_chunks(const MlstmShape *s) {
     return ceil_div(chunks, segments > 1 ? segments : 1);
 }
 
+// What each segment adds to the states. all: the last one, too, even if it is the only one
 template <typename F, bool REVERSE>
-static void mlstm_states(StatesArgs<F> p, float *segments, cudaStream_t stream) {
+static void mlstm_walk_segments(StatesArgs<F> p, float *segments, bool all, cudaStream_t stream) {
+    p.segment_chunks = states_segment_chunks<F, REVERSE>(&p.s);
+    p.segments = segments;
+    p.local = true;
+    p.all_segments = all;
+    if (all || p.segment_chunks < mlstm_chunks(&p.s)) walk_states<F, REVERSE>(p, stream);
+}
+
+// walked: mlstm_walk_segments has been here; m_walk: with these scales, if not with m, those of the states
+template <typename F, bool REVERSE>
+static void mlstm_states(StatesArgs<F> p, float *segments, bool walked, const float *m_walk, const float *m,
+                         cudaStream_t stream) {
+    if (!walked) mlstm_walk_segments<F, REVERSE>(p, segments, false, stream);
     p.segment_chunks = states_segment_chunks<F, REVERSE>(&p.s);
     int num_segments = ceil_div(mlstm_chunks(&p.s), p.segment_chunks);
     if (num_segments > 1) {
         p.segments = segments;
-        p.local = true;
-        walk_states<F, REVERSE>(p, stream);
-        dim3 grid((unsigned)ceil_div((size_t)p.s.dk * (p.s.dv + 1), 256), (unsigned)(p.s.B * p.s.NH));
-        mlstm_segments_kernel<REVERSE><<<grid, 256, num_segments * sizeof(float), stream>>>(
-            p.s, segments, p.decay, p.initial, num_segments, p.segment_chunks);
+        mlstm_segments_kernel<REVERSE><<<mlstm_element_grid(&p.s), 256, num_segments * sizeof(float), stream>>>(
+            p.s, segments, p.decay, p.initial, num_segments, p.segment_chunks, m_walk, m);
         LAUNCH_CHECK();
-        p.local = false;
     }
     walk_states<F, REVERSE>(p, stream);
 }
@@ -807,6 +817,8 @@ struct MlstmScratch {      // of backward
     float *segments_back;  // of the scan
     float *anchor_start;   // of the scan: [tiles][B, NH]
     float *partial;        // sums of the bias gradient
+    float *m_walk;         // [B, NH, NC + 1] scales of a segment alone (mlstm_pair_forward)
+    float *tail;           // [B, NH] see mlstm_tail
 };
 
 static size_t mlstm_pitch(const MlstmShape *s) { return (size_t)(s->dv + 7) / 8 * 8; }
@@ -845,6 +857,8 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     scratch->q_dq = take<float>(a, tiles * tokens);
     scratch->k_dk = take<float>(a, tiles * tokens);
     scratch->partial = take<float>(a, mlstm_gates_partial_floats(s));
+    scratch->m_walk = take<float>(a, chunks + (size_t)s->B * s->NH);
+    scratch->tail = take<float>(a, (size_t)s->B * s->NH);
     if (scan) {
         scratch->anchor = take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, MLSTM_SPAN));
         scratch->anchor_start = take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH);
@@ -855,10 +869,9 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     scratch->dC = take<F>(a, mlstm_states_elements(s));
     scratch->dn = take<float>(a, chunks * s->dk);
     scratch->anchor = take<float>(a, (size_t)ceil_div(s->dk, 64) * ceil_div(s->dv, 64) * chunks);
-    // Segments x sequences x heads x tiles stay below STATES_BLOCKS + STATES_BLOCKS / 2 where there are segments at
-    // all.
-    scratch->segments = take<float>(
-        a, (size_t)(ceil_div(2 * STATES_BLOCKS, ceil_div(s->dk, 64) * ceil_div(s->dv, 64)) + 1) * s->dk * (s->dv + 1));
+    // Segments x sequences x heads x tiles stay below STATES_BLOCKS + STATES_BLOCKS / 2 where there are several.
+    const int several = ceil_div(2 * STATES_BLOCKS, ceil_div(s->dk, 64) * ceil_div(s->dv, 64));
+    scratch->segments = take<float>(a, (size_t)(several + s->B * s->NH) * s->dk * (s->dv + 1));
 }
 
 template <typename F>
@@ -867,27 +880,39 @@ static bool mlstm_aligned(const MlstmShape *s, const MlstmInput<F> *in) {
            s->dk % VEC<F> == 0 && s->dv % VEC<F> == 0;
 }
 
-// h [B, T, NH, dv]. Initial and final states in float, C == NULL: zeros, not wanted; they must not overlap.
 template <typename F>
-static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, F *h,
-                          const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
+static MlstmGateInput mlstm_gate_input(const MlstmInput<F> &in) {
+    return MlstmGateInput{in.gates, in.ld_gates, in.bias, in.cap, in.doc_start};
+}
+
+template <typename F>
+static StatesArgs<F> mlstm_states_args(const MlstmShape &s, const MlstmInput<F> &in, bool aligned,
+                                       const MlstmGates &gates) {
+    StatesArgs<F> p = {};
+    p.s = s, p.pitch = mlstm_pitch(&s), p.aligned = aligned;
+    p.x = in.k, p.ld_x = in.ld;
+    p.y = in.v, p.ld_y = in.ld;
+    p.scale = gates.kscale, p.decay = gates.decay;
+    return p;
+}
+
+// h, and the final states, once the gates are known. walked: mlstm_pair_forward has been here
+template <typename F>
+static void mlstm_cell_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, bool walked, F *h,
+                               const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
     size_t ld_h = (size_t)s.NH * s.dv;
     bool aligned = mlstm_aligned(&s, &in) && vector_aligned(h, ld_h);
-    mlstm_gates_forward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, initial.C ? initial.m : NULL,
-                        initial.C ? initial.row : final.row, final.C ? final.m : NULL, &saved->gates, stream);
+    const float *m_walk = walked ? scratch->m_walk : NULL;
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
-            mlstm_scan_forward(s, in, initial, final, h, saved->gates, saved->scan, scratch->segments, stream);
+            mlstm_scan_forward(s, in, initial, final, h, saved->gates, saved->scan, scratch->segments, walked, m_walk,
+                               stream);
             return;
         }
-    StatesArgs<F> states = {};
-    states.s = s, states.pitch = mlstm_pitch(&s), states.aligned = aligned;
-    states.x = in.k, states.ld_x = in.ld;
-    states.y = in.v, states.ld_y = in.ld;
-    states.scale = saved->gates.kscale, states.decay = saved->gates.decay;
+    StatesArgs<F> states = mlstm_states_args(s, in, aligned, saved->gates);
     states.initial = initial, states.final = final;
     states.C = saved->C, states.n = saved->n;
-    mlstm_states<F, false>(states, scratch->segments, stream);
+    mlstm_states<F, false>(states, scratch->segments, walked, m_walk, saved->gates.m, stream);
     AttendArgs<F> attend = {};
     attend.s = s, attend.pitch = mlstm_pitch(&s), attend.aligned = aligned;
     attend.gates = saved->gates, attend.doc_start = in.doc_start;
@@ -899,24 +924,66 @@ static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, Ml
     mlstm_attend<F, ATTEND_H>(attend, stream);
 }
 
+// h [B, T, NH, dv]. Initial and final states in float, C == NULL: zeros, not wanted; they must not overlap.
+template <typename F>
+static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, F *h,
+                          const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
+    mlstm_gates_forward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, initial.C ? initial.m : NULL,
+                        initial.C ? initial.row : final.row, final.C ? final.m : NULL, &saved->gates, stream);
+    mlstm_cell_forward(s, in, initial, final, false, h, saved, scratch, stream);
+}
+
+// A segment of a sequence, in two steps: the pair (mlstm_segments.cuh) of these tokens, for which q is not needed; then,
+// with the states that enter, all that mlstm_forward does.
+template <typename F>
+static void mlstm_pair_forward(MlstmShape s, MlstmInput<F> in, MlstmState pair, const MlstmSaved<F> *saved,
+                               const MlstmScratch<F> *scratch, cudaStream_t stream) {
+    MlstmGates gates = saved->gates;  // of the segment alone, for the time being
+    gates.m = scratch->m_walk;
+    mlstm_gate_summary(&s, mlstm_gate_input(in), &gates, stream);
+    mlstm_gate_values(&s, mlstm_gate_input(in), true, NULL, pair.row, pair.m, &gates, stream);
+    if constexpr (sizeof(F) == 2)
+        if (s.chunk == SCAN_CHUNK) {
+            mlstm_scan_pair(s, in, pair, gates, saved->scan, scratch->segments, stream);
+            return;
+        }
+    StatesArgs<F> states = mlstm_states_args(s, in, mlstm_aligned(&s, &in), gates);
+    mlstm_walk_segments<F, false>(states, scratch->segments, true, stream);
+    mlstm_pair<false>(&s, pair, scratch->segments, gates.decay, states_segment_chunks<F, false>(&s), stream);
+}
+template <typename F>
+static void mlstm_segment_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, F *h,
+                                  const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
+    mlstm_gate_values(&s, mlstm_gate_input(in), false, initial.m, initial.row, final.m, &saved->gates, stream);
+    mlstm_cell_forward(s, in, initial, final, true, h, saved, scratch, stream);
+}
+
+template <typename F>
+static StatesArgs<F> mlstm_reverse_args(const MlstmShape &s, const MlstmInput<F> &in, bool aligned, const F *dh,
+                                        const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch) {
+    StatesArgs<F> p = {};
+    p.s = s, p.pitch = mlstm_pitch(&s), p.aligned = aligned;
+    p.x = in.q, p.ld_x = in.ld;
+    p.y = dh, p.ld_y = (size_t)s.NH * s.dv;
+    p.scale = saved->gates.qscale, p.inv_den = scratch->inv_den, p.ds = scratch->ds;
+    p.decay = saved->gates.decay;
+    p.C = scratch->dC, p.n = scratch->dn;
+    p.entering = saved->C, p.n_entering = saved->n, p.anchor = scratch->anchor;
+    return p;
+}
+
 // dq, dk, dv by the kernels of this file
 template <typename F>
-static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, F *dq, F *dk, F *dv,
-                                 size_t ld_grad, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
-                                 cudaStream_t stream) {
+static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState dfinal, bool walked,
+                                 const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, const MlstmSaved<F> *saved,
+                                 const MlstmScratch<F> *scratch, cudaStream_t stream) {
     size_t ld_h = (size_t)s.NH * s.dv;
     bool aligned = mlstm_aligned(&s, &in) && vector_aligned(dh, ld_h) && vector_aligned(dq, ld_grad) &&
                    vector_aligned(dk, ld_grad) && vector_aligned(dv, ld_grad);
     const MlstmGates *gates = &saved->gates;
-    StatesArgs<F> states = {};
-    states.s = s, states.pitch = mlstm_pitch(&s), states.aligned = aligned;
-    states.x = in.q, states.ld_x = in.ld;
-    states.y = dh, states.ld_y = ld_h;
-    states.scale = gates->qscale, states.inv_den = scratch->inv_den, states.ds = scratch->ds;
-    states.decay = gates->decay;
-    states.C = scratch->dC, states.n = scratch->dn;
-    states.entering = saved->C, states.n_entering = saved->n, states.anchor = scratch->anchor;
-    mlstm_states<F, true>(states, scratch->segments, stream);
+    StatesArgs<F> states = mlstm_reverse_args(s, in, aligned, dh, saved, scratch);
+    states.initial = dfinal;
+    mlstm_states<F, true>(states, scratch->segments, walked, NULL, NULL, stream);
 
     AttendArgs<F> attend = {};
     attend.s = s, attend.pitch = mlstm_pitch(&s), attend.aligned = aligned;
@@ -931,7 +998,7 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
     attend.out = dq, attend.dot = in.q, attend.dot_out = scratch->q_dq;
     mlstm_attend<F, ATTEND_DQ>(attend, stream);
 
-    attend.state = scratch->dC, attend.n = scratch->dn, attend.zero_chunk = mlstm_chunks(&s) - 1;
+    attend.state = scratch->dC, attend.n = scratch->dn, attend.zero_chunk = dfinal.C ? -1 : mlstm_chunks(&s) - 1;
     attend.y = in.v, attend.ld_y = in.ld;
     attend.z = dh, attend.ld_z = ld_h;
     attend.val = in.q, attend.ld_val = in.ld;
@@ -945,6 +1012,35 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
     mlstm_attend<F, ATTEND_DV>(attend, stream);
 }
 
+template <typename F>
+static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
+    return ScanScratch{scratch->inv_den,      scratch->ds,       scratch->q_dq,         scratch->k_dk, scratch->anchor,
+                       scratch->anchor_start, scratch->segments, scratch->segments_back};
+}
+
+// The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,
+// of a segment, whose pair mlstm_pair_backward has made; C == NULL: none comes in
+template <typename F>
+static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, MlstmState dfinal,
+                                const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, F *dgates, size_t ld_dgates,
+                                float *dbias, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
+                                cudaStream_t stream) {
+    bool scanned = false, segment = dfinal.C != NULL;
+    if (segment) mlstm_tail(&s, scratch->tail, final, dfinal, stream);
+    if constexpr (sizeof(F) == 2)
+        if (s.chunk == SCAN_CHUNK) {
+            mlstm_scan_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
+                                mlstm_scan_scratch(scratch), stream);
+            scanned = true;
+        }
+    if (!scanned)
+        mlstm_split_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
+    mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
+                         mlstm_dot_tiles<F>(&s), scratch->anchor,
+                         scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
+                         segment ? scratch->tail : NULL, initial, dgates, ld_dgates, dbias, scratch->partial, stream);
+}
+
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
 // constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
 // dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row; dgates [B, T, 2NH]: of the raw pre-activations.
@@ -952,22 +1048,26 @@ template <typename F>
 static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
                            F *dq, F *dk, F *dv, size_t ld_grad, F *dgates, size_t ld_dgates, float *dbias,
                            const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
-    const MlstmGates *gates = &saved->gates;
-    mlstm_row_factors(&s, dh_dot_h, gates, scratch->inv_den, scratch->ds, stream);
-    bool scanned = false;
+    const MlstmState none = {NULL, NULL, NULL, 0};
+    mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->inv_den, scratch->ds, stream);
+    mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, scratch,
+                        stream);
+}
+
+// The backward pair of a segment; mlstm_cell_backward follows with the gradient of the states that it leaves.
+template <typename F>
+static void mlstm_pair_backward(MlstmShape s, MlstmInput<F> in, const F *dh, const float *dh_dot_h, MlstmState pair,
+                                const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
+    mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->inv_den, scratch->ds, stream);
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
-            const ScanScratch scan = {scratch->inv_den,  scratch->ds,           scratch->q_dq,
-                                      scratch->k_dk,     scratch->anchor,       scratch->anchor_start,
-                                      scratch->segments, scratch->segments_back};
-            mlstm_scan_backward(s, in, initial, dh, dq, dk, dv, ld_grad, *gates, saved->scan, scan, stream);
-            scanned = true;
+            mlstm_scan_backward_pair(s, in, dh, pair, saved->gates, saved->scan, mlstm_scan_scratch(scratch), stream);
+            return;
         }
-    if (!scanned) mlstm_split_backward(s, in, initial, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
-    mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
-                         mlstm_dot_tiles<F>(&s), scratch->anchor,
-                         scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start, initial,
-                         dgates, ld_dgates, dbias, scratch->partial, stream);
+    bool aligned = mlstm_aligned(&s, &in) && vector_aligned(dh, (size_t)s.NH * s.dv);
+    StatesArgs<F> states = mlstm_reverse_args(s, in, aligned, dh, saved, scratch);
+    mlstm_walk_segments<F, true>(states, scratch->segments, true, stream);
+    mlstm_pair<true>(&s, pair, scratch->segments, saved->gates.decay, states_segment_chunks<F, true>(&s), stream);
 }
 
 #endif

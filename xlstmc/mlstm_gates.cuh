@@ -160,24 +160,34 @@ static __global__ void mlstm_gate_summary_kernel(MlstmShape s, MlstmGateInput in
     mlstm_scan_chunk(&scan, s, in, w);
     if (threadIdx.x % 32) return;
     const int fresh = scan.start_last >= w.t0;
-    float *out = summary + (w.bh * chunks + w.c) * 2;  // m -> max(m + out[0], out[1])
-    out[0] = s.sigmoid_gate || fresh ? -INFINITY : (float)scan.b_last;
+    float *out = summary + (w.bh * chunks + w.c) * 2;  // m -> max(m + out[0], out[1]); sigmoid gates: m stays 0
+    out[0] = fresh ? -INFINITY : (float)scan.b_last;
     out[1] = s.sigmoid_gate ? 0 : (float)(scan.b_last + (fresh ? fmax(scan.top_last, 0.0) : scan.top_last));
 }
 
 // A warp takes one head of one sequence, 32 chunks at a time. m0 and m_final [B][NH], m_row from one b to the next.
 // Any m serves as scale if all who use it take the same rounded value: so it is enough to round what is stored.
+// SEGMENT: of a segment alone, before which there is nothing, not even m = 0; behind m_final stands G [B][NH], the sum
+// of its log forget gates.
+template <bool SEGMENT>
 static __global__ void mlstm_gate_scale_kernel(float *m, const float *summary, const float *m0, float *m_final,
-                                               size_t m_row, int NH, int chunks) {
+                                               size_t m_row, int NH, int chunks, int sigmoid_gate) {
     const int lane = threadIdx.x;
     const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
-    double carry = m0 ? m0[at_state] : 0;
+    double carry = SEGMENT ? -INFINITY : m0 ? m0[at_state] : 0, forget = 0;
     m += bh * (chunks + 1);
     summary += bh * chunks * 2;
     if (lane == 0) m[0] = (float)carry;
     for (int c0 = 0; c0 < chunks; c0 += 32) {
         const int c = c0 + lane, inside = c < chunks;
         double add = inside ? summary[2 * c] : 0, least = inside ? summary[2 * c + 1] : -INFINITY;
+        if (SEGMENT) {
+            double sum = add;
+#pragma unroll
+            for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+            forget += sum;
+        }
+        if (sigmoid_gate && inside) add = -INFINITY;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {  // the maps of the lanes before, then these
             double add_before = __shfl_up_sync(0xffffffffu, add, d);
@@ -192,6 +202,7 @@ static __global__ void mlstm_gate_scale_kernel(float *m, const float *summary, c
         carry = __shfl_sync(0xffffffffu, next, 31);
     }
     if (lane == 0 && m_final) m_final[at_state] = (float)carry;
+    if (lane == 0 && SEGMENT) m_final[at_state + NH] = (float)forget;
 }
 
 __device__ inline float2 mlstm_split_log2(double x) {
@@ -229,23 +240,39 @@ static inline int mlstm_gate_blocks(const MlstmShape *s, int chunks) {
     return ceil_div((size_t)s->B * s->NH * chunks, MLSTM_GATE_WARPS);
 }
 
-// gates, bias, cap, doc_start as in MlstmInput. m0 [B][NH] (NULL: zeros) and m_final [B][NH] (NULL: not wanted): rows
-// m_row apart. Writes all of g but sig.
+MAYBE_UNUSED
+static void mlstm_gate_summary(const MlstmShape *s, const MlstmGateInput &in, const MlstmGates *g,
+                               cudaStream_t stream) {
+    const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s, chunks), threads = 32 * MLSTM_GATE_WARPS;
+    auto summary = s->chunk == SCAN_CHUNK ? mlstm_gate_summary_kernel<SCAN_CHUNK / 32>
+                                          : mlstm_gate_summary_kernel<MLSTM_CHUNK / 32>;
+    summary<<<blocks, threads, 0, stream>>>(*s, in, g->summary, chunks);
+    LAUNCH_CHECK();
+}
+
+// From what mlstm_gate_summary has left. m0 [B][NH] (NULL: zeros) and m_final [B][NH] (NULL: not wanted): rows m_row
+// apart. segment: see mlstm_gate_scale_kernel.
+MAYBE_UNUSED
+static void mlstm_gate_values(const MlstmShape *s, const MlstmGateInput &in, bool segment, const float *m0, size_t m_row,
+                              float *m_final, const MlstmGates *g, cudaStream_t stream) {
+    const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s, chunks), threads = 32 * MLSTM_GATE_WARPS;
+    auto scale = segment ? mlstm_gate_scale_kernel<true> : mlstm_gate_scale_kernel<false>;
+    auto tokens = s->chunk == SCAN_CHUNK ? mlstm_gate_tokens_kernel<SCAN_CHUNK / 32>
+                                         : mlstm_gate_tokens_kernel<MLSTM_CHUNK / 32>;
+    scale<<<s->B * s->NH, 32, 0, stream>>>(g->m, g->summary, m0, m_final, m_row, s->NH, chunks, s->sigmoid_gate);
+    LAUNCH_CHECK();
+    tokens<<<blocks, threads, 0, stream>>>(*s, in, *g, chunks);
+    LAUNCH_CHECK();
+}
+
+// gates, bias, cap, doc_start as in MlstmInput; m0 to m_final as in mlstm_gate_values. Writes all of g but sig.
 MAYBE_UNUSED
 static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
                                 const int *doc_start, const float *m0, size_t m0_row, float *m_final,
                                 const MlstmGates *g, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
-    const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s, chunks), threads = 32 * MLSTM_GATE_WARPS;
-    const bool scan = s->chunk == SCAN_CHUNK;
-    auto summary = scan ? mlstm_gate_summary_kernel<SCAN_CHUNK / 32> : mlstm_gate_summary_kernel<MLSTM_CHUNK / 32>;
-    auto tokens = scan ? mlstm_gate_tokens_kernel<SCAN_CHUNK / 32> : mlstm_gate_tokens_kernel<MLSTM_CHUNK / 32>;
-    summary<<<blocks, threads, 0, stream>>>(*s, in, g->summary, chunks);
-    LAUNCH_CHECK();
-    mlstm_gate_scale_kernel<<<s->B * s->NH, 32, 0, stream>>>(g->m, g->summary, m0, m_final, m0_row, s->NH, chunks);
-    LAUNCH_CHECK();
-    tokens<<<blocks, threads, 0, stream>>>(*s, in, *g, chunks);
-    LAUNCH_CHECK();
+    mlstm_gate_summary(s, in, g, stream);
+    mlstm_gate_values(s, in, false, m0, m0_row, m_final, g, stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -276,10 +303,12 @@ static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const 
 // Long sequences of few heads are cut into segments, all walked at once: first from a zero state, to learn what each
 // adds.
 
-// States entering each segment (in place of what each has added), from `initial` on; a thread an element.
+// States entering each segment (in place of what each has added), from `initial` on; a thread an element. m_walk: the
+// scales [B, NH, NC + 1] of the walk that has left what segments add, where it is not m, the states' own; else NULL.
 template <bool REVERSE>
 static __global__ void mlstm_segments_kernel(MlstmShape s, float *segments, const float *decay, MlstmState initial,
-                                             int num_segments, int segment_chunks) {
+                                             int num_segments, int segment_chunks, const float *m_walk,
+                                             const float *m) {
     extern __shared__ float kept[];  // [num_segments] how much of the state survives each segment
     int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + s.chunk - 1) / s.chunk;
     for (int k = threadIdx.x; k < num_segments; k += blockDim.x) {
@@ -299,6 +328,10 @@ static __global__ void mlstm_segments_kernel(MlstmShape s, float *segments, cons
     for (int k = 0; k < num_segments; k++) {
         int segment = REVERSE ? num_segments - 1 - k : k;
         float *place = segments + ((size_t)segment * s.B + b) * record + at, adds = k + 1 < num_segments ? *place : 0;
+        if (m_walk) {
+            const size_t end = (size_t)bh * (NC + 1) + min((segment + 1) * segment_chunks, NC);
+            adds *= expf(m_walk[end] - m[end]);
+        }
         *place = state;
         state = kept[segment] * state + adds;
     }
@@ -318,6 +351,7 @@ typedef struct {               // `tiles` partial sums of every value, added in 
     const float *anchor;  // [anchor_tiles][B, NH, spans]
     int anchor_tiles;
     const float *anchor_start;  // [anchor_tiles][B, NH] the same where the sequence begins; NULL: not known
+    const float *tail;          // [B, NH] and where it ends, if it is a segment of a longer one; NULL: 0
 } MlstmGateSums;
 
 enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // of the backward kernel
@@ -325,6 +359,7 @@ enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // 
 // What leaves span c and reaches the tokens before, from all tiles
 __device__ inline double mlstm_anchor(const MlstmGateSums &sums, const MlstmShape &s, size_t bh, int c, int spans) {
     double sum = 0;
+    if (c + 1 == spans && sums.tail) return sums.tail[bh];
     if (c < 0 || c + 1 >= spans) return 0;
     for (int p = 0; p < sums.anchor_tiles; p++) sum += sums.anchor[((size_t)p * s.B * s.NH + bh) * spans + c];
     return sum;
@@ -434,17 +469,17 @@ static size_t mlstm_gates_partial_floats(const MlstmShape *s) {
 }
 
 // gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, spans]:
-// partial sums, to be added in order (the last span's anchor is not read), anchor_start [anchor_tiles][B, NH] or NULL.
-// initial: of the forward pass. dgates
-// [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dbias [2NH] is added
-// to; partial [mlstm_gates_partial_floats].
+// partial sums, to be added in order (the last span's anchor is not read), anchor_start [anchor_tiles][B, NH] or NULL,
+// tail [B, NH] or NULL. initial: of the forward pass. dgates [B*T, 2NH] row stride ld_dgates, gradient of the gates
+// before bias and cap; dbias [2NH] is added to; partial [mlstm_gates_partial_floats].
 template <typename F>
 static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
                                  const int *doc_start, const float *q_dq, const float *k_dk, int tiles,
-                                 const float *anchor, int anchor_tiles, const float *anchor_start, MlstmState initial,
-                                 F *dgates, size_t ld_dgates, float *dbias, float *partial, cudaStream_t stream) {
+                                 const float *anchor, int anchor_tiles, const float *anchor_start, const float *tail,
+                                 MlstmState initial, F *dgates, size_t ld_dgates, float *dbias, float *partial,
+                                 cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
-    const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles, initial.C ? anchor_start : NULL};
+    const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
     const int spans = ceil_div(s->T, MLSTM_SPAN);
     mlstm_gates_backward_kernel<F><<<(unsigned)((size_t)s->B * s->NH * spans), 32 * GATE_WARPS, 0, stream>>>(
         *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans);

@@ -33,7 +33,7 @@
 #define XLSTMC_MLSTM_SCAN_CUH
 
 #include "hopper.cuh"
-#include "mlstm_gates.cuh"
+#include "mlstm_segments.cuh"
 #include "mma.cuh"
 
 enum { SCAN_H, SCAN_DQ, SCAN_DK, SCAN_DV };
@@ -73,6 +73,7 @@ struct ScanArgs {
     MlstmState initial, final;  // of the whole sequence; C == NULL: zeros, not wanted
     float *segments;            // [P][B][NH dk dv + NH dk] states entering each segment; NULL: one segment
     int segment_chunks;
+    int all_segments;     // LOCAL: the last one's, too, which only other ranks ask for
     uint32_t *snapshots;  // C where a span begins, in the order of the threads' registers: H writes, dV reads
     float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK reads
     float *anchor;        // [tiles][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
@@ -832,7 +833,7 @@ static __global__ void __launch_bounds__(SCAN_THREADS, 1) mlstm_scan_kernel(cons
     at.first_chunk = blockIdx.y * p.segment_chunks;
     at.chunks = min(p.segment_chunks, at.all_chunks - at.first_chunk);
     at.last_segment = blockIdx.y == (S::REVERSE ? 0 : gridDim.y - 1);
-    if (S::LOCAL && at.last_segment) return;  // nobody asks for what it adds
+    if (S::LOCAL && at.last_segment && !p.all_segments) return;  // nobody asks for what it adds
     if (threadIdx.x == 0) {
         for (int k = 0; k < 3; k++) {
             barrier_init(shared_address(sh->x_full + k), 1);
@@ -914,9 +915,9 @@ static int scan_segment_chunks(const MlstmShape *s) {
     const int segments = imin(SCAN_BLOCKS / blocks, chunks / 8);
     return ceil_div(chunks, segments > 1 ? segments : 1);
 }
-// Segments x sequences x heads x slices are at most SCAN_BLOCKS where there are segments at all.
+// Segments x sequences x heads x slices are at most SCAN_BLOCKS where there is more than one segment.
 static size_t scan_segments_floats(const MlstmShape *s) {
-    return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + 1) * s->dk * (s->dv + 1);
+    return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + s->B * s->NH) * s->dk * (s->dv + 1);
 }
 static size_t scan_snapshot_words(const MlstmShape *s) {
     const int A = scan_pad(s->dk, false);
@@ -953,19 +954,28 @@ static void scan_run(const ScanArgs &p, cudaStream_t stream) {
     scan_launch<MODE, 256, LOCAL>(p, stream);
 }
 
-// The states that enter the segments, if there are any; p as for the scan itself
+// What each segment adds to the states; p as for the scan itself. all: the last one, too, even if it is the only one
 template <int MODE>
-static void scan_segments(ScanArgs *p, float *segments, cudaStream_t stream) {
+static void scan_walk_segments(ScanArgs *p, float *segments, bool all, cudaStream_t stream) {
+    p->segment_chunks = scan_segment_chunks(&p->s);
+    p->segments = all || p->segment_chunks < mlstm_chunks(&p->s) ? segments : NULL;
+    p->all_segments = all;
+    if (p->segments) scan_run<MODE, true>(*p, stream);
+}
+
+// The states that enter the segments, if there are several. walked: scan_walk_segments has been here; m_walk: with
+// these scales, if not with those of the states
+template <int MODE>
+static void scan_segments(ScanArgs *p, float *segments, bool walked, const float *m_walk, cudaStream_t stream) {
     constexpr bool REVERSE = MODE == SCAN_DV;
     const MlstmShape *s = &p->s;
+    if (!walked) scan_walk_segments<MODE>(p, segments, false, stream);
     p->segment_chunks = scan_segment_chunks(s);
     const int count = ceil_div(mlstm_chunks(s), p->segment_chunks);
     p->segments = count > 1 ? segments : NULL;
     if (count == 1) return;
-    scan_run<MODE, true>(*p, stream);
-    const dim3 grid((unsigned)ceil_div((size_t)s->dk * (s->dv + 1), 256), (unsigned)(s->B * s->NH));
-    mlstm_segments_kernel<REVERSE><<<grid, 256, count * sizeof(float), stream>>>(*s, segments, p->gates.decay,
-                                                                                 p->initial, count, p->segment_chunks);
+    mlstm_segments_kernel<REVERSE><<<mlstm_element_grid(s), 256, count * sizeof(float), stream>>>(
+        *s, segments, p->gates.decay, p->initial, count, p->segment_chunks, m_walk, p->gates.m);
     LAUNCH_CHECK();
 }
 
@@ -983,18 +993,32 @@ static ScanArgs scan_args(const MlstmShape &s, const MlstmInput<bf16> &in, const
     return p;
 }
 
-// h [B, T, NH, dv]; see mlstm_forward. segments [scan_segments_floats].
+static void scan_forward_maps(ScanArgs *p, const MlstmInput<bf16> &in) {
+    const MlstmShape &s = p->s;
+    p->x = head_tensor_map(in.q, s.B, s.T, s.NH, s.dk, in.ld);
+    p->y = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
+    p->z = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);
+}
+
+// h [B, T, NH, dv]; see mlstm_forward. segments [scan_segments_floats]; walked, m_walk: see scan_segments.
 static void mlstm_scan_forward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState initial, MlstmState final,
-                               bf16 *h, const MlstmGates &gates, const ScanSaved &saved, float *segments,
-                               cudaStream_t stream) {
+                               bf16 *h, const MlstmGates &gates, const ScanSaved &saved, float *segments, bool walked,
+                               const float *m_walk, cudaStream_t stream) {
     ScanArgs p = scan_args(s, in, gates, saved);
     p.initial = initial, p.final = final;
-    p.x = head_tensor_map(in.q, s.B, s.T, s.NH, s.dk, in.ld);
-    p.y = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
-    p.z = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);
+    scan_forward_maps(&p, in);
     p.out = head_tensor_map(h, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
-    scan_segments<SCAN_H>(&p, segments, stream);
+    scan_segments<SCAN_H>(&p, segments, walked, m_walk, stream);
     scan_run<SCAN_H, false>(p, stream);
+}
+
+// The pair of this rank's tokens: all but m and G. gates: of the segment alone
+static void mlstm_scan_pair(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState pair, const MlstmGates &gates,
+                            const ScanSaved &saved, float *segments, cudaStream_t stream) {
+    ScanArgs p = scan_args(s, in, gates, saved);
+    scan_forward_maps(&p, in);
+    scan_walk_segments<SCAN_H>(&p, segments, true, stream);
+    mlstm_pair<false>(&s, pair, segments, gates.decay, p.segment_chunks, stream);
 }
 
 typedef struct {                // of the backward pass
@@ -1005,21 +1029,38 @@ typedef struct {                // of the backward pass
     float *segments, *segments_back;
 } ScanScratch;
 
-// dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_backward
-static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState initial, const bf16 *dh,
-                                bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad, const MlstmGates &gates,
-                                const ScanSaved &saved, const ScanScratch &scratch, cudaStream_t stream) {
+static ScanArgs scan_backward_args(const MlstmShape &s, const MlstmInput<bf16> &in, const bf16 *dh,
+                                   const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch) {
     ScanArgs p = scan_args(s, in, gates, saved);
     p.inv_den = scratch.inv_den, p.ds = scratch.ds, p.anchor = scratch.anchor;
-    p.entering = initial, p.anchor_start = scratch.anchor_start;
-    const CUtensorMap q_map = head_tensor_map(in.q, s.B, s.T, s.NH, s.dk, in.ld);
-    const CUtensorMap k_map = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
-    const CUtensorMap v_map = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);
-    const CUtensorMap dh_map = head_tensor_map(dh, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
+    p.x = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
+    p.y = head_tensor_map(in.q, s.B, s.T, s.NH, s.dk, in.ld);
+    p.z = head_tensor_map(dh, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
+    return p;
+}
 
-    p.x = k_map, p.y = q_map, p.z = dh_map;
+// The backward pair of this rank's tokens
+static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16> &in, const bf16 *dh, MlstmState pair,
+                                     const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch,
+                                     cudaStream_t stream) {
+    ScanArgs p = scan_backward_args(s, in, dh, gates, saved, scratch);
+    scan_walk_segments<SCAN_DV>(&p, scratch.segments_back, true, stream);
+    mlstm_pair<true>(&s, pair, scratch.segments_back, gates.decay, p.segment_chunks, stream);
+}
+
+// dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_backward. dfinal: gradient of the states that leave, C ==
+// NULL: zeros; walked: mlstm_scan_backward_pair has been here
+static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState initial, MlstmState dfinal,
+                                bool walked, const bf16 *dh, bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad,
+                                const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch,
+                                cudaStream_t stream) {
+    ScanArgs p = scan_backward_args(s, in, dh, gates, saved, scratch);
+    const CUtensorMap q_map = p.y, k_map = p.x, dh_map = p.z;
+    const CUtensorMap v_map = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);
+    p.entering = initial, p.anchor_start = scratch.anchor_start;
+    p.initial = dfinal;
     p.out = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
-    scan_segments<SCAN_DV>(&p, scratch.segments_back, stream);
+    scan_segments<SCAN_DV>(&p, scratch.segments_back, walked, NULL, stream);
     scan_run<SCAN_DV, false>(p, stream);
 
     p.x = v_map, p.y = dh_map, p.z = q_map, p.dot = k_map;
@@ -1028,7 +1069,7 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
     scan_run<SCAN_DK, false>(p, stream);
 
     p.x = k_map, p.y = k_map, p.z = v_map, p.initial = initial;  // what each segment adds to C, once more
-    scan_segments<SCAN_H>(&p, scratch.segments, stream);
+    scan_segments<SCAN_H>(&p, scratch.segments, false, NULL, stream);
     p.x = dh_map, p.y = v_map, p.z = k_map, p.dot = q_map;
     p.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
     p.dot_out = scratch.q_dq;

@@ -24,7 +24,7 @@ static void test_adamw_case(size_t count0, size_t count1, int joined, int step) 
     for (int k = 0; k < 2; k++)
         for (size_t i = 0, count = k ? count1 : count0; i < count; i += UPDATE_CHUNK) {
             size_t rest = count - i;
-            chunks[num_chunks].offset = (k ? second : 0) + i;
+            chunks[num_chunks].offset = chunks[num_chunks].moments = (k ? second : 0) + i;
             chunks[num_chunks].count = rest < UPDATE_CHUNK ? (unsigned)rest : (unsigned)UPDATE_CHUNK;
             chunks[num_chunks++].decay = k ? 0.0f : 1.0f;
         }
@@ -43,7 +43,7 @@ static void test_adamw_case(size_t count0, size_t count1, int joined, int step) 
                       (float)(1 / (1 - pow(beta1, step))),
                       (float)(1 / (1 - pow(beta2, step))),
                       (float)grad_scale};
-    grad_norm_squared(d_norm, d_partial, d_grads, total, 0);
+    grad_norm_squared(d_norm, d_partial, d_grads, total, 1, 0, 0);
     adamw_update(d_w, d_w16, d_m, d_v, d_grads, d_chunks, num_chunks, args, 0);
     convert_weights(d_converted, d_w, second, 0);
     convert_weights(d_converted + second, d_w + second, count1, 0);

@@ -1,0 +1,147 @@
+// mlstm_segments.cuh: the mLSTM over segments of a sequence that lie on different ranks (doc/parallel.md).
+//
+// What a segment does to the states that enter it is a pair: its own states S = (C, n, m) from an empty beginning, and
+// G, the sum of its log forget gates. Neighbours L, R join to
+//     m = max(G_R + m_L, m_R),  C = exp(G_R + m_L - m) C_L + exp(m_R - m) C_R,  n likewise,  G = G_L + G_R
+// and states before a segment join with it the same way. Backward, a pair is the gradient d of the states that enter,
+// as far as the segment's own outputs cause it, and keep, how much of these states reaches its end:
+//     d = d_L + keep_L d_R,  keep = keep_L keep_R
+// Either is stored as [B] rows of C [NH, dk, dv], n [NH, dk], m [NH], G or keep [NH], in float.
+#ifndef XLSTMC_MLSTM_SEGMENTS_CUH
+#define XLSTMC_MLSTM_SEGMENTS_CUH
+
+#include "mlstm_gates.cuh"
+
+static size_t mlstm_pair_row(const MlstmShape *s) { return (size_t)s->NH * ((size_t)s->dk * s->dv + s->dk + 2); }
+
+static __host__ __device__ inline MlstmState mlstm_pair_state(const MlstmShape &s, float *pair) {
+    size_t C = (size_t)s.NH * s.dk * s.dv, n = (size_t)s.NH * s.dk;
+    return MlstmState{pair, pair + C, pair + C + n, C + n + 2 * (size_t)s.NH};
+}
+
+// Element i of a head: in its C, then in its n
+__device__ inline float *mlstm_state_element(const MlstmShape &s, const MlstmState &state, int b, int head, size_t i) {
+    size_t matrix = (size_t)s.dk * s.dv;
+    return i < matrix ? state.C + b * state.row + head * matrix + i
+                      : state.n + b * state.row + (size_t)head * s.dk + i - matrix;
+}
+
+static dim3 mlstm_element_grid(const MlstmShape *s) {
+    return dim3((unsigned)ceil_div((size_t)s->dk * (s->dv + 1), 256), (unsigned)(s->B * s->NH));
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// A pair from what the parts of a segment have added to a zero state (see mlstm_segments_kernel), in one place. m and G
+// of a forward pair are the gates' (mlstm_gate_values); keep of a backward one is the product of all decays.
+
+template <bool REVERSE>
+static __global__ void mlstm_pair_kernel(MlstmShape s, MlstmState pair, const float *segments, const float *decay,
+                                         int num_segments, int segment_chunks) {
+    extern __shared__ float kept[];  // [num_segments] how much of the state survives each of the parts
+    const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + s.chunk - 1) / s.chunk;
+    for (int k = threadIdx.x; k < num_segments; k += blockDim.x) {
+        float product = 1;
+        for (int c = k * segment_chunks; c < min((k + 1) * segment_chunks, NC); c++) product *= decay[bh * NC + c];
+        kept[k] = product;
+    }
+    __syncthreads();
+    const size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk);
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (REVERSE && i == 0) {
+        float keep = 1;
+        for (int k = 0; k < num_segments; k++) keep *= kept[k];
+        pair.m[b * pair.row + s.NH + head] = keep;
+    }
+    if (i >= matrix + s.dk) return;
+    const size_t at = i >= matrix ? s.NH * matrix + (size_t)head * s.dk + i - matrix : head * matrix + i;
+    float state = 0;
+    for (int k = 0; k < num_segments; k++) {
+        int segment = REVERSE ? num_segments - 1 - k : k;
+        state = kept[segment] * state + segments[((size_t)segment * s.B + b) * record + at];
+    }
+    *mlstm_state_element(s, pair, b, head, i) = state;
+}
+
+template <bool REVERSE>
+static void mlstm_pair(const MlstmShape *s, MlstmState pair, const float *segments, const float *decay,
+                       int segment_chunks, cudaStream_t stream) {
+    int count = ceil_div(mlstm_chunks(s), segment_chunks);
+    mlstm_pair_kernel<REVERSE><<<mlstm_element_grid(s), 256, count * sizeof(float), stream>>>(
+        *s, pair, segments, decay, count, segment_chunks);
+    LAUNCH_CHECK();
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Folds
+
+static __global__ void mlstm_fold_kernel(MlstmShape s, MlstmState enter, MlstmState first, float *pairs, int count) {
+    extern __shared__ float factors[];  // [count][2] of what is there already, and of the pair
+    const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH;
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, record = s.NH * ((size_t)s.dk * s.dv + s.dk + 2);
+    if (threadIdx.x == 0) {
+        double m = first.C ? first.m[b * first.row + head] : 0;
+        for (int p = 0; p < count; p++) {
+            const float *of_pair = mlstm_pair_state(s, pairs + p * s.B * record).m + b * record + head;
+            double G = of_pair[s.NH], right = of_pair[0], next = (float)fmax(G + m, right);
+            factors[2 * p] = (float)exp(G + m - next);
+            factors[2 * p + 1] = (float)exp(right - next);
+            m = next;
+        }
+        if (blockIdx.x == 0) enter.m[b * enter.row + head] = (float)m;
+    }
+    __syncthreads();
+    if (i >= (size_t)s.dk * s.dv + s.dk) return;
+    float state = first.C ? *mlstm_state_element(s, first, b, head, i) : 0;
+    for (int p = 0; p < count; p++)
+        state = factors[2 * p] * state +
+                factors[2 * p + 1] * *mlstm_state_element(s, mlstm_pair_state(s, pairs + p * s.B * record), b, head, i);
+    *mlstm_state_element(s, enter, b, head, i) = state;
+}
+
+// enter := `first` (C == NULL: fresh states) joined with the `count` pairs [count][B][mlstm_pair_row], in order
+MAYBE_UNUSED
+static void mlstm_fold(const MlstmShape *s, MlstmState enter, MlstmState first, float *pairs, int count,
+                       cudaStream_t stream) {
+    mlstm_fold_kernel<<<mlstm_element_grid(s), 256, 2 * (size_t)count * sizeof(float), stream>>>(*s, enter, first,
+                                                                                                 pairs, count);
+    LAUNCH_CHECK();
+}
+
+static __global__ void mlstm_fold_backward_kernel(MlstmShape s, MlstmState dfinal, float *pairs, int count) {
+    const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH;
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, record = s.NH * ((size_t)s.dk * s.dv + s.dk + 2);
+    if (i >= (size_t)s.dk * s.dv + s.dk) return;
+    float d = 0;
+    for (int p = count - 1; p >= 0; p--) {
+        MlstmState pair = mlstm_pair_state(s, pairs + p * s.B * record);
+        d = *mlstm_state_element(s, pair, b, head, i) + pair.m[b * pair.row + s.NH + head] * d;
+    }
+    *mlstm_state_element(s, dfinal, b, head, i) = d;
+}
+
+// dfinal := the gradient of the states that leave a segment, from the pairs of the `count` segments behind it
+MAYBE_UNUSED
+static void mlstm_fold_backward(const MlstmShape *s, MlstmState dfinal, float *pairs, int count, cudaStream_t stream) {
+    mlstm_fold_backward_kernel<<<mlstm_element_grid(s), 256, 0, stream>>>(*s, dfinal, pairs, count);
+    LAUNCH_CHECK();
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// tail [B, NH] = <C, dC> + <n, dn> of the states that leave: what the later tokens' sums of <q, dq> - <k, dk> amount to
+
+static __global__ void __launch_bounds__(1024)
+    mlstm_tail_kernel(MlstmShape s, float *tail, MlstmState final, MlstmState dfinal) {
+    const int b = blockIdx.x / s.NH, head = blockIdx.x % s.NH;
+    float sum = 0;
+    for (size_t i = threadIdx.x; i < (size_t)s.dk * s.dv + s.dk; i += blockDim.x)
+        sum += *mlstm_state_element(s, final, b, head, i) * *mlstm_state_element(s, dfinal, b, head, i);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) tail[blockIdx.x] = sum;
+}
+MAYBE_UNUSED
+static void mlstm_tail(const MlstmShape *s, float *tail, MlstmState final, MlstmState dfinal, cudaStream_t stream) {
+    mlstm_tail_kernel<<<s->B * s->NH, 1024, 0, stream>>>(*s, tail, final, dfinal);
+    LAUNCH_CHECK();
+}
+
+#endif
