@@ -372,7 +372,7 @@ static void mlstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> 
                        m->stream);
 }
 
-// Segments: all ranks of a sequence tell each other their pairs (mlstm_segments.cuh), then each folds those before it
+// Segments: all ranks of a sequence tell each other their pairs (mlstm_pairs.cuh), then each folds those before it
 // to the states that enter its segment, and in the backward pass those behind it. Between begin and end there is time
 // for other work; a forward pass that is done again begins the same way.
 template <typename F>

@@ -933,7 +933,7 @@ static void mlstm_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, Ml
     mlstm_cell_forward(s, in, initial, final, false, h, saved, scratch, stream);
 }
 
-// A segment of a sequence, in two steps: the pair (mlstm_segments.cuh) of these tokens, for which q is not needed; then,
+// A segment of a sequence, in two steps: the pair (mlstm_pairs.cuh) of these tokens, for which q is not needed; then,
 // with the states that enter, all that mlstm_forward does.
 template <typename F>
 static void mlstm_pair_forward(MlstmShape s, MlstmInput<F> in, MlstmState pair, const MlstmSaved<F> *saved,

@@ -33,7 +33,7 @@
 #define XLSTMC_MLSTM_SCAN_CUH
 
 #include "hopper.cuh"
-#include "mlstm_segments.cuh"
+#include "mlstm_pairs.cuh"
 #include "mma.cuh"
 
 enum { SCAN_H, SCAN_DQ, SCAN_DK, SCAN_DV };

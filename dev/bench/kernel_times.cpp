@@ -1,12 +1,14 @@
 // kernel_times.cpp: where a program's time on the GPU goes, by kernel. A library that CUDA loads into any program that
-// uses it; at exit it prints one table: kernels, copies and memsets with their time, and how long the GPU was idle.
+// uses it; at exit it prints one table: kernels, copies and memsets with their time, the part of it in which nothing
+// else ran, and how long the GPU was idle.
 //
 //   make build/libkernel_times.so
 //   CUDA_INJECTION64_PATH=build/libkernel_times.so ./train_xlstmcu --model 164m --train ... --steps 20
 //
 //   KERNEL_TIMES_STEP=adamw_kernel    the kernel that ends a training step: the table then holds whole steps only, and
 //                                     not the first 5 of them
-//   KERNEL_TIMES_OUT=FILE             where the table goes; else to stderr
+//   KERNEL_TIMES_OUT=FILE             where the table goes; else to stderr. Under mpirun a %d becomes the rank
+//   KERNEL_TIMES_TRACE=FILE           all of the last step: start and end in us, and name, a line each; %d as above
 //
 // It uses CUPTI, NVIDIA's interface for profilers. Kernels in CUDA graphs are seen one by one, which costs something:
 // a step takes longer than without the library, most of it between kernels. The times of kernels stay as they are.
@@ -33,7 +35,7 @@ typedef struct {
 
 typedef struct {
     int name;
-    uint64_t launches, total;  // ns
+    uint64_t launches, total, alone;  // ns
 } Row;
 
 static std::mutex lock;  // of all below: CUPTI delivers from a thread of its own
@@ -151,8 +153,24 @@ static size_t keep_steps(const char *marker, uint64_t *from) {
     return ends.size() - WARM_UP_STEPS;
 }
 
+// The time in which an interval is the only one, to the row of its name.
+static void add_alone(std::vector<Row> *rows) {
+    std::vector<std::pair<uint64_t, int>> marks;  // name + 1 begins, -(name + 1) ends
+    for (const Interval &i : intervals) {
+        marks.push_back({i.start, i.name + 1});
+        marks.push_back({i.end, -(i.name + 1)});
+    }
+    std::sort(marks.begin(), marks.end());
+    int64_t running = 0, sum = 0;  // sum: of name + 1 of all that run: of the one, if there is one
+    for (size_t k = 0; k < marks.size(); k++) {
+        if (running == 1 && sum > 0) (*rows)[(size_t)sum - 1].alone += marks[k].first - marks[k - 1].first;
+        running += marks[k].second > 0 ? 1 : -1;
+        sum += marks[k].second;
+    }
+}
+
 static std::vector<Row> sum_rows(uint64_t *total) {
-    std::vector<Row> rows(names.size(), Row{0, 0, 0});
+    std::vector<Row> rows(names.size(), Row{0, 0, 0, 0});
     *total = 0;
     for (size_t k = 0; k < rows.size(); k++) rows[k].name = (int)k;
     for (const Interval &i : intervals) {
@@ -160,6 +178,7 @@ static std::vector<Row> sum_rows(uint64_t *total) {
         rows[i.name].total += i.end - i.start;
         *total += i.end - i.start;
     }
+    add_alone(&rows);
     std::sort(rows.begin(), rows.end(), [](const Row &a, const Row &b) {
         return a.total != b.total ? a.total > b.total : names[a.name] < names[b.name];
     });
@@ -207,28 +226,54 @@ static void print_table(FILE *out) {
             span ? 100.0 * idle / span : 0.0);
     for (int k = 0; k < GAP_KINDS; k++)
         fprintf(out, "gaps %s: %llu, %.3f ms\n", gap_names[k], (unsigned long long)counts[k], ms * sums[k]);
-    fprintf(out, "%9s %11s %11s %7s  %s\n", "launches", "total ms", "mean us", "share", "kernel");
+    fprintf(out, "%9s %11s %11s %11s %7s  %s\n", "launches", "total ms", "alone ms", "mean us", "share", "kernel");
     for (const Row &r : rows) {
         if (r.launches == 0) continue;
-        fprintf(out, "%9llu %11.3f %11.2f %6.2f%%  %s\n", (unsigned long long)r.launches, ms * r.total,
-                1e-3 * r.total / r.launches, total ? 100.0 * r.total / total : 0.0, names[r.name].c_str());
+        fprintf(out, "%9llu %11.3f %11.3f %11.2f %6.2f%%  %s\n", (unsigned long long)r.launches, ms * r.total,
+                ms * r.alone, 1e-3 * r.total / r.launches, total ? 100.0 * r.total / total : 0.0,
+                names[r.name].c_str());
     }
+}
+
+// A file whose name may hold %d, for the rank of this process; NULL: none is wanted, or it cannot be written.
+static FILE *open_named(const char *variable) {
+    const char *path = getenv(variable), *rank = getenv("OMPI_COMM_WORLD_RANK");
+    if (!path) return NULL;
+    std::string name = path;
+    size_t at = name.find("%d");
+    if (at != std::string::npos) name.replace(at, 2, rank ? rank : "0");
+    FILE *out = fopen(name.c_str(), "w");
+    if (!out) perror(name.c_str());
+    return out;
+}
+
+static void print_trace(FILE *out) {  // after print_table: the intervals are sorted
+    const char *marker = getenv("KERNEL_TIMES_STEP");
+    uint64_t ends[2] = {0, 0};  // of the last two steps
+    for (const Interval &i : intervals)
+        if (marker && names[i.name].find(marker) != std::string::npos && i.end > ends[1]) {
+            ends[0] = ends[1];
+            ends[1] = i.end;
+        }
+    for (const Interval &i : intervals)
+        if (i.end > ends[0])
+            fprintf(out, "%.3f %.3f %s\n", 1e-3 * (double)(i.start - ends[0]), 1e-3 * (double)(i.end - ends[0]),
+                    names[i.name].c_str());
 }
 
 static void finish(void) {
     SUCCEEDS(cuptiActivityFlushAll(1));  // if not, the table holds what came before
     std::lock_guard<std::mutex> guard(lock);
-    const char *path = getenv("KERNEL_TIMES_OUT");
-    FILE *out = path ? fopen(path, "w") : stderr;
-    if (!out) {
-        perror(path);
-        out = stderr;
-    }
+    FILE *out = open_named("KERNEL_TIMES_OUT"), *trace = open_named("KERNEL_TIMES_TRACE");
+    if (!out) out = stderr;
     size_t dropped = 0;
     if (cuptiActivityGetNumDroppedRecords(NULL, 0, &dropped) != CUPTI_SUCCESS) dropped = 0;
     if (dropped + untimed) fprintf(out, "kernel_times: %zu records are missing\n", dropped + untimed);
     print_table(out);
-    if (out != stderr && fclose(out) != 0) perror(path);
+    if (out != stderr && fclose(out) != 0) perror("KERNEL_TIMES_OUT");
+    if (!trace) return;
+    print_trace(trace);
+    if (fclose(trace) != 0) perror("KERNEL_TIMES_TRACE");
 }
 
 // CUDA calls this when it is initialised; 1: all is well.

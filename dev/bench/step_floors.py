@@ -106,15 +106,15 @@ def read_table(path):
     except OSError as e:
         sys.exit(f"{path}: {e.strerror}")
     for line in lines:
-        words = line.split(None, 4)
+        words = line.split(None, 5)
         if line.startswith("steps "):
             steps = int(words[1])
         elif line.startswith("span "):
             span = [float(x) for x in re.findall(r"([\d.]+) ms", line)]
         elif words[:1] == ["launches"]:
             begun = True
-        elif begun and len(words) == 5:
-            kernels[words[4].strip()] = float(words[1])
+        elif begun and len(words) == 6:
+            kernels[words[5].strip()] = float(words[1])
     if not steps or span is None or not kernels:
         sys.exit(f"{path}: not a table of whole steps from kernel_times; set KERNEL_TIMES_STEP=adamw_kernel")
     return steps, kernels, span

@@ -1,4 +1,4 @@
-// mlstm_segments.cuh: the mLSTM over segments of a sequence that lie on different ranks (doc/parallel.md).
+// mlstm_pairs.cuh: the mLSTM over segments of a sequence that lie on different ranks (doc/parallel.md).
 //
 // What a segment does to the states that enter it is a pair: its own states S = (C, n, m) from an empty beginning, and
 // G, the sum of its log forget gates. Neighbours L, R join to
@@ -7,8 +7,8 @@
 // as far as the segment's own outputs cause it, and keep, how much of these states reaches its end:
 //     d = d_L + keep_L d_R,  keep = keep_L keep_R
 // Either is stored as [B] rows of C [NH, dk, dv], n [NH, dk], m [NH], G or keep [NH], in float.
-#ifndef XLSTMC_MLSTM_SEGMENTS_CUH
-#define XLSTMC_MLSTM_SEGMENTS_CUH
+#ifndef XLSTMC_MLSTM_PAIRS_CUH
+#define XLSTMC_MLSTM_PAIRS_CUH
 
 #include "mlstm_gates.cuh"
 
