@@ -217,6 +217,7 @@ endif
 test-gpu: all $(BUILD)/test_xlstm_cu $(BUILD)/compare
 	$(BUILD)/test_xlstm_cu
 	bash dev/test/cuda/gpu_runs.sh
+	bash dev/test/cuda/gpu_ranks.sh
 
 tests: all $(addprefix $(BUILD)/,$(TESTS) $(HELPERS))
 

@@ -26,6 +26,7 @@
 #include "dev/test/cuda/test_mlstm.cuh"
 #include "dev/test/cuda/test_mlstm_step.cuh"
 #include "dev/test/cuda/test_norm.cuh"
+#include "dev/test/cuda/test_pairs.cuh"
 #include "dev/test/cuda/test_slstm.cuh"
 
 extern "C" const Backend *oracle_backend(void);
@@ -323,6 +324,7 @@ int main(int argc, char **argv) {
                  {"classifier", test_classifier},
                  {"adamw", test_adamw},
                  {"mlstm", test_mlstm, 1},
+                 {"pairs", test_pairs},
                  {"mlstm_step", test_mlstm_step},
                  {"slstm", test_slstm, 1},
                  {"models_fp32", test_models_fp32},
