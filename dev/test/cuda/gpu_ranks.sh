@@ -46,8 +46,8 @@ cat "$ROOT"/xlstmc/flags.h "$ROOT"/xlstmc/trainer.h >text.txt
 head -c 9000 "$ROOT"/xlstmc/log.h >val.txt
 # 12 sequences a step go to 1, 2, 3 and 4 groups; 203 tokens divide by no number of ranks here
 MODEL=(--blocks "mlstm,slstm,mlstm_v1" --dim 64 --heads 2)
-DATA=(--train text.txt --val val.txt --reset-docs --eot 10 --batch 1 --seq-len 203 --tokens-per-step 2436)
-LONG=(--train text.txt --batch 1 --seq-len 5003 --tokens-per-step 60036) # the kernels cut it in segments, too
+DATA=(--comm-timeout 30 --train text.txt --val val.txt --reset-docs --eot 10 --batch 1 --seq-len 203 --tokens-per-step 2436)
+LONG=(--comm-timeout 30 --train text.txt --batch 1 --seq-len 5003 --tokens-per-step 60036) # the kernels cut it in segments, too
 RUN=("${MODEL[@]}" "${DATA[@]}" --steps 20 --warmup 3 --lr 3e-3 --save-every 10 --eval-every 10)
 
 # What one rank computes
