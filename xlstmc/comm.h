@@ -4,8 +4,9 @@
 //                       them have different sequences. Weights and gradients belong to the world (doc/parallel.md).
 //
 // A program has two back ends, each a CommOps: comm.host moves host memory (losses, checksums, decisions), comm.data
-// what the model is made of. On the CPU both are the same: "self" with one rank, else "mpi". The CUDA trainer takes
-// comm.host from here and sets comm.data to functions on NCCL, whose `stream` is the CUDA stream to work on.
+// what the model is made of. On the CPU both are the same: "self" with one rank, else "peers" (comm_peers.h). The CUDA
+// trainer takes comm.host from here and sets comm.data to functions on NCCL (comm_cuda.cuh), whose `stream` is the CUDA
+// stream to work on.
 //
 // Every rank calls the same functions in the same order, from one thread. Sums are taken in the order of ranks, so the
 // same command gives the same bits. A rank that dies or is silent for --comm-timeout seconds ends the whole job, with
@@ -17,11 +18,6 @@
 #include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#ifdef USE_MPI
-#define OMPI_SKIP_MPICXX 1
-#define MPICH_SKIP_MPICXX 1
-#include <mpi.h>
-#endif
 
 #include "util.h"
 
@@ -99,276 +95,14 @@ static int comm_world_rank(CommGroup group, int rank) {
     return group == COMM_WORLD ? rank : comm.dp_rank * comm.sp_size + rank;
 }
 
-// ----------------------------------------------------------------------------------------------------------------
-// MPI. Everything is made of messages between two ranks, so that whoever is missing has a name; waiting polls, so that
-// it can end. Signals of life: the process number of a rank on this host, and a note that every rank which ends in
-// order sends to all others (they then end without a word of their own).
-
-#ifdef USE_MPI
-enum { COMM_TAG_FAREWELL = NUM_COMM_GROUPS, COMM_TAG_WAITING };
-enum { COMM_MESSAGE = 1 << 30 };  // bytes: MPI counts with int
-
-typedef struct {
-    MPI_Request *requests;
-    int *from;  // rank in the world a request receives from, -1: it sends
-    int count, capacity;
-} MpiWait;
-static MpiWait mpi_pending;
-
-static void comm_sleep(double seconds) {
-    struct timespec t = {(time_t)seconds, (long)(1e9 * (seconds - (double)(time_t)seconds))};
-    nanosleep(&t, NULL);
-}
-
-// Ends the job: the other ranks are told, MPI_Abort makes mpirun stop whoever does not listen. The alarm ends this
-// process even if that hangs.
-static void mpi_end_job(int code) {
-    MPI_Request request;
-    signal(SIGALRM, SIG_DFL);
-    alarm(5);
-    for (int r = 0; r < comm.size; r++)
-        if (r != comm.rank && MPI_Isend(&code, 1, MPI_INT, r, COMM_TAG_FAREWELL, MPI_COMM_WORLD, &request) == 0)
-            MPI_Request_free(&request);
-    for (int k = 0, flag; k < 20; k++) {  // lets the notes leave
-        MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_WORLD, &flag, MPI_STATUS_IGNORE);
-        comm_sleep(1e-3);
-    }
-    if (comm_abort_data) comm_abort_data();
-    MPI_Abort(MPI_COMM_WORLD, code);
-    _exit(code);
-}
-
-// Ends this process without a word if another rank has ended the job.
-static void mpi_heed_farewell(void) {
-    int flag = 0, code = EXIT_RUN;
-    MPI_Status status;
-    if (MPI_Iprobe(MPI_ANY_SOURCE, COMM_TAG_FAREWELL, MPI_COMM_WORLD, &flag, &status) != 0 || !flag) return;
-    MPI_Recv(&code, 1, MPI_INT, status.MPI_SOURCE, COMM_TAG_FAREWELL, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
-    fflush(stderr);
-    _exit(code);
-}
-
-// die() of a rank. What all ranks find wrong, rank 0 says: the others wait a moment for it.
-static void mpi_die(int code, const char *line) {
-    for (int k = 0; comm.rank != 0 && k < 100; k++) {
-        mpi_heed_farewell();
-        comm_sleep(0.01);
-    }
-    if (comm.rank == 0) fprintf(stderr, "error: %s\n", line);
-    else fprintf(stderr, "error: rank %d on %s: %s\n", comm.rank, comm.peers[comm.rank].host, line);
-    die_clean_up();
-    mpi_end_job(code);
-}
-
-static int mpi_peer_is_dead(int rank) {
-    const CommPeer *me = &comm.peers[comm.rank], *peer = &comm.peers[rank];
-    return strcmp(me->host, peer->host) == 0 && me->pid_space == peer->pid_space && kill((pid_t)peer->pid, 0) != 0 &&
-           errno == ESRCH;
-}
-
-// `rank` is the one that is missing, -1: MPI itself failed. Others get a second to say the same of whom they wait for:
-// who waits for a rank that waits itself does not know the culprit.
-static void mpi_fail(const char *what, int rank, const char *reason) {
-    char missing[128] = "";
-    if (rank >= 0) format_into(missing, sizeof missing, "rank %d on %s ", rank, comm.peers[rank].host);
-    fflush(stdout);
-    fprintf(stderr, "error: rank %d of %d on %s, step %lld, %s: %s%s; the job ends, --resume continues it\n", comm.rank,
-            comm.size, comm.peers ? comm.peers[comm.rank].host : "?", (long long)comm.step, what, missing, reason);
-    die_clean_up();
-    comm_sleep(1);
-    mpi_end_job(EXIT_RUN);
-}
-
-static void mpi_fail_if_dead(const char *what, int rank) {
-    if (rank == comm.rank || !mpi_peer_is_dead(rank)) return;
-    comm_sleep(0.1);
-    mpi_heed_farewell();  // it may have ended in order, with a last word
-    mpi_fail(what, rank, "has died");
-}
-
-static void mpi_fail_silent(const char *what, int rank) {
-    char reason[64];
-    format_into(reason, sizeof reason, "was silent for %g s (--comm-timeout)", comm.timeout);
-    mpi_fail(what, rank, reason);
-}
-
-// The first rank that does not wait as this one does, -1: all do. Ranks whose time is over tell each other so.
-static int mpi_silent_rank(void) {
-    int *waits = (int *)xcalloc((size_t)comm.size, sizeof(int)), flag = 0, silent = -1;
-    MPI_Request request;
-    MPI_Status status;
-    for (int r = 0; r < comm.size; r++)
-        if (r != comm.rank && MPI_Isend(&flag, 0, MPI_INT, r, COMM_TAG_WAITING, MPI_COMM_WORLD, &request) == 0)
-            MPI_Request_free(&request);
-    for (int k = 0; k < 100; k++, comm_sleep(0.01)) {
-        mpi_heed_farewell();
-        if (MPI_Iprobe(MPI_ANY_SOURCE, COMM_TAG_WAITING, MPI_COMM_WORLD, &flag, &status) != 0 || !flag) continue;
-        MPI_Recv(&flag, 0, MPI_INT, status.MPI_SOURCE, COMM_TAG_WAITING, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
-        waits[status.MPI_SOURCE] = 1;
-    }
-    for (int r = comm.size - 1; r >= 0; r--)
-        if (r != comm.rank && !waits[r]) silent = r;
-    free(waits);
-    return silent;
-}
-
-static void mpi_check(int code, const char *what) {
-    char reason[MPI_MAX_ERROR_STRING];
-    int len;
-    if (code == MPI_SUCCESS) return;
-    if (MPI_Error_string(code, reason, &len) != MPI_SUCCESS) strcpy(reason, "unknown error of MPI");
-    mpi_fail(what, -1, reason);
-}
-
-// One message of any length: requests are added to mpi_pending.
-static void mpi_post(int receive, int rank, int tag, void *data, size_t bytes, const char *what) {
-    MpiWait *w = &mpi_pending;
-    for (size_t at = 0; at < bytes; at += COMM_MESSAGE) {
-        int n = bytes - at < COMM_MESSAGE ? (int)(bytes - at) : (int)COMM_MESSAGE;
-        if (w->count == w->capacity) {
-            w->capacity = 2 * w->capacity + 16;
-            w->requests = (MPI_Request *)realloc(w->requests, (size_t)w->capacity * sizeof *w->requests);
-            w->from = (int *)realloc(w->from, (size_t)w->capacity * sizeof *w->from);
-            if (!w->requests || !w->from) die(EXIT_RUN, "out of memory: %d messages", w->capacity);
-        }
-        w->from[w->count] = receive ? rank : -1;
-        if (receive)
-            mpi_check(MPI_Irecv((char *)data + at, n, MPI_BYTE, rank, tag, MPI_COMM_WORLD, &w->requests[w->count]),
-                      what);
-        else
-            mpi_check(MPI_Isend((char *)data + at, n, MPI_BYTE, rank, tag, MPI_COMM_WORLD, &w->requests[w->count]),
-                      what);
-        w->count++;
-    }
-}
-
-// Waits for all pending messages. At first without sleeping, since most waits are short; the core is offered to
-// others, since there may be more ranks than cores.
-static void mpi_wait(const char *what) {
-    MpiWait *w = &mpi_pending;
-    double start = now_seconds(), looked = start, now;
-    for (int round = 0, done = 0;; round++) {
-        mpi_check(MPI_Testall(w->count, w->requests, &done, MPI_STATUSES_IGNORE), what);
-        if (done) break;
-        if (round < 200) sched_yield();
-        else comm_sleep(round < 1000 ? 2e-5 : 5e-4);
-        if (round % 16 || (now = now_seconds()) - looked < 0.02) continue;
-        looked = now;
-        mpi_heed_farewell();
-        for (int k = 0; k < w->count; k++) {
-            if (w->from[k] < 0 || w->requests[k] == MPI_REQUEST_NULL) continue;
-            mpi_fail_if_dead(what, w->from[k]);
-            if (now - start > comm.timeout) mpi_fail_silent(what, w->from[k]);
-        }
-        if (now - start > comm.timeout) mpi_fail(what, -1, "nobody took a message within --comm-timeout");
-    }
-    w->count = 0;
-}
-
-static void mpi_all_to_all(CommGroup group, const void *src, const size_t *send, void *dst, const size_t *recv,
-                           const char *what, void *stream) {
-    int ranks = comm_group_size(group), me = comm_group_rank(group);
-    size_t from = 0, to = 0;
-    (void)stream;
-    for (int r = 0; r < ranks; from += recv[r++])
-        if (r != me) mpi_post(1, comm_world_rank(group, r), group, (char *)dst + from, recv[r], what);
-    from = 0;
-    for (int r = 0; r < ranks; to += send[r], from += recv[r++]) {
-        if (r != me) mpi_post(0, comm_world_rank(group, r), group, (char *)src + to, send[r], what);
-        else memcpy((char *)dst + from, (const char *)src + to, send[r]);
-    }
-    mpi_wait(what);
-}
-
-static void mpi_all_gather(CommGroup group, const void *src, void *dst, size_t bytes, const char *what, void *stream) {
-    int ranks = comm_group_size(group), me = comm_group_rank(group);
-    (void)stream;
-    for (int r = 0; r < ranks; r++)
-        if (r != me) mpi_post(1, comm_world_rank(group, r), group, (char *)dst + (size_t)r * bytes, bytes, what);
-    for (int r = 0; r < ranks; r++)
-        if (r != me) mpi_post(0, comm_world_rank(group, r), group, (void *)src, bytes, what);
-    if ((char *)dst + (size_t)me * bytes != src) memcpy((char *)dst + (size_t)me * bytes, src, bytes);
-    mpi_wait(what);
-}
-
-static void mpi_send_recv(CommGroup group, const void *src, int to, void *dst, int from, size_t bytes, const char *what,
-                          void *stream) {
-    (void)stream;
-    if (from >= 0) mpi_post(1, comm_world_rank(group, from), group, dst, bytes, what);
-    if (to >= 0) mpi_post(0, comm_world_rank(group, to), group, (void *)src, bytes, what);
-    mpi_wait(what);
-}
-
-static void mpi_reduce_scatter(CommGroup group, const void *src, void *dst, size_t count, CommType type,
-                               const char *what, void *stream) {
-    static char *parts = NULL;  // [ranks][count]
-    static size_t size = 0;
-    int ranks = comm_group_size(group), me = comm_group_rank(group);
-    size_t bytes = count * (type == COMM_F32 ? sizeof(float) : sizeof(double));
-    (void)stream;
-    if (size < (size_t)ranks * bytes) {
-        free(parts);
-        size = (size_t)ranks * bytes;
-        parts = (char *)xcalloc(size, 1);
-    }
-    for (int r = 0; r < ranks; r++)
-        if (r != me) mpi_post(1, comm_world_rank(group, r), group, parts + (size_t)r * bytes, bytes, what);
-    for (int r = 0; r < ranks; r++)
-        if (r != me) mpi_post(0, comm_world_rank(group, r), group, (char *)src + (size_t)r * bytes, bytes, what);
-    memcpy(parts + (size_t)me * bytes, (const char *)src + (size_t)me * bytes, bytes);
-    mpi_wait(what);
-    for (size_t k = 0; k < count; k++) {  // in the order of ranks
-        if (type == COMM_F32) {
-            float sum = 0;
-            for (int r = 0; r < ranks; r++) sum += ((const float *)(parts + (size_t)r * bytes))[k];
-            ((float *)dst)[k] = sum;
-        } else {
-            double sum = 0;
-            for (int r = 0; r < ranks; r++) sum += ((const double *)(parts + (size_t)r * bytes))[k];
-            ((double *)dst)[k] = sum;
-        }
-    }
-}
-
-static const CommOps comm_mpi = {"mpi", mpi_all_gather, mpi_reduce_scatter, mpi_all_to_all, mpi_send_recv};
-
-static void mpi_start(void) {
-    CommPeer me;
-    struct stat info;
-    memset(&me, 0, sizeof me);
-    if (MPI_Init(NULL, NULL) != MPI_SUCCESS) die(EXIT_RUN, "MPI does not start; does mpirun belong to this MPI?");
-    MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
-    mpi_check(MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank), "start");
-    mpi_check(MPI_Comm_size(MPI_COMM_WORLD, &comm.size), "start");
-    if (gethostname(me.host, sizeof me.host - 1) != 0) strcpy(me.host, "?");
-    me.pid = (int64_t)getpid();
-    if (stat("/proc/self/ns/pid", &info) == 0) me.pid_space = (uint64_t)info.st_ino;
-    comm.dp_size = comm.size;
-    comm.dp_rank = comm.rank;
-    comm.peers = (CommPeer *)xcalloc((size_t)comm.size, sizeof *comm.peers);
-    mpi_check(MPI_Allgather(&me, sizeof me, MPI_BYTE, comm.peers, sizeof me, MPI_BYTE, MPI_COMM_WORLD), "start");
-    comm.local_size = 0;
-    for (int r = 0; r < comm.size; r++) {
-        if (strcmp(comm.peers[r].host, me.host) != 0) continue;
-        comm.local_rank += r < comm.rank;
-        comm.local_size++;
-    }
-    if (comm.size == 1) return;
-    comm.host = comm.data = &comm_mpi;
-    die_in_world = mpi_die;
-}
-#endif
+#include "comm_peers.h"
 
 // ----------------------------------------------------------------------------------------------------------------
 // Starting and ending
 
-static int comm_env(const char *name) {  // 0: not set
-    const char *text = getenv(name);
-    return text ? atoi(text) : 0;
-}
-
-// First thing in main. MPI is started only where mpirun (or Slurm with MPI) started this process: a program alone costs
-// nothing. Ranks but the first have their standard output closed: what is to be said to people, one says.
+// First thing in main. Ranks come from mpirun or Slurm's pmix, and then speak MPI, or from a launcher that only tells
+// each its number and where the first one is, as torchrun and plain srun do, and then speak TCP. A program alone starts
+// neither. Ranks but the first have their standard output closed: what is to be said to people, one says.
 MAYBE_UNUSED
 static void comm_start(void) {
     const char *const of_mpi[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK"};
@@ -377,14 +111,17 @@ static void comm_start(void) {
     for (int k = 0; k < 4; k++) by_mpi |= getenv(of_mpi[k]) != NULL;
     for (int k = 0; k < 4 && !expected; k++) expected = comm_env(sizes[k]);
 #ifdef USE_MPI
-    const char *advice = "start it with mpirun -np N, or with srun --mpi=pmix";
     if (by_mpi) mpi_start();
+    else tcp_start();
 #else
-    const char *advice = "it was built without MPI: bash scripts/install.sh mpi, then make";
-    (void)by_mpi;
+    tcp_start();
+    if (by_mpi && expected > 1 && comm.size != expected)
+        die(EXIT_USAGE, "mpirun starts %d processes, but this program was built without MPI: bash scripts/install.sh "
+            "mpi, then make", expected);
 #endif
     if (expected > 1 && comm.size != expected)
-        die(EXIT_USAGE, "this is one of %d processes, but they do not know each other; %s", expected, advice);
+        die(EXIT_USAGE, "this is one of %d processes, but they do not know each other; start it with mpirun -np N, or "
+            "with torchrun or srun, which set RANK and MASTER_ADDR, or SLURM_PROCID", expected);
     if (comm.rank != 0 && !freopen("/dev/null", "w", stdout)) die(EXIT_RUN, "/dev/null: %s", strerror(errno));
     notes_wanted = comm.rank == 0;
 }
@@ -404,20 +141,16 @@ static void comm_layout(int sp) {
 // Ends the job if a rank has ended it or died, or if this one has waited since `start` for too long.
 MAYBE_UNUSED
 static void comm_watch(double start, const char *what) {
-#ifdef USE_MPI
     static double looked = 0;
     double now = now_seconds();
-    if (now - looked < 0.02) return;
+    if (comm.size == 1 || now - looked < 0.02) return;
     looked = now;
-    mpi_heed_farewell();
-    for (int r = 0; r < comm.size; r++) mpi_fail_if_dead(what, r);
+    carrier->heed();
+    for (int r = 0; r < comm.size; r++) peer_fail_if_dead(what, r);
     if (now - start <= comm.timeout) return;
-    int silent = mpi_silent_rank();
-    if (silent < 0) mpi_fail(what, -1, "no rank came further within --comm-timeout");
-    mpi_fail_silent(what, silent);
-#else
-    (void)start, (void)what;
-#endif
+    int silent = comm.size == 2 ? 1 - comm.rank : carrier->silent();
+    if (silent < 0) peer_fail(what, -1, "no rank came further within --comm-timeout");
+    peer_fail_silent(what, silent);
 }
 
 // Around a call that may wait for other ranks and cannot poll: what: what it does; NULL: it is over.
@@ -523,13 +256,8 @@ static int comm_agree(int code, char *why, size_t why_size, const char *what) {
 // Last thing before a regular end.
 MAYBE_UNUSED
 static void comm_finish(void) {
-#ifdef USE_MPI
-    int started = 0;
-    MPI_Initialized(&started);
-    if (!started) return;
-    comm_barrier("end of the run");
-    MPI_Finalize();
-#endif
+    if (comm.size > 1) comm_barrier("end of the run");
+    if (carrier) carrier->finish();
 }
 
 #endif
