@@ -74,7 +74,7 @@ NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>
 
 # NCCL, beside the toolkit or in it
 NCCL_MAIN := $(H)include <nccl.h>\nint main(void) { ncclUniqueId id; return ncclGetUniqueId(&id); }
-ifneq ($(if $(NO_NCCL),,$(and $(NVCC),$(MPI))),)
+ifneq ($(if $(NO_NCCL),,$(NVCC)),)
 NCCL := $(call first,$(NCCL_MAIN),-I$(CUDA_HOME)/include|-L$(CUDA_HOME)/lib64|-lnccl)
 endif
 GIT := $(shell git describe --always --dirty 2>/dev/null)
@@ -115,7 +115,8 @@ all: train_xlstm data/tokenize $(CUDA_PROGRAMS) | summary
 summary:
 	@echo "compiler $(CC) | OpenMP $(if $(OMP),yes,no) | OpenBLAS $(if $(BLAS),yes,no: built-in matmul) |" \
 	    "MPI $(if $(MPI),yes,no: one process) |" \
-	    "nvcc $(if $(NVCC),$(NVCC) SM=$(SM) | NCCL $(if $(NCCL),yes,no: one GPU),no)$(if $(DEBUG), | DEBUG)$(if $(SANITIZE), | SANITIZE)"
+	    "nvcc $(if $(NVCC),$(NVCC) SM=$(SM) | NCCL $(if $(NCCL),yes,no: one GPU),no)$(if $(DEBUG), | DEBUG)$(if \
+	    $(SANITIZE), | SANITIZE)"
 
 # What everything depends on: rewritten only when it changes.
 FLAGS := $(CC) $(subst ',,$(ALL_CFLAGS) $(BLAS_CFLAGS) $(BLAS_LIBS) $(MPI_CFLAGS) $(MPI_LIBS) $(LIBS) $(LDFLAGS))

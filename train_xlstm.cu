@@ -125,12 +125,12 @@ struct Model {
     cudaStream_t stream;
     size_t *offsets, total;  // of tensors; elements of one copy
     size_t *state_offsets, state_size, state_small;
-    Shards shards;           // of params, grads and weights
-    int own_moments;         // 1: m and v hold this rank's pieces only, [shards_owned]
-    float *params, *grads;   // [shards_padded], which is total with one rank
-    float *m, *v;            // the same, or [shards_owned]
-    F *weights;              // params in format F (the same memory if F is float)
-    UpdateChunk *chunks;     // device
+    Shards shards;          // of params, grads and weights
+    int own_moments;        // 1: m and v hold this rank's pieces only, [shards_owned]
+    float *params, *grads;  // [shards_padded], which is total with one rank
+    float *m, *v;           // the same, or [shards_owned]
+    F *weights;             // params in format F (the same memory if F is float)
+    UpdateChunk *chunks;    // device
     int num_chunks;
     int *bucket_chunks;  // [num_buckets + 1] with own_moments: the first chunk of each bucket
     // Several ranks
@@ -139,7 +139,7 @@ struct Model {
     size_t unsent;                                  // buckets whose gradients have not left, the first ones
     float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
     char *exchange;
-    int *whole_start;  // doc_start of the rows that this rank's sLSTMs take, [rows, whole]
+    int *whole_start;                   // doc_start of the rows that this rank's sLSTMs take, [rows, whole]
     float *stored;                      // [num_state_rows][state_size]
     float *state_in, *state_out;        // [max_batch][state_size]
     float *decode_state, *decode_in;    // [state_size], [state_small]
@@ -242,8 +242,8 @@ static void exchange_ends(Model<F> *m, const char *what) {
     if (!device_captures(m->stream)) device_wait(m->exchange_stream, what);
 }
 
-// [B][count] floats, rows of state_size, from `from` to the next rank (direction 1) or the one before (-1), and those of
-// the other neighbour to `to`.
+// [B][count] floats, rows of state_size, from `from` to the next rank (direction 1) or the one before (-1), and those
+// of the other neighbour to `to`.
 template <typename F>
 static void pass_rows(Model<F> *m, int B, size_t count, const float *from, float *to, int direction, const char *what) {
     int next = comm.sp_rank + direction, before = comm.sp_rank - direction;
@@ -1367,8 +1367,7 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
     for (size_t k = 0; k < s->num_buckets; k++) {
         int first = m->bucket_chunks[k], count = m->bucket_chunks[k + 1] - first;
         float *bucket = m->params + k * size;
-        if (count > 0)
-            adamw_update(m->params, NULL, m->m, m->v, m->grads, m->chunks + first, count, args, m->stream);
+        if (count > 0) adamw_update(m->params, NULL, m->m, m->v, m->grads, m->chunks + first, count, args, m->stream);
         CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
         CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
         comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank, bucket, s->piece * sizeof(float),

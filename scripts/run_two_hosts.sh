@@ -6,7 +6,8 @@
 #
 # HOSTFILE: one host a line. This directory, with the program built, must be at the same path on all hosts, --out on a
 # file system they share, and the hosts must be reachable by ssh without a password. NETWORK (default: Open MPI chooses)
-# names the network interface to use, e.g. eth0, for NCCL, too. SIGTERM to mpirun lets the ranks save: they get a minute.
+# names the network interface to use, e.g. eth0, for NCCL, too. SIGTERM to mpirun lets the ranks save: they get a
+# minute.
 set -eu
 cd "$(dirname "$0")/.."
 HOSTFILE=${1:?usage: bash scripts/run_two_hosts.sh HOSTFILE FLAGS...}

@@ -89,8 +89,8 @@ static __global__ void __launch_bounds__(GRAD_NORM_BLOCKS) grad_norm_add_kernel(
     double sum = block_sum_double(partial[threadIdx.x]);
     if (threadIdx.x == 0) *result = sum;
 }
-// result [1] = the sum of squares of `pieces` pieces of grads, which begin `stride` elements apart and are aligned to 16
-// bytes, unless there is but one; partial [GRAD_NORM_BLOCKS]
+// result [1] = the sum of squares of `pieces` pieces of grads, which begin `stride` elements apart; all are aligned to
+// 16 bytes; partial [GRAD_NORM_BLOCKS]
 MAYBE_UNUSED
 static void grad_norm_squared(double *result, double *partial, const float *grads, size_t piece, size_t pieces,
                               size_t stride, cudaStream_t stream) {

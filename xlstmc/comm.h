@@ -1,7 +1,7 @@
 // comm.h: the processes ("ranks") that train one model together, and what they tell each other.
 //
-//   world = DP x SP     SP ranks share one sequence, neighbours first: sp_rank = rank % SP; the DP = size / SP groups of
-//                       them have different sequences. Weights and gradients belong to the world (doc/parallel.md).
+//   world = DP x SP     SP ranks share one sequence, neighbours first: sp_rank = rank % SP; the DP = size / SP groups
+//                       of them have different sequences. Weights and gradients belong to the world (doc/parallel.md).
 //
 // A program has two back ends, each a CommOps: comm.host moves host memory (losses, checksums, decisions), comm.data
 // what the model is made of. On the CPU both are the same: "self" with one rank, else "peers" (comm_peers.h). The CUDA
@@ -116,12 +116,16 @@ static void comm_start(void) {
 #else
     tcp_start();
     if (by_mpi && expected > 1 && comm.size != expected)
-        die(EXIT_USAGE, "mpirun starts %d processes, but this program was built without MPI: bash scripts/install.sh "
-            "mpi, then make", expected);
+        die(EXIT_USAGE,
+            "mpirun starts %d processes, but this program was built without MPI: bash scripts/install.sh "
+            "mpi, then make",
+            expected);
 #endif
     if (expected > 1 && comm.size != expected)
-        die(EXIT_USAGE, "this is one of %d processes, but they do not know each other; start it with mpirun -np N, or "
-            "with torchrun or srun, which set RANK and MASTER_ADDR, or SLURM_PROCID", expected);
+        die(EXIT_USAGE,
+            "this is one of %d processes, but they do not know each other; start it with mpirun -np N, or "
+            "with torchrun or srun, which set RANK and MASTER_ADDR, or SLURM_PROCID",
+            expected);
     if (comm.rank != 0 && !freopen("/dev/null", "w", stdout)) die(EXIT_RUN, "/dev/null: %s", strerror(errno));
     notes_wanted = comm.rank == 0;
 }

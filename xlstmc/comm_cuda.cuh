@@ -168,8 +168,8 @@ static void nccl_start(void) {
     comm_guard("start of NCCL");
     NCCL_CHECK(ncclCommInitRankConfig(&device_comm.comms[COMM_WORLD], comm.size, id, comm.rank, &config));
     if (comm.sp_size > 1)
-        NCCL_CHECK(ncclCommSplit(device_comm.comms[COMM_WORLD], comm.dp_rank, comm.sp_rank,
-                                 &device_comm.comms[COMM_SP], &sp_config));
+        NCCL_CHECK(ncclCommSplit(device_comm.comms[COMM_WORLD], comm.dp_rank, comm.sp_rank, &device_comm.comms[COMM_SP],
+                                 &sp_config));
     comm_guard(NULL);
     comm_abort_data = device_abort;
     size_t *sizes = (size_t *)xcalloc((size_t)comm.size, sizeof(size_t));

@@ -1,5 +1,5 @@
-// comm_tcp.h: messages between ranks over TCP, part of comm_peers.h: for ranks that torchrun, plain srun or a script has
-// started. Each has its number, how many there are and where the first one is from environment variables:
+// comm_tcp.h: messages between ranks over TCP, part of comm_peers.h: for ranks that torchrun, plain srun or a script
+// has started. Each has its number, how many there are and where the first one is from environment variables:
 //
 //   RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT              torchrun; our port is the next one, theirs is taken
 //   SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_STEP_NODELIST, SLURM_JOB_ID      srun without MPI
@@ -114,7 +114,8 @@ static void tcp_move(int socket, int receive, void *data, size_t bytes) {
     for (char *at = (char *)data; bytes > 0;) {
         ssize_t n = receive ? recv(socket, at, bytes, 0) : send(socket, at, bytes, MSG_NOSIGNAL);
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) die(EXIT_RUN, "connecting the ranks: one of them is gone, or none came for %g s", TCP_START_TIMEOUT);
+        if (n <= 0)
+            die(EXIT_RUN, "connecting the ranks: one of them is gone, or none came for %g s", TCP_START_TIMEOUT);
         at += n, bytes -= (size_t)n;
     }
 }

@@ -1014,8 +1014,8 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
 
 template <typename F>
 static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
-    return ScanScratch{scratch->inv_den,      scratch->ds,       scratch->q_dq,         scratch->k_dk, scratch->anchor,
-                       scratch->anchor_start, scratch->segments, scratch->segments_back};
+    return ScanScratch{scratch->inv_den, scratch->ds,           scratch->q_dq,     scratch->k_dk,
+                       scratch->anchor,  scratch->anchor_start, scratch->segments, scratch->segments_back};
 }
 
 // The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,

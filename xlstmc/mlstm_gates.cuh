@@ -253,12 +253,12 @@ static void mlstm_gate_summary(const MlstmShape *s, const MlstmGateInput &in, co
 // From what mlstm_gate_summary has left. m0 [B][NH] (NULL: zeros) and m_final [B][NH] (NULL: not wanted): rows m_row
 // apart. segment: see mlstm_gate_scale_kernel.
 MAYBE_UNUSED
-static void mlstm_gate_values(const MlstmShape *s, const MlstmGateInput &in, bool segment, const float *m0, size_t m_row,
-                              float *m_final, const MlstmGates *g, cudaStream_t stream) {
+static void mlstm_gate_values(const MlstmShape *s, const MlstmGateInput &in, bool segment, const float *m0,
+                              size_t m_row, float *m_final, const MlstmGates *g, cudaStream_t stream) {
     const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s, chunks), threads = 32 * MLSTM_GATE_WARPS;
     auto scale = segment ? mlstm_gate_scale_kernel<true> : mlstm_gate_scale_kernel<false>;
-    auto tokens = s->chunk == SCAN_CHUNK ? mlstm_gate_tokens_kernel<SCAN_CHUNK / 32>
-                                         : mlstm_gate_tokens_kernel<MLSTM_CHUNK / 32>;
+    auto tokens =
+        s->chunk == SCAN_CHUNK ? mlstm_gate_tokens_kernel<SCAN_CHUNK / 32> : mlstm_gate_tokens_kernel<MLSTM_CHUNK / 32>;
     scale<<<s->B * s->NH, 32, 0, stream>>>(g->m, g->summary, m0, m_final, m_row, s->NH, chunks, s->sigmoid_gate);
     LAUNCH_CHECK();
     tokens<<<blocks, threads, 0, stream>>>(*s, in, *g, chunks);

@@ -66,8 +66,8 @@ template <bool REVERSE>
 static void mlstm_pair(const MlstmShape *s, MlstmState pair, const float *segments, const float *decay,
                        int segment_chunks, cudaStream_t stream) {
     int count = ceil_div(mlstm_chunks(s), segment_chunks);
-    mlstm_pair_kernel<REVERSE><<<mlstm_element_grid(s), 256, count * sizeof(float), stream>>>(
-        *s, pair, segments, decay, count, segment_chunks);
+    mlstm_pair_kernel<REVERSE><<<mlstm_element_grid(s), 256, count * sizeof(float), stream>>>(*s, pair, segments, decay,
+                                                                                              count, segment_chunks);
     LAUNCH_CHECK();
 }
 

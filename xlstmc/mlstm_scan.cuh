@@ -1048,8 +1048,8 @@ static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16>
     mlstm_pair<true>(&s, pair, scratch.segments_back, gates.decay, p.segment_chunks, stream);
 }
 
-// dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_backward. dfinal: gradient of the states that leave, C ==
-// NULL: zeros; walked: mlstm_scan_backward_pair has been here
+// dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_backward. dfinal: gradient of the states that leave,
+// C == NULL: zeros; walked: mlstm_scan_backward_pair has been here
 static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState initial, MlstmState dfinal,
                                 bool walked, const bf16 *dh, bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad,
                                 const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch,

@@ -10,10 +10,10 @@
 #include "cuda_util.cuh"
 
 typedef struct {
-    int B, NH, whole;           // sequences, heads, tokens of a whole sequence
-    int ranks, rank;            // P, and this one
-    int ways, groups;           // parts of the heads, groups of rows
-    int T;                      // this rank's tokens
+    int B, NH, whole;            // sequences, heads, tokens of a whole sequence
+    int ranks, rank;             // P, and this one
+    int ways, groups;            // parts of the heads, groups of rows
+    int T;                       // this rank's tokens
     int row, rows, head, heads;  // what this rank takes, with all tokens
 } Reshard;
 

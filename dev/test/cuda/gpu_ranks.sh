@@ -46,8 +46,10 @@ cat "$ROOT"/xlstmc/flags.h "$ROOT"/xlstmc/trainer.h >text.txt
 head -c 9000 "$ROOT"/xlstmc/log.h >val.txt
 # 12 sequences a step go to 1, 2, 3 and 4 groups; 203 tokens divide by no number of ranks here
 MODEL=(--blocks "mlstm,slstm,mlstm_v1" --dim 64 --heads 2)
-DATA=(--comm-timeout 30 --train text.txt --val val.txt --reset-docs --eot 10 --batch 1 --seq-len 203 --tokens-per-step 2436)
-LONG=(--comm-timeout 30 --train text.txt --batch 1 --seq-len 5003 --tokens-per-step 60036) # the kernels cut it in segments, too
+DATA=(--train text.txt --val val.txt --reset-docs --eot 10 --batch 1 --seq-len 203 --tokens-per-step 2436
+    --comm-timeout 30)
+# the kernels cut these sequences in segments, too
+LONG=(--train text.txt --batch 1 --seq-len 5003 --tokens-per-step 60036 --comm-timeout 30)
 RUN=("${MODEL[@]}" "${DATA[@]}" --steps 20 --warmup 3 --lr 3e-3 --save-every 10 --eval-every 10)
 
 # What one rank computes
@@ -160,7 +162,10 @@ gone() { # gone SECONDS PID...: no process of these is left after so many second
     local end=$((SECONDS + $1)) pid alive
     shift
     while alive=0; for pid; do kill -0 "$pid" 2>/dev/null && alive=1; done; [ $alive = 1 ]; do
-        [ $SECONDS -le $end ] || { echo "still there: $(ps -o pid=,stat=,args= -p "$(echo "$*" | tr ' ' ,)")"; return 1; }
+        if [ $SECONDS -gt $end ]; then
+            echo "still there: $(ps -o pid=,stat=,args= -p "$(echo "$*" | tr ' ' ,)")"
+            return 1
+        fi
         sleep 0.05
     done
 }
