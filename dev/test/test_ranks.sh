@@ -34,6 +34,21 @@ ranks() { # ranks N COMMAND...
     shift
     timeout 120 mpirun -np "$n" "$@"
 }
+launch() { # launch N COMMAND...: without mpirun, as torchrun does it; their numbers in pids
+    local n=$1 r port=$((20000 + RANDOM % 10000))
+    shift
+    pids=()
+    for ((r = 0; r < n; r++)); do
+        RANK=$r WORLD_SIZE=$n MASTER_ADDR=localhost MASTER_PORT=$port timeout 120 "$@" &
+        pids+=($!)
+    done
+}
+torch_ranks() { # torch_ranks N COMMAND...: the worst exit code
+    local pids pid code=0
+    launch "$@"
+    for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+    return $code
+}
 exits() { # exits CODE COMMAND...
     local code=$1 got=0
     shift
@@ -93,6 +108,9 @@ if part runs; then
     must ranks 4 "$TRAIN" "${RUN[@]}" --sp 2 --zero 1 --out again
     check "the same command twice: the same bytes" diff -r "$(step run_421 20)" "$(step again 20)"
     check "standard output is that of one rank" [ "$(grep -c '^done: 20 steps' run.log)" = 1 ]
+    must torch_ranks 4 "$TRAIN" "${RUN[@]}" --sp 2 --zero 1 --out without
+    check "without mpirun, over TCP: the same bytes" diff -r "$(step run_421 20)" "$(step without 20)"
+    check "... and what is said is said once" [ "$(grep -c '^done: 20 steps' run.log)" = 1 ]
     # shellcheck disable=SC2016 # awk's own
     check "validation loss of 4 ranks" awk '
         NR == FNR { want[FNR] = $2; next }
@@ -135,6 +153,10 @@ if part errors; then
     check "--generate is for one" exits 2 ranks 2 "$TRAIN" --load x --generate 5
     check "ranks that do not know each other" exits 2 env WORLD_SIZE=4 "$TRAIN" "${RUN[@]}"
     check "... are told how to" has 'mpirun' run.err
+    check "without mpirun: one rank's error is the exit code" exits 3 env FAULTS=die@3 \
+        bash -c "$(declare -f launch torch_ranks); torch_ranks 3 \"\$@\"" _ "$TRAIN" "${RUN[@]}"
+    check "... and named, in one line" [ "$(grep -c '^error: rank 2 on .*: a fault on demand' run.err)" = 1 ]
+    check "... by nobody else" [ "$(grep -c '^error: ' run.err)" = 1 ]
     must ranks 2 "$TRAIN" "${RUN[@]}" --steps 1 --out used
     check "a used --out is refused" exits 2 ranks 2 "$TRAIN" "${RUN[@]}" --out used
     check "... in one line" [ "$(grep -c '^error: ' run.err)" = 1 ]
@@ -185,6 +207,23 @@ if part kill; then
         check "kill -9 of a rank, $k" strike KILL $k
         check "a rank that hangs, $k" strike STOP $k
     done
+    strike_torch() { # strike_torch SIGNAL: without mpirun
+        local pids victim pid code
+        rm -rf struck
+        launch 4 "$TRAIN" "${RUN[@]}" --sp 2 --zero 1 --steps 1000000 --comm-timeout 2 --out struck >run.log 2>run.err
+        for ((wait = 0; wait < 400; wait++)); do
+            [ "$(losses struck 2>/dev/null | wc -l)" -ge 2 ] && break
+            sleep 0.05
+        done
+        victim=$(pgrep -P "${pids[1]}") # below timeout
+        kill "-$1" "$victim"
+        gone 7 "${pids[0]}" "${pids[2]}" "${pids[3]}" || code=1
+        kill -9 "$victim" 2>/dev/null
+        for pid in "${pids[@]}"; do wait "$pid" && { echo "exit code 0"; code=1; }; done
+        [ -z "${code:-}" ] && has "^error: rank [0-3] of 4 on $(hostname), step [0-9]*, [^:]*: rank [0-3] on" run.err
+    }
+    check "without mpirun: kill -9 of a rank" strike_torch KILL
+    check "without mpirun: a rank that hangs" strike_torch STOP
     stop_one() {
         local job code=0 pids
         rm -rf struck
