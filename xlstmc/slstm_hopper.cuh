@@ -1,11 +1,11 @@
 // slstm_hopper.cuh: the sLSTM cell in bf16 on chips that have clusters of thread blocks (compute capability 9.0 and
 // newer). One cluster carries one head of a group of sequences through all time steps.
 //
-// A warp owns 8 hidden units with all four gates of a tile of 8 sequences: the states of a unit of a sequence stay in one
-// thread, and the part of R that the warp multiplies with in its registers (what does not fit, in shared memory) as left
-// operands of mma.sync; the sequences are the 8 columns of the right operand. What a step hands over goes from registers
-// straight into the shared memory of the blocks that need it (st.async), and each message counts its bytes at a barrier
-// (mbarrier) that the receiver waits for. There is no barrier of the cluster in the loop.
+// A warp owns 8 hidden units with all four gates, of a tile of 8 sequences: the states of a unit of a sequence stay in
+// one thread, and the part of R that the warp multiplies with in its registers (what does not fit, in shared memory) as
+// left operands of mma.sync; the sequences are the 8 columns of the right operand. What a step hands over goes from
+// registers straight into the shared memory of the blocks that need it (st.async), and each message counts its bytes at
+// a barrier (mbarrier) that the receiver waits for. There is no barrier of the cluster in the loop.
 //
 // Forward, every block needs the outputs y of all units: an all-gather of bf16. A block begins to multiply with its own
 // outputs while those of its peers are on their way. Backward, a block multiplies its part of R^T with its own dr and
