@@ -335,7 +335,7 @@ int main(int argc, char **argv) {
     choose_device();
     void *workspace;
     CUDA_CHECK(cudaMalloc(&workspace, MATMUL_WORKSPACE));
-    matmul_init(workspace);
+    matmul_init(workspace, NULL);
     for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {
         if ((argc > 1 && !strstr(tests[k].name, argv[1])) || (small_tests && !tests[k].has_small)) continue;
         double start = now_seconds();

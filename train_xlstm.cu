@@ -109,6 +109,17 @@ typedef struct {
     int whole, reduce;  // as in Batch: with --sp; gradients leave
 } GraphKey;
 
+// The gradient of a weight matrix, dw[N, K] += dout[rows, N]^T in[rows, K], which nothing waits for before the step's
+// end. The scan of an sLSTM leaves much of the GPU idle, so products that come shortly before it run beside it.
+template <typename F>
+struct WeightProduct {
+    float *dw;
+    const F *dout, *in;
+    size_t ld_dout, ld_in;
+    int rows, N, K;
+};
+enum { MAX_LATER = 2 };
+
 enum { MAX_GRAPHS = 8 };
 typedef struct {
     GraphKey key;
@@ -160,7 +171,12 @@ struct Model {
     float *dh_dot_h;                      // [rows, NH]
     MlstmScratch<F> mlstm_scratch[2];     // of mlstm and of mlstm_v1 blocks
     SlstmScratch slstm_scratch;
-    F *slstm_x;      // [rows, 4D] pre-activations of an sLSTM
+    F *slstm_x;         // [rows, 4D or 2Us] pre-activations of an sLSTM; backward, gradients of its FFN's gate and up
+    F *slstm_dx;        // [rows, 4D] gradients of the pre-activations
+    cudaStream_t side;  // for what runs beside a scan
+    cudaEvent_t fork, join;
+    WeightProduct<F> later[MAX_LATER];  // beside the next scan
+    int num_later;
     float *partial;  // sums over rows
     int *embedding_scratch;
     Graph graphs[MAX_GRAPHS];
@@ -223,6 +239,31 @@ template <typename F>
 static HeadNormShape head_norm(const Model<F> *m, int width, int v1) {
     HeadNormShape n = {1, v1, m->config.num_heads, width / m->config.num_heads, v1 ? 1e-5f : (float)m->config.norm_eps};
     return n;
+}
+
+// Runs the product, or keeps it: then dout and in must stay as they are until run_later.
+template <typename F>
+static void weight_product(Model<F> *m, int keep, WeightProduct<F> p) {
+    if (keep) m->later[m->num_later++] = p;
+    else matmul_weights(p.dw, p.dout, p.ld_dout, p.in, p.ld_in, p.rows, p.N, p.K, m->stream);
+}
+
+// What has been kept, on the side stream. begin_later: from here on it may run; m->stream goes on. end_later: it has.
+template <typename F>
+static void begin_later(Model<F> *m) {
+    if (m->num_later) CUDA_CHECK(cudaEventRecord(m->fork, m->stream));
+}
+template <typename F>
+static void end_later(Model<F> *m) {
+    if (!m->num_later) return;
+    CUDA_CHECK(cudaStreamWaitEvent(m->side, m->fork, 0));
+    for (int k = 0; k < m->num_later; k++) {
+        const WeightProduct<F> *p = &m->later[k];
+        matmul_weights(p->dw, p->dout, p->ld_dout, p->in, p->ld_in, p->rows, p->N, p->K, m->side);
+    }
+    CUDA_CHECK(cudaEventRecord(m->join, m->side));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->join, 0));
+    m->num_later = 0;
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -294,15 +335,17 @@ static void ffn_forward(Model<F> *m, F *out, const F *x, const FfnActs<F> *a, No
     matmul_forward(out, D, a->act, U, w_down, x, rows, D, U, m->stream);
 }
 
-// m->dx: on entry the gradient of out, on return that of x
+// m->dx: on entry the gradient of out, on return that of x. d_gate_up [rows, 2U]: scratch; where it is not m->d_wide,
+// it stays as it is until the scan that follows, and the gradient of w_up is made beside that.
 template <typename F>
 static void ffn_backward(Model<F> *m, const F *x, const FfnActs<F> *a, NormShape norm, const float *w_norm,
                          float *dw_norm, const F *w_up, float *dw_up, const F *w_down, float *dw_down, int rows, int U,
-                         int use_gelu) {
+                         int use_gelu, F *d_gate_up) {
     int D = norm.width;
     matmul_backward(m->d_mid, U, 0, dw_down, m->dx, D, a->act, U, w_down, rows, D, U, m->stream);
-    gated_backward(m->d_wide, m->d_mid, a->gate_up, rows, U, use_gelu, m->stream);
-    matmul_backward(m->d_mid2, D, 0, dw_up, m->d_wide, 2 * (size_t)U, a->u, D, w_up, rows, 2 * U, D, m->stream);
+    gated_backward(d_gate_up, m->d_mid, a->gate_up, rows, U, use_gelu, m->stream);
+    matmul_inputs(m->d_mid2, D, 0, d_gate_up, 2 * (size_t)U, w_up, rows, 2 * U, D, m->stream);
+    weight_product(m, d_gate_up != m->d_wide, {dw_up, d_gate_up, a->u, 2 * (size_t)U, (size_t)D, rows, 2 * U, D});
     norm_backward(m->dx, 1, dw_norm, m->d_mid2, x, a->stats, w_norm, norm, rows, m->partial, m->stream);
 }
 
@@ -469,19 +512,22 @@ static void mlstm_block_backward(Model<F> *m, int b, const Sequence *s, const F 
     NormShape norm = rmsnorm(m);
     F *dproj = m->d_wide, *dh = m->d_mid2;
     ffn_backward(m, a->x_mid, &a->ffn, norm, param(m, b, M_NORM_FFN), grad(m, b, M_NORM_FFN), weight(m, b, M_FFN_GATE),
-                 grad(m, b, M_FFN_GATE), weight(m, b, M_FFN_DOWN), grad(m, b, M_FFN_DOWN), rows, dim(m, DIM_U), 0);
-    matmul_backward_input(m->d_mid, Dv, 0, m->dx, D, weight(m, b, M_OUT_PROJ), rows, D, Dv, m->stream);
+                 grad(m, b, M_FFN_GATE), weight(m, b, M_FFN_DOWN), grad(m, b, M_FFN_DOWN), rows, dim(m, DIM_U), 0,
+                 m->d_wide);
+    matmul_inputs(m->d_mid, Dv, 0, m->dx, D, weight(m, b, M_OUT_PROJ), rows, D, Dv, m->stream);
     head_norm_gate_backward(dh, dproj + 2 * Dk + Dv, ld, grad(m, b, M_HEAD_NORM), m->dh_dot_h, m->d_mid, a->h,
                             a->hn_stats, param(m, b, M_HEAD_NORM), a->proj + 2 * Dk + Dv, (size_t)P,
                             head_norm(m, Dv, 0), rows, m->partial, m->stream);
     mlstm_leave_begins(m, b, s, a, dh);
-    matmul_backward_weight(grad(m, b, M_OUT_PROJ), m->dx, D, a->y, Dv, rows, D, Dv, m->stream);
+    matmul_weights(grad(m, b, M_OUT_PROJ), m->dx, D, a->y, Dv, rows, D, Dv, m->stream);
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dproj + P + 2 * NH, ld * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
     mlstm_leave_ends(m, b, s);
     mlstm_cell_back(m, b, s, a, dh, dproj, dproj + Dk, dproj + 2 * Dk, ld, dproj + P, ld, grad(m, b, M_IGATE_BIAS));
-    matmul_backward(m->d_mid, D, 0, grad(m, b, M_Q), dproj, ld, a->u, D, weight(m, b, M_Q), rows, (int)ld, D,
-                    m->stream);
+    matmul_inputs(m->d_mid, D, 0, dproj, ld, weight(m, b, M_Q), rows, (int)ld, D, m->stream);
+    // An sLSTM below leaves d_wide alone; with recomputation a->u is overwritten.
+    int keep = b > 0 && m->config.block_types[b - 1] == BLOCK_SLSTM && !m->run.recompute;
+    weight_product(m, keep, {grad(m, b, M_Q), dproj, a->u, ld, (size_t)D, rows, (int)ld, D});
     norm_backward(m->dx, 1, grad(m, b, M_NORM), m->d_mid, x, a->stats, param(m, b, M_NORM), norm, rows, m->partial,
                   m->stream);
 }
@@ -524,14 +570,14 @@ static void mlstm_v1_block_backward(Model<F> *m, int b, const Sequence *s, const
     // Scratch: d_wide holds dup [rows, 2I], dqkv [rows, 3I] and dgates [rows, G]; d_mid, d_mid2, d_mid3 are [rows, I].
     F *dup = m->d_wide, *dqkv = dup + (size_t)rows * ld_up, *dgates = dqkv + (size_t)rows * ld_qkv;
     F *dh = m->d_mid2, *dca = m->d_mid3;
-    matmul_backward_input(m->d_mid, I, 0, m->dx, D, weight(m, b, V1_DOWN), rows, D, I, m->stream);
+    matmul_inputs(m->d_mid, I, 0, m->dx, D, weight(m, b, V1_DOWN), rows, D, I, m->stream);
     head_norm_skip_backward(dh, dup + I, ld_up, dca, grad(m, b, V1_HEAD_NORM), grad(m, b, V1_SKIP), m->dh_dot_h,
                             m->d_mid, a->h, a->hn_stats, param(m, b, V1_HEAD_NORM), a->ca, param(m, b, V1_SKIP),
                             a->proj + I, ld_up, head_norm(m, I, 1), rows, m->partial, m->stream);
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dgates + 2 * NH, G * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
     mlstm_leave_begins(m, b, s, a, dh);
-    matmul_backward_weight(grad(m, b, V1_DOWN), m->dx, D, a->y, I, rows, D, I, m->stream);
+    matmul_weights(grad(m, b, V1_DOWN), m->dx, D, a->y, I, rows, D, I, m->stream);
     mlstm_leave_ends(m, b, s);
     mlstm_cell_back(m, b, s, a, dh, dqkv, dqkv + I, dqkv + 2 * I, ld_qkv, dgates, (size_t)G, grad(m, b, V1_IGATE_BIAS));
     matmul_backward(dqkv, ld_qkv, 1, grad(m, b, V1_IGATE), dgates, G, a->qkv, ld_qkv, weight(m, b, V1_IGATE), rows, G,
@@ -660,9 +706,12 @@ static void slstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> 
         dbias += (size_t)share.head * 4 * d;
         slstm_exchange(m, &share, dh, d, true);
     }
-    if (shape.B > 0) {
+    begin_later(m);
+    if (shape.B > 0)
         slstm_backward(&shape, R, &a->slstm, dh, doc_start, initial, dgates, dbias, m->partial, &m->slstm_scratch,
                        m->stream);
+    end_later(m);
+    if (shape.B > 0) {
         size_t width = (size_t)shape.NH * d;
         Matrix y_prev = {a->slstm.y_prev, width, 1, d}, dr = {dgates, 4 * width, 0, 4LL * d};
         // dR [NH, d, 4d] += sum over tokens of y_prev^T dr
@@ -696,10 +745,10 @@ static void slstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *
 template <typename F>
 static void slstm_block_backward(Model<F> *m, int b, const Sequence *s, const F *x, BlockActs<F> *a) {
     int rows = s->B * s->T, D = dim(m, DIM_D), NH = m->config.num_heads, d = D / NH;
-    F *dgates = m->d_wide, *dh = m->d_mid, *dca = m->d_mid2, *du = m->d_mid3;
+    F *dgates = m->slstm_dx, *dh = m->d_mid, *dca = m->d_mid2, *du = m->d_mid3;
     ffn_backward(m, a->x_mid, &a->ffn, layernorm_v1(m), param(m, b, S_NORM_FFN), grad(m, b, S_NORM_FFN),
                  weight(m, b, S_FFN_UP), grad(m, b, S_FFN_UP), weight(m, b, S_FFN_DOWN), grad(m, b, S_FFN_DOWN), rows,
-                 dim(m, DIM_US), 1);
+                 dim(m, DIM_US), 1, m->slstm_x);
     head_norm_backward(dh, grad(m, b, S_GROUP_NORM), m->dx, a->h, a->hn_stats, param(m, b, S_GROUP_NORM),
                        head_norm(m, D, 1), rows, m->partial, m->stream);
     slstm_cell_back(m, b, s, a, dgates, dh);
@@ -810,7 +859,7 @@ static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
                   m->partial, m->stream);
     for (int b = last - 1; b >= 0; b--) {
         block_backward(m, b, s);
-        send_gradients(m, m->offsets[m->table.block_first[b]]);
+        if (!m->num_later) send_gradients(m, m->offsets[m->table.block_first[b]]);
     }
     embedding_backward(m->grads + m->offsets[m->table.shell[SHELL_EMBEDDING]], m->dx, tokens, rows, dim(m, DIM_D),
                        dim(m, DIM_V), m->embedding_scratch, m->stream);
@@ -910,7 +959,7 @@ static void run_as_graph(Model<F> *m, cudaGraphExec_t *exec, int *runs, Enqueue 
         CUDA_CHECK(cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeThreadLocal));
         enqueue();
         CUDA_CHECK(cudaStreamEndCapture(m->stream, &graph));
-        CUDA_CHECK(cudaGraphInstantiateWithFlags(exec, graph, 0));
+        CUDA_CHECK(cudaGraphInstantiateWithFlags(exec, graph, cudaGraphInstantiateFlagUseNodePriority));
         CUDA_CHECK(cudaGraphDestroy(graph));
     }
     CUDA_CHECK(cudaGraphLaunch(*exec, m->stream));
@@ -1089,7 +1138,7 @@ template <typename F>
 static void scratch_widths(const Model<F> *m, size_t *wide, size_t *mid) {
     size_t D = dim(m, DIM_D), I = dim(m, DIM_I), U = dim(m, DIM_U), Us = dim(m, DIM_US);
     size_t Dk = dim(m, DIM_DK), Dv = dim(m, DIM_DV), G = gate_rows(m->config.num_heads), P = 2 * Dk + 2 * Dv + G;
-    size_t wides[NUM_BLOCK_TYPES] = {P > 2 * U ? P : 2 * U, 5 * I + G, 4 * D > 2 * Us ? 4 * D : 2 * Us};
+    size_t wides[NUM_BLOCK_TYPES] = {P > 2 * U ? P : 2 * U, 5 * I + G, 0};
     size_t mids[NUM_BLOCK_TYPES] = {U > Dv ? U : Dv, I, Us};
     *wide = 0;
     *mid = D;
@@ -1157,7 +1206,9 @@ static void take_activations(Arena *a, Model<F> *m) {
     m->sums = take<double>(a, 2);
     if (model_has(&m->config, BLOCK_SLSTM)) {
         SlstmShape shape = slstm_shape_max(m);
-        m->slstm_x = take<F>(a, slstm_rows(m) * 4 * D);
+        size_t cells = slstm_rows(m) * 4 * D, ffn = rows * 2 * dim(m, DIM_US);
+        m->slstm_x = take<F>(a, cells > ffn ? cells : ffn);
+        if (m->run.training) m->slstm_dx = take<F>(a, cells);
         m->whole_start = take<int>(a, whole_start_size(m));
         slstm_take_scratch<F>(a, &shape, &m->slstm_scratch);
     }
@@ -1171,7 +1222,7 @@ static void take_activations(Arena *a, Model<F> *m) {
     scratch_widths(m, &wide, &mid);
     size_t cells = model_has(&m->config, BLOCK_SLSTM) ? slstm_rows(m) : 0;
     m->dx = take<F>(a, rows * D);
-    m->d_wide = take<F>(a, rows * wide > cells * 4 * D ? rows * wide : cells * 4 * D);
+    m->d_wide = take<F>(a, rows * wide);
     m->d_mid = take<F>(a, rows * mid > cells * D ? rows * mid : cells * D);
     m->d_mid2 = take<F>(a, rows * mid);
     m->d_mid3 = take<F>(a, rows * mid);
@@ -1203,13 +1254,19 @@ static void take_tensors(Arena *a, Model<F> *m) {
     m->decode_in = take<float>(a, m->state_small);
 }
 
+// One for each stream that multiplies
+template <typename F>
+static size_t matmul_workspaces(const Model<F> *m) {
+    return (m->run.training && model_has(&m->config, BLOCK_SLSTM) ? 2 : 1) * MATMUL_WORKSPACE;
+}
+
 template <typename F>
 static size_t planned_bytes(Model<F> *m, size_t *tensors) {
     Arena arena = {NULL, 0};
     take_tensors(&arena, m);
     if (tensors) *tensors = arena.used;
     take_activations(&arena, m);
-    return arena.used + MATMUL_WORKSPACE;
+    return arena.used + matmul_workspaces(m);
 }
 
 enum { SLACK_BYTES = 128 << 20 };  // left for code, graphs and the driver
@@ -1300,9 +1357,9 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     check_memory(m, free_bytes);
     if (cudaMalloc((void **)&m->memory, bytes) != cudaSuccess)
         die(EXIT_USAGE, "%.1f MiB are no longer free on the GPU; does another program use it?", (double)bytes / mib);
-    Arena arena = {m->memory + MATMUL_WORKSPACE, 0};
+    Arena arena = {m->memory + matmul_workspaces(m), 0};
     take_tensors(&arena, m);
-    CUDA_CHECK(cudaMemset(m->memory, 0, MATMUL_WORKSPACE + arena.used));
+    CUDA_CHECK(cudaMemset(m->memory, 0, matmul_workspaces(m) + arena.used));
     size_t begin = arena.used;
     take_activations(&arena, m);
 #ifdef TESTING  // NaN in both formats: a value that is read before it was written is seen in the results
@@ -1310,14 +1367,17 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
 #else
     (void)begin;
 #endif
-    matmul_init(m->memory);
-    CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
-    int lowest, highest;
-    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
-    CUDA_CHECK(cudaStreamCreateWithPriority(&m->exchange_stream, cudaStreamNonBlocking, highest));
-    CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, highest));
-    for (cudaEvent_t *event : {&m->worked, &m->exchanged, &m->reduced})
+    // Blocks of a scan go before those of the products beside it, whichever came first, and what ranks exchange before
+    // both.
+    int low, high;
+    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&low, &high));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&m->stream, cudaStreamNonBlocking, low > high ? low - 1 : low));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&m->side, cudaStreamNonBlocking, low));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&m->exchange_stream, cudaStreamNonBlocking, high));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, high));
+    for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced})
         CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+    matmul_init(m->memory, m->side);
     m->staging = NULL;
     staging(m, &pinned);
     CUDA_CHECK(cudaMallocHost(&m->staging, pinned));

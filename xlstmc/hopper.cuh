@@ -71,13 +71,18 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine
 // Ordinary stores to shared memory become visible to TMA and wgmma; by each thread that stored.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Registers that move between warpgroups; elsewhere than on Hopper all threads keep what they have.
 template <int REGISTERS>
 __device__ __forceinline__ void registers_grow() {
+#ifdef HOPPER_CODE
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
 }
 template <int REGISTERS>
 __device__ __forceinline__ void registers_shrink() {
+#ifdef HOPPER_CODE
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
 }
 
 // ----------------------------------------------------------------------------------------------------------------

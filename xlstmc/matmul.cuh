@@ -31,13 +31,15 @@ static const size_t MATMUL_WORKSPACE = (size_t)64 << 20;  // bytes; Hopper's ker
 
 static struct {
     cublasLtHandle_t handle;
-    void *workspace;
+    char *workspace;    // behind it lies that of the side stream
+    cudaStream_t side;  // the one other stream whose products run at the same time; NULL: none
     int num_plans;
     MatmulPlan *plans;
 } matmul_state;
 
-static void matmul_init(void *workspace) {
-    matmul_state.workspace = workspace;
+static void matmul_init(void *workspace, cudaStream_t side) {
+    matmul_state.workspace = (char *)workspace;
+    matmul_state.side = side;
     if (matmul_state.handle) return;
     CUBLAS_CHECK(cublasLtCreate(&matmul_state.handle));
     matmul_state.plans = (MatmulPlan *)xcalloc(MAX_MATMUL_PLANS, sizeof(MatmulPlan));
@@ -132,9 +134,10 @@ static void matmul_general(FD *d, size_t ld_d, long long stride_d, Matrix a, Mat
         matmul_plan(plan);
     }
     const float one = 1, zero = 0;
+    const int side = stream && stream == matmul_state.side;
     CUBLAS_CHECK(cublasLtMatmul(matmul_state.handle, plan->operation, &one, b.p, plan->b, a.p, plan->a,
-                                c ? &one : &zero, c ? c : d, plan->c, d, plan->d, &plan->algo, matmul_state.workspace,
-                                MATMUL_WORKSPACE, stream));
+                                c ? &one : &zero, c ? c : d, plan->c, d, plan->d, &plan->algo,
+                                matmul_state.workspace + side * MATMUL_WORKSPACE, MATMUL_WORKSPACE, stream));
 }
 
 // out[rows, N] = x[rows, K] w[N, K]^T (+ residual[rows, N], which has the row stride of out)
@@ -147,26 +150,24 @@ static void matmul_forward(FOut *out, size_t ld_out, const F *x, size_t ld_x, co
 
 // dx[rows, K] (+)= dout[rows, N] w[N, K]
 template <typename F>
-static void matmul_backward_input(F *dx, size_t ld_dx, int accumulate_dx, const F *dout, size_t ld_dout, const F *w,
-                                  int rows, int N, int K, cudaStream_t stream) {
+static void matmul_inputs(F *dx, size_t ld_dx, int accumulate, const F *dout, size_t ld_dout, const F *w, int rows,
+                          int N, int K, cudaStream_t stream) {
     Matrix dy = {dout, ld_dout, 0, 0}, weight = {w, (size_t)K, 0, 0};
-    matmul_general<F, F>(dx, ld_dx, 0, dy, weight, accumulate_dx ? dx : NULL, ld_dx, rows, K, N, 1, stream);
+    matmul_general<F, F>(dx, ld_dx, 0, dy, weight, accumulate ? dx : NULL, ld_dx, rows, K, N, 1, stream);
 }
-
 // dw[N, K] += dout[rows, N]^T x[rows, K]
 template <typename F>
-static void matmul_backward_weight(float *dw, const F *dout, size_t ld_dout, const F *x, size_t ld_x, int rows, int N,
-                                   int K, cudaStream_t stream) {
-    Matrix dy_t = {dout, ld_dout, 1, 0}, in = {x, ld_x, 0, 0};
-    matmul_general<F, float>(dw, (size_t)K, 0, dy_t, in, dw, (size_t)K, N, K, rows, 1, stream);
+static void matmul_weights(float *dw, const F *dout, size_t ld_dout, const F *x, size_t ld_x, int rows, int N, int K,
+                           cudaStream_t stream) {
+    Matrix dy = {dout, ld_dout, 1, 0}, in = {x, ld_x, 0, 0};
+    matmul_general<F, float>(dw, (size_t)K, 0, dy, in, dw, (size_t)K, N, K, rows, 1, stream);
 }
-
 // Both
 template <typename F>
 static void matmul_backward(F *dx, size_t ld_dx, int accumulate_dx, float *dw, const F *dout, size_t ld_dout,
                             const F *x, size_t ld_x, const F *w, int rows, int N, int K, cudaStream_t stream) {
-    matmul_backward_input(dx, ld_dx, accumulate_dx, dout, ld_dout, w, rows, N, K, stream);
-    matmul_backward_weight(dw, dout, ld_dout, x, ld_x, rows, N, K, stream);
+    matmul_inputs(dx, ld_dx, accumulate_dx, dout, ld_dout, w, rows, N, K, stream);
+    matmul_weights(dw, dout, ld_dout, x, ld_x, rows, N, K, stream);
 }
 
 #endif

@@ -37,7 +37,7 @@ struct SlstmTile {
     static constexpr int P = PAIRS * SHARE / SLSTM_THREADS;                          // pairs a thread
     static constexpr int PAYLOAD = 4 / sizeof(F);                                    // outputs a word
     // Fragments of R, 32 x 16 each. A warp holds up to HELD of them in registers: 64 a thread, fewer beside 4 pairs.
-    static constexpr int HELD = (P < 4 ? 16 : 8) / sizeof(F), SLOT = sizeof(F) * 32;  // SLOT: uint4 a fragment
+    static constexpr int HELD = (P < 4 ? 16 : sizeof(F) == 2 ? 8 : 4) / sizeof(F), SLOT = sizeof(F) * 32;  // SLOT: uint4 a fragment
     // Forward, [4U gates] x [K units]: a warp takes the gates of 8 units (32 rows) and one of SPLITS parts of K.
     static constexpr int PANELS = U / 8, SPLITS = SLSTM_WARPS / PANELS;
     static constexpr int ROW = 4 * U + 4;  // a row of products: + 4 avoids bank conflicts
@@ -48,7 +48,8 @@ struct SlstmTile {
     static_assert(SHARE == 1 || (SHARE == 2 && U == 16), "both threads of a pair must be in one warp");
     static_assert(PANELS <= SLSTM_WARPS && BC % SLSTM_WARPS == 0, "");
 
-    // The i-th pair of this thread is unit pair % U of sequence pair / U. Neighbours in a warp have neighbouring units.
+    // The i-th pair of this thread is unit pair % U of sequence pair / U: the same unit for all i. Neighbours in a warp
+    // have neighbouring units.
     static __device__ int pair(int i) {
         int tid = threadIdx.x;
         return SHARE == 2 ? tid / 32 * 16 + tid % 16 : i * SLSTM_THREADS + tid;
@@ -186,8 +187,8 @@ __device__ inline void multiply(float *acc, const Fragment<bf16> &a, const bf16 
     for (int n = 0; n < BC / 8; n++) {
         const bf16 *column = b + (8 * n + lane / 4) * ld + lane % 4 * 2;
         uint32_t b0 = *(const uint32_t *)column, b1 = *(const uint32_t *)(column + 8);
-        mma_16x8x16(acc + 4 * n, a.part[0], b0, b1);
-        mma_16x8x16(acc + BC / 2 + 4 * n, a.part[1], b0, b1);
+        mma(*(float(*)[4])(acc + 4 * n), a.part[0], b0, b1);
+        mma(*(float(*)[4])(acc + BC / 2 + 4 * n), a.part[1], b0, b1);
     }
 }
 template <int BC>
@@ -351,7 +352,7 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_forward_kernel(const S
 
         SlstmPair pair[P];
         SlstmCell cell[P];
-        float bias[P][4];
+        float bias[4];    // all pairs of a thread have the same unit
         F x_next[P][4];   // of the token after the current one, asked for a whole step before it is needed
         int doc_next[P];  // its doc_start
 #pragma unroll
@@ -378,11 +379,10 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_forward_kernel(const S
         for (int i = 0; i < P; i++) {
             doc_next[i] = NO_RESET;
 #pragma unroll
-            for (int g = 0; g < 4; g++) {
-                x_next[i][g] = from_float<F>(0.0f);
-                bias[i][g] = pair[i].valid ? job.bias[(head * 4 + g) * d + pair[i].unit] : 0;
-            }
+            for (int g = 0; g < 4; g++) x_next[i][g] = from_float<F>(0.0f);
         }
+#pragma unroll
+        for (int g = 0; g < 4; g++) bias[g] = pair[0].unit < d ? job.bias[(head * 4 + g) * d + pair[0].unit] : 0;
         fetch(0);
 #pragma unroll
         for (int i = 0; i < P; i++) {
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_forward_kernel(const S
                 float r[4];
 #pragma unroll
                 for (int g = 0; g < 4; g++) {
-                    r[g] = to_float(x_now[i][g]) + bias[i][g];
+                    r[g] = to_float(x_now[i][g]) + bias[g];
 #pragma unroll
                     for (int k = 0; k < Tile::SPLITS; k++) r[g] += sums[k * BC * Tile::ROW + g * U];
                 }
@@ -712,7 +712,7 @@ static int slstm_run(SlstmJob<F> *job, int backward, SlstmScratch *scratch, cuda
         SlstmClusterPlan clusters = slstm_cluster_plan(&job->shape, backward);
         if (clusters.kernels) {
             slstm_cluster_launch(&clusters, backward, job, stream);
-            return clusters.kernels->rows;
+            return 8;
         }
     }
     SlstmPlan plan = slstm_plan<F>(&job->shape, backward);

@@ -99,11 +99,4 @@ __device__ __forceinline__ void slstm_finish_back(const SlstmBack &s, float dy, 
     dr[3] = s.to_o * dy;
 }
 
-__device__ __forceinline__ void mma_16x8x16(float *c, uint4 a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-
 #endif

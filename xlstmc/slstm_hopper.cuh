@@ -1,18 +1,19 @@
 // slstm_hopper.cuh: the sLSTM cell in bf16 on chips that have clusters of thread blocks (compute capability 9.0 and
-// newer). One cluster carries one head of a group of 8 or 16 sequences through all time steps.
+// newer). One cluster carries one head of a group of sequences through all time steps.
 //
-// A warp owns 8 hidden units with all four gates: the states of a unit of a sequence stay in one thread, and the part
-// of R that the warp multiplies with in its registers (what does not fit, in shared memory) as left operands of
-// mma.sync; the sequences are the 8 columns of the right operand. What a step hands over goes from registers straight
-// into the shared memory of the blocks that need it (st.async), and each message counts its bytes at a barrier
-// (mbarrier) that the receiver waits for. There is no barrier of the cluster in the loop.
+// A warp owns 8 hidden units with all four gates, of a tile of 8 sequences: the states of a unit of a sequence stay in
+// one thread, and the part of R that the warp multiplies with in its registers (what does not fit, in shared memory) as
+// left operands of mma.sync; the sequences are the 8 columns of the right operand. What a step hands over goes from
+// registers straight into the shared memory of the blocks that need it (st.async), and each message counts its bytes at
+// a barrier (mbarrier) that the receiver waits for. There is no barrier of the cluster in the loop.
 //
 // Forward, every block needs the outputs y of all units: an all-gather of bf16. A block begins to multiply with its own
 // outputs while those of its peers are on their way. Backward, a block multiplies its part of R^T with its own dr and
 // sends fp32 sums to the blocks that own the units; these add them in a fixed order.
 //
-// A cluster of 16 sequences has two tiles of 8, which know nothing of each other: while what one has handed over is on
-// its way, the warps work for the other.
+// A cluster of several tiles divides the work among its warps: R is in the registers of some, which multiply for one
+// tile after the other, and every tile has warps of its own for gates and states. So while what one tile has handed over
+// is on its way, the others are worked for. The tiles know nothing of each other.
 //
 // Each tile has its buffers and barriers of the exchange twice, for even and odd steps. That is enough: what a block
 // sends in step s + 2 depends on everything that its peers sent in step s + 1, and every warp of a peer sent that only
@@ -47,6 +48,12 @@ __device__ __forceinline__ void send_vector(unsigned to, uint4 v, unsigned bar) 
         "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
         : "memory");
 }
+__device__ __forceinline__ void send_two(unsigned to, uint2 v, unsigned bar) {  // 8 bytes
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
+        "r"(v.x), "r"(v.y), "r"(bar)
+        : "memory");
+}
 __device__ __forceinline__ uint4 shared_load_vector(unsigned from) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -69,8 +76,8 @@ __device__ __forceinline__ void shared_store_vector(unsigned to, uint4 v) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
-__device__ __forceinline__ void shared_store_word(unsigned to, unsigned v) {
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+__device__ __forceinline__ void shared_store_two(unsigned to, uint2 v) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
 }
 // Copies from global memory that run beside the kernel; a group is what was asked for since the last end of a group.
 __device__ __forceinline__ void prefetch_vector(unsigned to, const void *from) {
@@ -118,28 +125,31 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 // its row, so that neither the 8 rows of a chunk nor 4 chunks of two neighbouring rows share banks.
 __device__ __forceinline__ int chunk_flip(int row) { return (row & 1) * 4 + (row >> 1 & 3); }
 
-template <int Ctas, int Warps, int Rows>
+template <int Ctas, int Warps, int Tiles>
 struct SlstmCluster {
-    static constexpr int CTAS = Ctas, WARPS = Warps, ROWS = Rows;  // blocks a cluster, warps a block, sequences
-    static constexpr int THREADS = 32 * WARPS, U = 8 * WARPS;      // U: units a block
-    static constexpr int TILES = ROWS / 8, HALF = WARPS / 2;       // tiles of 8 sequences
-    static_assert(WARPS % 2 == 0 && (CTAS == 1 || CTAS % 2 == 0) && ROWS % 8 == 0, "");
+    static constexpr int CTAS = Ctas, WARPS = Warps, TILES = Tiles;  // blocks; groups of 8 units a block; tiles
+    static constexpr int ROWS = 8 * TILES, U = 8 * WARPS, HALF = WARPS / 2;  // sequences; units a block
+    static constexpr bool DIVIDED = TILES > 1;  // some warps multiply, others have the units of a tile
+    static constexpr int THREADS = 32 * WARPS * (DIVIDED ? 1 + TILES : 1);
+    static constexpr int MANY = 208, FEW = 96;  // registers of a thread that multiplies, that has units
+    static_assert(WARPS % 2 == 0 && (CTAS == 1 || CTAS % 2 == 0), "");
+    static_assert(!DIVIDED || (WARPS % 4 == 0 && (MANY + TILES * FEW) * 32 * WARPS <= 65536), "");
 
     // Forward. Sums over the units of the cluster run over groups of 4 chunks = 32 units. The chunks of a row begin
     // with the block's own; slice s holds those of the block with the rank smaller by s. They come in parts, each
     // with its own barrier: part 0 is the block's own, the others are told apart by when they are sent.
     static constexpr int CHUNKS = CTAS * WARPS, GROUPS = (CHUNKS + 3) / 4, STEPS = 2 * GROUPS;
     static constexpr bool BY_SLICE = CTAS > 4, BY_WARP = !BY_SLICE && CTAS > 1 && WARPS > 4;
-    static constexpr int PARTS = CTAS == 1 ? 1 : BY_SLICE || BY_WARP ? 3 : 2;
+    static constexpr int PARTS = CTAS == 1 ? 1 : BY_SLICE ? (CTAS + 6) / 4 : BY_WARP ? 3 : 2;
     static __host__ __device__ constexpr int part_begin(int part) {  // its first chunk
-        return part == 0               ? 0
-               : part == 1             ? WARPS
-               : part == 2 && BY_SLICE ? 5 * WARPS
-               : part == 2 && BY_WARP  ? WARPS + (CTAS - 1) * HALF
-                                       : CHUNKS;
+        return part == 0                ? 0
+               : part >= PARTS          ? CHUNKS
+               : part == 1              ? WARPS
+               : BY_SLICE               ? (4 * part - 3) * WARPS
+                                        : WARPS + (CTAS - 1) * HALF;
     }
     static __device__ int part(int slice, int warp) {
-        return slice == 0 ? 0 : BY_SLICE ? (slice <= 4 ? 1 : 2) : BY_WARP ? 1 + warp / HALF : 1;
+        return slice == 0 ? 0 : BY_SLICE ? (slice + 3) / 4 : BY_WARP ? 1 + warp / HALF : 1;
     }
     static __device__ int chunk(int slice, int warp) {
         if (!BY_WARP || slice == 0) return slice * WARPS + warp;
@@ -158,62 +168,82 @@ struct SlstmCluster {
     static __host__ __device__ constexpr int part_bytes(int part) {  // of a tile
         return (part_begin(part + 1) - part_begin(part)) * 128;
     }
+    // Barriers: those of y for each slot, tile and part; those of the sums that warps of a tile wait for
+    static constexpr int Y_BARRIERS = 2 * TILES * PARTS;
     static __device__ unsigned y_barrier(int slot, int tile, int part) {
         return 8 * ((slot * TILES + tile) * PARTS + part);
     }
+    static __device__ unsigned product_barrier(int tile, int warp) { return 8 * (Y_BARRIERS + tile * WARPS + warp); }
     static constexpr int SENDS = (CTAS + 2) / 4;                     // messages a lane
     static constexpr int CHAINS = 4;                                 // independent sums a result
     static constexpr int LAST = GROUPS - part_begin(PARTS - 1) / 4;  // groups of the last part
     static constexpr int MAIN = GROUPS - (LAST < 4 ? LAST : 4);      // groups before those multiplied gate by gate
-    static constexpr int MOST = TILES == 1 ? 20 : 16;                // steps of 16 units with R in registers, at most
+    static constexpr int MOST = CTAS > 8 ? 19 : 20;                  // steps of 16 units with R in registers, at most
     static constexpr int HELD = STEPS < MOST ? STEPS : MOST;         // the last ones
     static constexpr int IN_SHARED = STEPS - HELD;                   // the first ones, in shared memory
-    static constexpr int RING = 8;                                   // tokens on their way
+    static constexpr int RING = CTAS > 8 ? 4 : 8;                    // tokens on their way
     static constexpr int Y_PITCH = (CHUNKS + 7) / 8 * 128, Y_TILE = 8 * Y_PITCH, Y_SLOT = TILES * Y_TILE;
-    static constexpr int X_BYTES = TILES * 512, DOC_BYTES = 2 * ROWS * 128;  // of a token; of two times 32 tokens
-    static constexpr int AT_Y = 128, AT_X = AT_Y + 2 * Y_SLOT, AT_DOC = AT_X + RING * WARPS * X_BYTES;
-    static constexpr int AT_R = AT_DOC + WARPS * DOC_BYTES;
+    static constexpr int X_BYTES = 512, DOC_BYTES = 2048;  // of a token; doc_start of 8 sequences, two times 32 tokens
+    static constexpr int PRODUCT_BYTES = DIVIDED ? 1024 : 0;
+    static constexpr int AT_Y = 256, AT_X = AT_Y + 2 * Y_SLOT, AT_DOC = AT_X + TILES * WARPS * RING * X_BYTES;
+    static constexpr int AT_PRODUCTS = AT_DOC + TILES * WARPS * DOC_BYTES;
+    static constexpr int AT_R = AT_PRODUCTS + TILES * WARPS * PRODUCT_BYTES;
     static constexpr int FORWARD_BYTES = AT_R + WARPS * IN_SHARED * 2 * 512;
 
     // Backward. A warp takes PANELS panels of 16 units, each of another block, and sums over the block's 4 U gates. In
-    // a cluster of one block it takes its own 8 units, and half of each panel is zero.
+    // a cluster of one block it takes its own 8 units, and half of each panel is zero. A message holds the sums of a
+    // panel, four for each lane, in a cluster of 16 rounded to bf16: there they are many, and room is scarce.
     static constexpr int PANELS = CTAS == 1 ? 1 : CTAS / 2, BACK_STEPS = 2 * WARPS, FRAGMENTS = PANELS * BACK_STEPS;
-    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 && TILES == 1 ? 32 : 28;
+    static constexpr bool ROUNDED = CTAS > 8;
+    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 ? 32 : ROUNDED ? 38 : 28;
     static constexpr int BACK_SHARED = FRAGMENTS - BACK_HELD;
     static constexpr int TOGETHER = WARPS > 4 ? 1 : 2;  // panels that are multiplied at the same time
     static constexpr int D_PITCH = 64 * WARPS, D_TILE = 8 * D_PITCH, D_SLOT = TILES * D_TILE;
-    static constexpr int SUMS_TILE = HALF * 512, SUMS_SLICE = TILES * SUMS_TILE;
-    static constexpr int SUMS_SLOT = CTAS == 1 ? 0 : CTAS * SUMS_SLICE;
-    static constexpr int SUMS_EXPECTED = (CTAS - 1) * 512;  // bytes of a tile that a barrier counts
-    static __device__ unsigned sums_barrier(int slot, int tile) { return 8 * HALF * (slot * TILES + tile); }
-    static constexpr int AT_DY = 512, TRACE_TILE = 768, TRACE_BYTES = TILES * TRACE_TILE;  // gates; dy, y_prev
-    static constexpr int AT_D = 128, AT_SUMS = AT_D + 2 * D_SLOT, AT_TRACE = AT_SUMS + 2 * SUMS_SLOT;
-    static constexpr int BACK_RING = FRAGMENTS > 48 ? 4 : RING;  // R leaves less room
-    static constexpr int AT_BACK_DOC = AT_TRACE + BACK_RING * WARPS * TRACE_BYTES;
-    static constexpr int AT_BACK_R = AT_BACK_DOC + WARPS * DOC_BYTES;
+    static constexpr int SUMS_LANE = ROUNDED ? 8 : 16, SUMS_PANEL = 32 * SUMS_LANE, SUMS_TILE = HALF * SUMS_PANEL;
+    static constexpr int SUMS_SLICE = TILES * SUMS_TILE, SUMS_SLOT = CTAS == 1 ? 0 : CTAS * SUMS_SLICE;
+    static constexpr int SUMS_SWAP = ROUNDED ? 2 : 1;                 // bit of g by which the halves change places
+    static constexpr int SUMS_EXPECTED = (CTAS - 1) * SUMS_PANEL;     // bytes that a barrier counts
+    static __device__ unsigned sums_barrier(int slot, int tile, int panel) {
+        return 8 * ((slot * TILES + tile) * HALF + panel);
+    }
+    static __device__ unsigned dr_barrier(int slot, int tile) { return 8 * (2 * TILES * HALF + slot * TILES + tile); }
+    static constexpr int AT_DY = 512, TRACE_BYTES = 768;  // of a token: gates; dy, y_prev
+    static constexpr int AT_D = 256, AT_SUMS = AT_D + 2 * D_SLOT, AT_TRACE = AT_SUMS + 2 * SUMS_SLOT;
+    static constexpr int BACK_RING = ROUNDED ? 2 : FRAGMENTS > 48 ? 4 : 8;  // R leaves less room
+    static constexpr int AT_BACK_DOC = AT_TRACE + TILES * WARPS * BACK_RING * TRACE_BYTES;
+    static constexpr int AT_BACK_R = AT_BACK_DOC + TILES * WARPS * DOC_BYTES;
     static constexpr int BACKWARD_BYTES = AT_BACK_R + WARPS * BACK_SHARED * 512;
+    static_assert(8 * (Y_BARRIERS + TILES * WARPS) <= AT_Y && 16 * TILES * (HALF + 1) <= AT_D, "");
 };
 
-struct SlstmPlace {                    // of a thread: unit `first` + g of the head, sequences b0 + 8 tile + 2 q + e
-    int rank, lane, warp, g, q;        // g = lane / 4, q = lane % 4; e = 0 or 1
-    int group, head, b0, first, unit;  // group of sequences; first unit of the warp; own unit
+struct SlstmPlace {           // of a thread: unit `first` + g of the head, sequences b0 + 2 q + e
+    int rank, lane, g, q;     // g = lane / 4, q = lane % 4; e = 0 or 1
+    int warp, tile;           // its group of 8 units, its tile; one that multiplies does so for all: tile -1
+    int group, head, b0;      // tiles of the batch that came before; first sequence
+    int first, unit;          // first unit of the warp; own unit
 };
 template <typename Tile>
 __device__ __forceinline__ SlstmPlace slstm_place(const SlstmShape &s) {
     SlstmPlace p;
-    int groups = (s.B + Tile::ROWS - 1) / Tile::ROWS, task = blockIdx.x / Tile::CTAS;
+    int groups = (s.B + Tile::ROWS - 1) / Tile::ROWS, task = blockIdx.x / Tile::CTAS, warp = threadIdx.x / 32;
     p.rank = cluster_rank();
     p.lane = threadIdx.x % 32;
-    p.warp = threadIdx.x / 32;
-    asm volatile("" : "+r"(p.lane), "+r"(p.warp));  // to be kept, not read again in each step
+    p.warp = warp % Tile::WARPS;
+    p.tile = Tile::DIVIDED ? warp / Tile::WARPS - 1 : 0;
+    asm volatile("" : "+r"(p.lane), "+r"(p.warp), "+r"(p.tile));  // to be kept, not read again in each step
     p.g = p.lane / 4;
     p.q = p.lane % 4;
-    p.group = task % groups;
+    p.group = task % groups * Tile::TILES + max(p.tile, 0);
     p.head = task / groups;
-    p.b0 = p.group * Tile::ROWS;
+    p.b0 = 8 * p.group;
     p.first = p.rank * Tile::U + 8 * p.warp;
     p.unit = p.first + p.g;
     return p;
+}
+// Tiles of a cluster that have sequences
+template <typename Tile>
+__device__ __forceinline__ int slstm_tiles(const SlstmPlace &p, const SlstmShape &s) {
+    return Tile::DIVIDED ? min(Tile::TILES, (s.B - p.b0 + 7) / 8) : 1;
 }
 
 // Which sequences begin a document at a token, for 32 tokens in the order in which the kernel goes through them. Lane l
@@ -221,19 +251,17 @@ __device__ __forceinline__ SlstmPlace slstm_place(const SlstmShape &s) {
 struct SlstmResets {
     unsigned any, row;  // bit l: some sequence, the sequence lane % 32, begins a document at the l-th token
 };
-template <int ROWS>
 __device__ __forceinline__ void fetch_resets(unsigned block, const SlstmJob<bf16> &job, int b0, int token) {
 #pragma unroll 1
-    for (int r = 0; r < ROWS && b0 + r < job.shape.B; r++)
+    for (int r = 0; r < 8 && b0 + r < job.shape.B; r++)
         if (token > 0 && token < job.shape.T)
             prefetch_word(block + (r * 32 + threadIdx.x % 32) * 4,
                           job.doc_start + (size_t)(b0 + r) * job.shape.T + token);
 }
-template <int ROWS>
 __device__ __forceinline__ SlstmResets read_resets(unsigned block, int token) {
     SlstmResets s = {0, 0};
 #pragma unroll 1
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < 8; r++) {
         unsigned word = shared_load_word(block + (r * 32 + threadIdx.x % 32) * 4);
         unsigned begin = __ballot_sync(0xffffffffu, token > 0 && (int)word == token);
         s.any |= begin;
@@ -293,13 +321,13 @@ __device__ __forceinline__ uint4 slstm_forward_weights(const SlstmJob<bf16> &job
 template <typename Tile>
 __device__ __forceinline__ void slstm_forward_start(const SlstmJob<bf16> &job, const SlstmPlace &p,
                                                     unsigned char *shared) {
-    int T = job.shape.T, NH = job.shape.NH, d = job.shape.d;
+    int T = job.shape.T, NH = job.shape.NH, d = job.shape.d, first = p.b0 - 8 * max(p.tile, 0);
     unsigned bars = shared_address(shared);
     for (int k = threadIdx.x; k < (Tile::AT_R - Tile::AT_Y) / 4; k += Tile::THREADS)
         ((unsigned *)(shared + Tile::AT_Y))[k] = 0;
     if (threadIdx.x == 0) {
-        for (int k = 0; k < 2 * Tile::TILES * Tile::PARTS; k++)
-            barrier_init(bars + 8 * k, k % Tile::PARTS ? 1 : Tile::WARPS);
+        for (int k = 0; k < Tile::Y_BARRIERS; k++) barrier_init(bars + 8 * k, k % Tile::PARTS ? 1 : Tile::WARPS);
+        for (int k = 0; k < Tile::TILES * Tile::WARPS; k++) barrier_init(bars + Tile::product_barrier(0, k), 1);
         barrier_init_done();
         for (int i = 0; i < Tile::TILES; i++) {  // what enters token 0 is there, what enters token 1 will be sent
             for (int k = 0; k < Tile::WARPS; k++) barrier_arrive(bars + Tile::y_barrier(0, i, 0));
@@ -311,7 +339,7 @@ __device__ __forceinline__ void slstm_forward_start(const SlstmJob<bf16> &job, c
     }
     __syncthreads();
     for (int k = threadIdx.x; k < Tile::ROWS * Tile::CHUNKS * 8; k += Tile::THREADS) {
-        int row = k / (Tile::CHUNKS * 8), chunk = k / 8 % Tile::CHUNKS, b = p.b0 + row;
+        int row = k / (Tile::CHUNKS * 8), chunk = k / 8 % Tile::CHUNKS, b = first + row;
         int unit = Tile::unit_of_chunk(chunk, p.rank) + k % 8;
         if (b >= job.shape.B || unit >= d) continue;
         size_t at = (size_t)p.head * d + unit;
@@ -324,54 +352,33 @@ __device__ __forceinline__ void slstm_forward_start(const SlstmJob<bf16> &job, c
 }
 
 template <typename Tile>
-struct SlstmForward {  // what a thread keeps through all steps. i: a tile of 8 sequences, e: one of the thread's two
+struct SlstmForward {  // what a thread keeps through all steps. e: one of its two sequences
     static constexpr int SENDS = Tile::SENDS > 0 ? Tile::SENDS : 1;
     SlstmPlace p;
-    unsigned bars, slots, ring, docs;             // barriers, R, the warp's pre-activations and doc_start
-    unsigned own, y_even, y_odd;                  // the warp's chunk; right operands of even and odd groups
+    unsigned bars;                // barriers
+    unsigned slots, products;     // the warp's R; sums that another warp has made for this one, of tile 0
+    unsigned y_even, y_odd;       // right operands of even and odd groups, of tile 0
+    uint4 held[Tile::HELD][2];    // R
+    // of a warp that has units
+    unsigned ring, docs, own;                     // the warp's pre-activations, doc_start, chunk
     unsigned peer_chunk[SENDS], peer_bar[SENDS];  // where the chunk goes
     size_t at;                                    // element of x and gates, of the current token
     bf16 *out;                                    // of the current token
-    bool row_valid[Tile::TILES];                  // there is sequence lane % 8
-    uint4 held[Tile::HELD][2];                    // R
-    float bias[4], y[Tile::TILES][2];
-    SlstmUnitState state[Tile::TILES][2];
-    unsigned x_now[Tile::TILES][4];  // pre-activations, two sequences a word
+    bool row_valid;                               // there is sequence lane % 8
+    float bias[4], y[2];
+    SlstmUnitState state[2];
+    unsigned x_now[4];  // pre-activations, two sequences a word
     SlstmResets resets;
     unsigned fresh;  // sequences that begin a document at the next token
 };
 
-// A thread sends and writes for sequence lane % 8 of a tile. Lanes below 8 write y, the next 8 y_prev of the next
-// token.
+// R, and where its right operands and its products lie
 template <typename Tile>
-__device__ __forceinline__ void slstm_forward_addresses(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
+__device__ __forceinline__ void slstm_forward_load_weights(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
     const SlstmPlace &p = f.p;
-    const int row = p.lane % 8, turn = p.lane / 8, T = job.shape.T, d = job.shape.d;
-    const size_t D = (size_t)job.shape.NH * d, token = (size_t)(p.b0 + row) * T * D + (size_t)p.head * d;
-    const unsigned row_y = f.bars + Tile::AT_Y + row * Tile::Y_PITCH, flip = chunk_flip(p.g);
-    f.ring = f.bars + Tile::AT_X + p.warp * Tile::X_BYTES + p.lane * 16;
-    f.docs = f.bars + Tile::AT_DOC + p.warp * Tile::DOC_BYTES;
-    f.own = row_y + ((p.warp ^ chunk_flip(row)) << 4);
+    const unsigned flip = chunk_flip(p.g);
     f.y_even = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + ((p.q ^ flip) << 4);
     f.y_odd = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + (((4 + p.q) ^ flip) << 4);
-#pragma unroll
-    for (int k = 0; k < Tile::SENDS; k++) {
-        int slice = 1 + turn + 4 * k, peer = (p.rank + slice) % Tile::CTAS;
-        if (slice >= Tile::CTAS) slice = 1;  // not sent
-        f.peer_chunk[k] = peer_address(row_y + ((Tile::chunk(slice, p.warp) ^ chunk_flip(row)) << 4), peer);
-        f.peer_bar[k] = peer_address(f.bars + Tile::y_barrier(0, 0, Tile::part(slice, p.warp)), peer);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::TILES; i++) f.row_valid[i] = p.b0 + 8 * i + row < job.shape.B && p.first < d;
-    f.out = (turn ? job.saved.y_prev + D : job.y) + token + p.first;
-    f.at = 4 * token + (size_t)turn * d + p.first;
-}
-
-// R, biases and initial states
-template <typename Tile>
-__device__ __forceinline__ void slstm_forward_load(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
-    const SlstmPlace &p = f.p;
-    const int T = job.shape.T, d = job.shape.d;
     f.slots = f.bars + Tile::AT_R + p.warp * Tile::IN_SHARED * 1024 + p.lane * 16;
 #pragma unroll
     for (int k = 0; k < Tile::HELD; k++)
@@ -380,60 +387,81 @@ __device__ __forceinline__ void slstm_forward_load(SlstmForward<Tile> &f, const 
     for (int k = 0; k < Tile::IN_SHARED; k++)
         for (int m = 0; m < 2; m++)
             shared_store_vector(f.slots + k * 1024 + m * 512, slstm_forward_weights<Tile>(job, p, k, m));
+}
+
+// A thread sends and writes for sequence lane % 8 of its tile. Lanes below 8 write y, the next 8 y_prev of the next
+// token.
+template <typename Tile>
+__device__ __forceinline__ void slstm_forward_addresses(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
+    const SlstmPlace &p = f.p;
+    const int row = p.lane % 8, turn = p.lane / 8, T = job.shape.T, d = job.shape.d;
+    const size_t D = (size_t)job.shape.NH * d, token = (size_t)(p.b0 + row) * T * D + (size_t)p.head * d;
+    const unsigned row_y = f.bars + Tile::AT_Y + p.tile * Tile::Y_TILE + row * Tile::Y_PITCH;
+    const int warp = p.tile * Tile::WARPS + p.warp;
+    f.ring = f.bars + Tile::AT_X + warp * Tile::RING * Tile::X_BYTES + p.lane * 16;
+    f.docs = f.bars + Tile::AT_DOC + warp * Tile::DOC_BYTES;
+    f.own = row_y + ((p.warp ^ chunk_flip(row)) << 4);
+#pragma unroll
+    for (int k = 0; k < Tile::SENDS; k++) {
+        int slice = 1 + turn + 4 * k, peer = (p.rank + slice) % Tile::CTAS;
+        if (slice >= Tile::CTAS) slice = 1;  // not sent
+        f.peer_chunk[k] = peer_address(row_y + ((Tile::chunk(slice, p.warp) ^ chunk_flip(row)) << 4), peer);
+        f.peer_bar[k] = peer_address(f.bars + Tile::y_barrier(0, p.tile, Tile::part(slice, p.warp)), peer);
+    }
+    f.row_valid = p.b0 + row < job.shape.B && p.first < d;
+    f.out = (turn ? job.saved.y_prev + D : job.y) + token + p.first;
+    f.at = 4 * token + (size_t)turn * d + p.first;
+}
+
+// Biases and initial states
+template <typename Tile>
+__device__ __forceinline__ void slstm_forward_load_units(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
+    const SlstmPlace &p = f.p;
+    const int T = job.shape.T, d = job.shape.d;
 #pragma unroll
     for (int k = 0; k < 4; k++) f.bias[k] = p.unit < d ? job.bias[(p.head * 4 + k) * d + p.unit] : 0.0f;
 #pragma unroll
-    for (int i = 0; i < Tile::TILES; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int b = p.b0 + 8 * i + 2 * p.q + e;
-            f.state[i][e] = slstm_empty_state();
-            if (b >= job.shape.B || p.unit >= d || job.doc_start[(size_t)b * T] == 0) continue;
-            SlstmCell cell = load_cell(job.initial, b, (size_t)p.head * d + p.unit);
-            if (cell.n != 0) f.state[i][e] = {cell.c, cell.n, cell.m * 1.44269504f};
-        }
+    for (int e = 0; e < 2; e++) {
+        int b = p.b0 + 2 * p.q + e;
+        f.state[e] = slstm_empty_state();
+        if (b >= job.shape.B || p.unit >= d || job.doc_start[(size_t)b * T] == 0) continue;
+        SlstmCell cell = load_cell(job.initial, b, (size_t)p.head * d + p.unit);
+        if (cell.n != 0) f.state[e] = {cell.c, cell.n, cell.m * 1.44269504f};
+    }
 }
 
-// The ring of pre-activations: of each token and tile chunks [gate][sequence], a lane looks after one.
+// The ring of pre-activations: of each token chunks [gate][sequence], a lane looks after one.
 template <typename Tile>
-__device__ __forceinline__ unsigned slstm_ring_slot(const SlstmForward<Tile> &f, int t, int i) {
-    return f.ring + t % Tile::RING * Tile::WARPS * Tile::X_BYTES + i * 512;
+__device__ __forceinline__ unsigned slstm_ring_slot(const SlstmForward<Tile> &f, int t) {
+    return f.ring + t % Tile::RING * Tile::X_BYTES;
 }
 template <typename Tile>  // of token t + ahead
-__device__ __forceinline__ void slstm_fetch(const SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t, int ahead,
-                                            int i) {
-    const size_t T = job.shape.T, D = (size_t)job.shape.NH * job.shape.d;
-    if (t + ahead < job.shape.T && f.row_valid[i])
-        prefetch_vector(slstm_ring_slot(f, t + ahead, i), job.x + f.at + (8 * i * T + ahead) * 4 * D);
+__device__ __forceinline__ void slstm_fetch(const SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t, int ahead) {
+    const size_t D = (size_t)job.shape.NH * job.shape.d;
+    if (t + ahead < job.shape.T && f.row_valid)
+        prefetch_vector(slstm_ring_slot(f, t + ahead), job.x + f.at + (size_t)ahead * 4 * D);
 }
 template <typename Tile>
 __device__ __forceinline__ void slstm_look_ahead(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t) {
-    constexpr int ROWS = Tile::ROWS;
     if (t % 32 == 0) {
-        f.resets = read_resets<ROWS>(f.docs + t / 32 % 2 * ROWS * 128, t + 1 + f.p.lane);
-        fetch_resets<ROWS>(f.docs + (t / 32 + 1) % 2 * ROWS * 128, job, f.p.b0, t + 33 + f.p.lane);
+        f.resets = read_resets(f.docs + t / 32 % 2 * 1024, t + 1 + f.p.lane);
+        fetch_resets(f.docs + (t / 32 + 1) % 2 * 1024, job, f.p.b0, t + 33 + f.p.lane);
     }
     f.fresh = resets_at(f.resets, t % 32);
 }
 
-// Pre-activations of tile i at token t, r[e][gate]. The last groups of chunks are multiplied gate by gate: of the first
-// gates most is made afterwards.
+// R y of a tile at token t, of the warp's gates 2 m and 2 m + 1 of a unit. sum: CHAINS sums, to which is added. The
+// last groups of chunks are multiplied gate by gate: of the first gates most is made afterwards.
 template <typename Tile>
-__device__ __forceinline__ void slstm_products(const SlstmForward<Tile> &f, int t, int i, float (&r)[2][4]) {
-    constexpr int GROUPS = Tile::GROUPS, MAIN = Tile::MAIN, CHAINS = Tile::CHAINS, IN_SHARED = Tile::IN_SHARED;
-    float sum[2][CHAINS][4];
-#pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int k = 0; k < CHAINS * 4; k++) {
-            float2 two = unpack_two(f.x_now[i][2 * m + k % 4 / 2]);
-            sum[m][k / 4][k % 4] = k < 4 ? (k % 2 ? two.y : two.x) + f.bias[2 * m + k / 2] : 0.0f;
-        }
+__device__ __forceinline__ void slstm_multiply(const SlstmForward<Tile> &f, int t, int tile,
+                                               float (&sum)[2][Tile::CHAINS][4]) {
+    constexpr int GROUPS = Tile::GROUPS, MAIN = Tile::MAIN, IN_SHARED = Tile::IN_SHARED;
     auto load = [&](int group) {
 #pragma unroll
         for (int part = 0; part < Tile::PARTS; part++)  // of which the first chunk lies in this group
-            if (Tile::part_begin(part) / 4 == group) barrier_wait(f.bars + Tile::y_barrier(t & 1, i, part), t >> 1 & 1);
-        return shared_load_vector((group % 2 ? f.y_odd : f.y_even) + (t & 1) * Tile::Y_SLOT + i * Tile::Y_TILE +
+            if (Tile::part_begin(part) / 4 == group)
+                barrier_wait(f.bars + Tile::y_barrier(t & 1, tile, part), t >> 1 & 1);
+        return shared_load_vector((group % 2 ? f.y_odd : f.y_even) + (t & 1) * Tile::Y_SLOT + tile * Tile::Y_TILE +
                                   group / 2 * 128);
     };
     auto multiply = [&](int group, int m, const uint4 &v) {
@@ -442,7 +470,7 @@ __device__ __forceinline__ void slstm_products(const SlstmForward<Tile> &f, int 
             int k = 2 * group + h;
             uint4 w = k < IN_SHARED ? shared_load_vector(f.slots + k * 1024 + m * 512)
                                     : f.held[k < IN_SHARED ? 0 : k - IN_SHARED][m];
-            mma_16x8x16(sum[m][k % CHAINS], w, h ? v.z : v.x, h ? v.w : v.y);
+            mma(sum[m][k % Tile::CHAINS], w, h ? v.z : v.x, h ? v.w : v.y);
         }
     };
 #pragma unroll
@@ -458,37 +486,89 @@ __device__ __forceinline__ void slstm_products(const SlstmForward<Tile> &f, int 
     for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int group = MAIN; group < GROUPS; group++) multiply(group, m, v[group - MAIN]);
+}
+template <int CHAINS>
+__device__ __forceinline__ float add_chains(const float (&sum)[CHAINS][4], int at) {
+    static_assert(CHAINS == 4, "");
+    return (sum[0][at] + sum[1][at]) + (sum[2][at] + sum[3][at]);
+}
+
+// Pre-activations at token t, r[e][gate]
+template <typename Tile>
+__device__ __forceinline__ void slstm_preactivations(const SlstmForward<Tile> &f, int t, float (&r)[2][4]) {
+    float known[4][2];  // from below
 #pragma unroll
-    for (int e = 0; e < 2; e++)
+    for (int k = 0; k < 4; k++) {
+        float2 two = unpack_two(f.x_now[k]);
+        known[k][0] = two.x + f.bias[k];
+        known[k][1] = two.y + f.bias[k];
+    }
+    if constexpr (Tile::DIVIDED) {
+        const unsigned from = f.products;
+        barrier_wait(f.bars + Tile::product_barrier(f.p.tile, f.p.warp), t & 1);
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const float(*s)[4] = sum[k / 2];
-            int at = k % 2 * 2 + e;
-            r[e][k] = (s[0][at] + s[1][at]) + (s[2][at] + s[3][at]);
+        for (int m = 0; m < 2; m++) {
+            uint4 v = shared_load_vector(from + m * 512);
+            r[0][2 * m] = known[2 * m][0] + __uint_as_float(v.x);
+            r[1][2 * m] = known[2 * m][1] + __uint_as_float(v.y);
+            r[0][2 * m + 1] = known[2 * m + 1][0] + __uint_as_float(v.z);
+            r[1][2 * m + 1] = known[2 * m + 1][1] + __uint_as_float(v.w);
+        }
+    } else {
+        float sum[2][Tile::CHAINS][4];
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int k = 0; k < Tile::CHAINS * 4; k++)
+                sum[m][k / 4][k % 4] = k < 4 ? known[2 * m + k / 2][k % 2] : 0.0f;
+        slstm_multiply(f, t, 0, sum);
+#pragma unroll
+        for (int k = 0; k < 8; k++) r[k % 2][k / 2] = add_chains(sum[k / 4], k % 4);
+    }
+}
+
+// A warp that multiplies, through all steps
+template <typename Tile>
+__device__ __forceinline__ void slstm_forward_products(const SlstmForward<Tile> &f, int T, int tiles) {
+#pragma unroll 1
+    for (int t = 0; t < T; t++)
+#pragma unroll 1
+        for (int tile = 0; tile < tiles; tile++) {
+            float sum[2][Tile::CHAINS][4] = {};
+            slstm_multiply(f, t, tile, sum);
+            const unsigned to = f.products + tile * Tile::WARPS * Tile::PRODUCT_BYTES;
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+                shared_store_vector(to + m * 512, make_uint4(__float_as_uint(add_chains(sum[m], 0)),
+                                                             __float_as_uint(add_chains(sum[m], 1)),
+                                                             __float_as_uint(add_chains(sum[m], 2)),
+                                                             __float_as_uint(add_chains(sum[m], 3))));
+            __syncwarp();  // who reads them will have done so before y of token t + 1 is complete
+            if (f.p.lane == 0) barrier_arrive(f.bars + Tile::product_barrier(tile, f.p.warp));
         }
 }
 
-// y of tile i at token t, from which token t + 1 is made: to the block's own rows, from there to the peers and to
-// memory. Where t + 1 begins a document, zeros enter it, and y is written here.
+// y at token t, from which token t + 1 is made: to the block's own rows, from there to the peers and to memory. Where
+// t + 1 begins a document, zeros enter it, and y is written here.
 template <typename Tile>
-__device__ __forceinline__ void slstm_hand_over(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t, int i) {
+__device__ __forceinline__ void slstm_hand_over(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t) {
     const SlstmPlace &p = f.p;
     const int T = job.shape.T, d = job.shape.d, slot = t & 1, turn = p.lane / 8;
     const size_t D = (size_t)job.shape.NH * d;
-    const unsigned to = (slot ^ 1) * Tile::Y_SLOT + i * Tile::Y_TILE;
+    const unsigned to = (slot ^ 1) * Tile::Y_SLOT;
     unsigned own = f.own + to;
     asm volatile("" : "+r"(own));
-    unsigned packed = pack_two(f.y[i][0], f.y[i][1]);
+    unsigned packed = pack_two(f.y[0], f.y[1]);
     if (f.fresh) {
-        int first = 8 * i + 2 * p.q;
+        int first = 2 * p.q;
         asm volatile("" : "+r"(first));  // what only this needs is made here, not kept
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int row = first + e, b = p.b0 + row;
             if (!(f.fresh >> row & 1)) continue;
             if (b < job.shape.B && p.unit < d)
-                job.y[((size_t)b * T + t) * D + (size_t)p.head * d + p.unit] = from_float<bf16>(f.y[i][e]);
-            f.state[i][e] = slstm_empty_state();
+                job.y[((size_t)b * T + t) * D + (size_t)p.head * d + p.unit] = from_float<bf16>(f.y[e]);
+            f.state[e] = slstm_empty_state();
             packed &= e ? 0x0000ffffu : 0xffff0000u;
         }
     }
@@ -496,27 +576,25 @@ __device__ __forceinline__ void slstm_hand_over(SlstmForward<Tile> &f, const Sls
     __syncwarp();
     const uint4 chunk = shared_load_vector(own);
     const bool more = t + 1 < T;
-    if (p.lane == 0) barrier_arrive(f.bars + Tile::y_barrier(slot ^ 1, i, 0));
+    if (p.lane == 0) barrier_arrive(f.bars + Tile::y_barrier(slot ^ 1, p.tile, 0));
 #pragma unroll
     for (int k = 0; k < Tile::SENDS; k++)
         if (more && turn + 4 * k < Tile::CTAS - 1)
-            send_vector(f.peer_chunk[k] + to, chunk, f.peer_bar[k] + Tile::y_barrier(slot ^ 1, i, 0));
+            send_vector(f.peer_chunk[k] + to, chunk, f.peer_bar[k] + Tile::y_barrier(slot ^ 1, 0, 0));
     if (Tile::PARTS > 1 && p.warp == 0 && p.lane == 0) {  // for token t + 2
 #pragma unroll
         for (int part = 1; part < Tile::PARTS; part++)
-            barrier_arrive_expect(f.bars + Tile::y_barrier(slot, i, part), Tile::part_bytes(part));
+            barrier_arrive_expect(f.bars + Tile::y_barrier(slot, p.tile, part), Tile::part_bytes(part));
     }
-    if (turn < 2 && f.row_valid[i] && (turn ? more : !(f.fresh >> (8 * i + p.lane % 8) & 1)))
-        *(uint4 *)(f.out + 8 * i * T * D) = chunk;
+    if (turn < 2 && f.row_valid && (turn ? more : !(f.fresh >> p.lane % 8 & 1))) *(uint4 *)f.out = chunk;
 }
 
 // Writes what the backward pass needs of a token; it takes the place of the pre-activations, and turns round there.
 // Then the next token's pre-activations, and the request for those that come into their place.
 template <typename Tile>
-__device__ __forceinline__ void slstm_save_and_fetch(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t, int i,
+__device__ __forceinline__ void slstm_save_and_fetch(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int t,
                                                      const float (&r)[2][4], const float (&gates)[2][4]) {
-    const size_t T = job.shape.T, D = (size_t)job.shape.NH * job.shape.d;
-    const unsigned here = slstm_ring_slot(f, t, i);
+    const unsigned here = slstm_ring_slot(f, t);
     float sig_minus[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) sig_minus[e] = (r[e][1] < 0 ? 1 : gates[e][1]) * reciprocal_fast(1 + gates[e][1]);
@@ -524,67 +602,76 @@ __device__ __forceinline__ void slstm_save_and_fetch(SlstmForward<Tile> &f, cons
                               pack_two(gates[0][2], gates[1][2]), pack_two(gates[0][3], gates[1][3]));
     prefetch_wait<Tile::RING - 2>();
     __syncwarp();
-    ldmatrix_trans(f.x_now[i], slstm_ring_slot(f, t + 1, i));
-    if (f.row_valid[i]) *(uint4 *)(job.saved.gates + f.at + 8 * i * T * 4 * D) = shared_load_vector(here);
-    slstm_fetch(f, job, t, Tile::RING, i);
+    ldmatrix_trans(f.x_now, slstm_ring_slot(f, t + 1));
+    if (f.row_valid) *(uint4 *)(job.saved.gates + f.at) = shared_load_vector(here);
+    slstm_fetch(f, job, t, Tile::RING);
+    prefetch_end_group();
+}
+
+// A warp that has units, through all steps. All threads of the cluster come by here.
+template <typename Tile>
+__device__ __forceinline__ void slstm_forward_units(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
+    const int T = job.shape.T, d = job.shape.d;
+    const size_t D = (size_t)job.shape.NH * d;
+    fetch_resets(f.docs, job, f.p.b0, 1 + f.p.lane);
+    for (int t = 0; t < Tile::RING; t++) {
+        slstm_fetch(f, job, 0, t);
+        prefetch_end_group();
+    }
+    prefetch_wait<Tile::RING - 1>();
+    __syncwarp();
+    ldmatrix_trans(f.x_now, slstm_ring_slot(f, 0));
+    slstm_look_ahead(f, job, 0);
+    // To be kept, not made again in each step
+    asm volatile("" : "+r"(f.bars), "+r"(f.own), "+r"(f.y_even), "+r"(f.y_odd), "+r"(f.ring));
+    cluster_barrier();  // the barriers and y of all blocks are set up, and all have read the initial states
+    if (Tile::DIVIDED && f.p.b0 >= job.shape.B) return;  // a tile without sequences
+
+#pragma unroll 1
+    for (int t = 0; t < T; t++) {
+        float r[2][4], gates[2][4];
+        slstm_preactivations(f, t, r);
+#pragma unroll
+        for (int e = 0; e < 2; e++) f.y[e] = slstm_unit_step(&f.state[e], r[e], gates[e]);
+        slstm_hand_over(f, job, t);
+        slstm_save_and_fetch(f, job, t, r, gates);
+        f.out += D;
+        f.at += 4 * D;
+        slstm_look_ahead(f, job, t + 1);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        int b = f.p.b0 + 2 * f.p.q + e;
+        const SlstmUnitState &s = f.state[e];
+        if (b < job.shape.B && f.p.unit < d)
+            store_cell(job.final, b, (size_t)f.p.head * d + f.p.unit, {f.y[e], s.c, s.n, s.m * 0.693147181f});
+    }
+    // A block may leave while its peers still work: it has received all that is ever sent to it.
 }
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::THREADS, 1)
     slstm_cluster_forward_kernel(const __grid_constant__ SlstmJob<bf16> job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    constexpr int TILES = Tile::TILES, RING = Tile::RING;
     extern __shared__ __align__(128) unsigned char slstm_cluster_shared[];
-    const int T = job.shape.T, d = job.shape.d;
-    const size_t D = (size_t)job.shape.NH * d;
     SlstmForward<Tile> f;
     f.p = slstm_place<Tile>(job.shape);
     f.bars = shared_address(slstm_cluster_shared);
+    f.products = f.bars + Tile::AT_PRODUCTS + (max(f.p.tile, 0) * Tile::WARPS + f.p.warp) * Tile::PRODUCT_BYTES +
+                 f.p.lane * 16;
     slstm_forward_start<Tile>(job, f.p, slstm_cluster_shared);
-    slstm_forward_load(f, job);
-    slstm_forward_addresses(f, job);
-
-    fetch_resets<Tile::ROWS>(f.docs, job, f.p.b0, 1 + f.p.lane);
-    for (int t = 0; t < RING; t++) {
-#pragma unroll
-        for (int i = 0; i < TILES; i++) slstm_fetch(f, job, 0, t, i);
-        prefetch_end_group();
+    if (Tile::DIVIDED && f.p.tile < 0) {
+        registers_grow<Tile::MANY>();
+        slstm_forward_load_weights(f, job);
+        cluster_barrier();
+        slstm_forward_products(f, job.shape.T, slstm_tiles<Tile>(f.p, job.shape));
+    } else {
+        if (Tile::DIVIDED) registers_shrink<Tile::FEW>();
+        else slstm_forward_load_weights(f, job);
+        slstm_forward_load_units(f, job);
+        slstm_forward_addresses(f, job);
+        slstm_forward_units(f, job);
     }
-    prefetch_wait<RING - 1>();
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < TILES; i++) ldmatrix_trans(f.x_now[i], slstm_ring_slot(f, 0, i));
-    slstm_look_ahead(f, job, 0);
-    // To be kept, not made again in each step
-    asm volatile("" : "+r"(f.bars), "+r"(f.own), "+r"(f.y_even), "+r"(f.y_odd), "+r"(f.ring));
-    cluster_barrier();  // the barriers and y of all blocks are set up, and all have read the initial states
-
-#pragma unroll 1
-    for (int t = 0; t < T; t++) {
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {  // while y of one tile is on its way, the warp works for the other
-            float r[2][4], gates[2][4];
-            slstm_products(f, t, i, r);
-#pragma unroll
-            for (int e = 0; e < 2; e++) f.y[i][e] = slstm_unit_step(&f.state[i][e], r[e], gates[e]);
-            slstm_hand_over(f, job, t, i);
-            slstm_save_and_fetch(f, job, t, i, r, gates);
-        }
-        prefetch_end_group();
-        f.out += D;
-        f.at += 4 * D;
-        slstm_look_ahead(f, job, t + 1);
-    }
-#pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int b = f.p.b0 + 8 * i + 2 * f.p.q + e;
-            const SlstmUnitState &s = f.state[i][e];
-            if (b < job.shape.B && f.p.unit < d)
-                store_cell(job.final, b, (size_t)f.p.head * d + f.p.unit, {f.y[i][e], s.c, s.n, s.m * 0.693147181f});
-        }
-        // A block may leave while its peers still work: it has received all that is ever sent to it.
 #endif
 }
 
@@ -592,11 +679,11 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 // Backward
 
 // Fragment of R^T for the warp's panel i and step k of the sum over the block's gates. Row r of a panel is its unit r,
-// but of rows r and r + 8 every other pair changes places, so that the receivers' loads share no banks.
+// but some of rows r and r + 8 change places, so that the receivers' loads share no banks.
 template <typename Tile>
 __device__ __forceinline__ uint4 slstm_backward_weights(const SlstmJob<bf16> &job, const SlstmPlace &p, int i, int k) {
     int d = job.shape.d, chunk = 4 * (k / 2) + p.q, gate = chunk / Tile::WARPS;
-    int to = p.rank * Tile::U + chunk % Tile::WARPS * 8 + k % 2 * 4, swap = p.g >> 1 & 1;
+    int to = p.rank * Tile::U + chunk % Tile::WARPS * 8 + k % 2 * 4, swap = p.g >> Tile::SUMS_SWAP & 1;
     int from = (p.rank + 2 * (i + 1) - p.warp % 2) % Tile::CTAS * Tile::U + p.warp / 2 * 16 + p.g;
     unsigned w[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -615,11 +702,12 @@ template <typename Tile>
 __device__ __forceinline__ void slstm_backward_start(unsigned char *shared) {
     unsigned bars = shared_address(shared);
     for (int k = threadIdx.x; k < (Tile::AT_BACK_R - Tile::AT_TRACE) / 4; k += Tile::THREADS) {
-        int at = 4 * k % Tile::TRACE_TILE;
+        int at = 4 * k % Tile::TRACE_BYTES;
         bool is_o = 4 * k < Tile::AT_BACK_DOC - Tile::AT_TRACE && at >= 384 && at < Tile::AT_DY;
         ((unsigned *)(shared + Tile::AT_TRACE))[k] = is_o ? 0x3f803f80u : 0;
     }
     if (threadIdx.x == 0 && Tile::CTAS > 1) {
+        for (int k = 0; k < 2 * Tile::TILES; k++) barrier_init(bars + Tile::dr_barrier(0, k), Tile::WARPS);
         for (int k = 0; k < 2 * Tile::TILES * Tile::HALF; k++) barrier_init(bars + 8 * k, 2);
         barrier_init_done();
         for (int k = 0; k < 2 * Tile::TILES * Tile::HALF; k++) barrier_arrive_expect(bars + 8 * k, Tile::SUMS_EXPECTED);
@@ -628,166 +716,184 @@ __device__ __forceinline__ void slstm_backward_start(unsigned char *shared) {
 }
 
 template <typename Tile>
-struct SlstmBackward {  // what a thread keeps through all steps. i: a tile of 8 sequences, e: one of the thread's two
+struct SlstmBackward {  // what a thread keeps through all steps. e: one of its two sequences
     SlstmPlace p;
-    unsigned bars, slots, ring, docs;                          // barriers; the warp's R, what was saved, doc_start
-    unsigned own, d_even, d_odd;                               // dr: the lane's; right operands, even and odd groups
-    unsigned sums, sums_half, bar;                             // what is sent here, and the barrier that counts it
-    unsigned peer_sums[Tile::PANELS], peer_bar[Tile::PANELS];  // where the panels' sums go
-    size_t at;                                                 // element of gates and dx, of the current token
-    const bf16 *other;                                         // dy or y_prev of the current token
-    bool row_valid[Tile::TILES];                               // there is sequence lane % 8
-    uint4 held[Tile::BACK_HELD];                               // fragment i * BACK_STEPS + k: panel i, step k
-    unsigned saved[Tile::TILES][4];                            // gates of the token to come, two sequences a word
-    float h_initial[Tile::TILES][2], dh[Tile::TILES][2], dL[Tile::TILES][2], dbias[4];
-    float dy_back[Tile::TILES][2];  // through R, from the token after the current one
+    unsigned bars, slots;       // barriers; the warp's R
+    unsigned d_even, d_odd;     // right operands, even and odd groups, of tile 0
+    unsigned sums, bar;         // what is sent here, for the lane; the barrier that counts it; of tile 0
+    uint4 held[Tile::BACK_HELD];  // fragment i * BACK_STEPS + k: panel i, step k
+    // of a warp that has units
+    unsigned ring, docs, own;           // what was saved, doc_start, dr of the lane
+    size_t at;                          // element of gates and dx, of the current token
+    const bf16 *other;                  // dy or y_prev of the current token
+    bool row_valid;                     // there is sequence lane % 8
+    unsigned saved[4];                  // gates of the token to come, two sequences a word
+    float h_initial[2], dh[2], dL[2], dbias[4];
+    float dy_back[2];  // through R, from the token after the current one
     SlstmResets resets;
     unsigned cut;  // sequences into whose token nothing flows back
 };
 
-// Lane l stores and writes gate l / 8 of sequence l % 8 of a tile. Sums: the messages of a panel lie by lane; one holds
-// two sequences of units g and g + 8 of the panel.
+// R, and where its right operands and its products lie. Sums: the messages of a panel lie by lane; one holds two
+// sequences of units g and g + 8 of the panel.
 template <typename Tile>
-__device__ __forceinline__ void slstm_backward_addresses(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
-    const SlstmPlace &p = f.p;
-    const int row = p.lane % 8, gate = p.lane / 8, T = job.shape.T, d = job.shape.d;
-    const size_t D = (size_t)job.shape.NH * d, last = ((size_t)(p.b0 + row) * T + T - 1) * D + (size_t)p.head * d;
-    const unsigned flip = chunk_flip(p.g);
-    f.ring = f.bars + Tile::AT_TRACE + p.warp * Tile::TRACE_BYTES + p.lane * 16;
-    f.docs = f.bars + Tile::AT_BACK_DOC + p.warp * Tile::DOC_BYTES;
-    f.own = f.bars + Tile::AT_D + row * Tile::D_PITCH + (((gate * Tile::WARPS + p.warp) ^ chunk_flip(row)) << 4);
-    f.d_even = f.bars + Tile::AT_D + p.g * Tile::D_PITCH + ((p.q ^ flip) << 4);
-    f.d_odd = f.bars + Tile::AT_D + p.g * Tile::D_PITCH + (((4 + p.q) ^ flip) << 4);
-    f.sums = f.bars + Tile::AT_SUMS + p.warp / 2 * 512 + p.lane * 16;
-    f.sums_half = 8 * (p.warp % 2 ^ (p.g >> 1 & 1));
-    f.bar = f.bars + 8 * (p.warp / 2);
-#pragma unroll
-    for (int i = 0; i < Tile::PANELS; i++) {
-        int slice = 2 * (i + 1) - p.warp % 2, peer = (p.rank + slice) % Tile::CTAS;
-        f.peer_sums[i] = peer_address(f.sums + slice % Tile::CTAS * Tile::SUMS_SLICE, peer);
-        f.peer_bar[i] = peer_address(f.bar, peer);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::TILES; i++) f.row_valid[i] = p.b0 + 8 * i + row < job.shape.B && p.first < d;
-    f.at = 4 * last + (size_t)gate * d + p.first;
-    f.other = (gate == 0 ? job.dy : job.saved.y_prev) + last + p.first;
-}
-
-// R, h that entered the first token, no gradients yet
-template <typename Tile>
-__device__ __forceinline__ void slstm_backward_load(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
+__device__ __forceinline__ void slstm_backward_load_weights(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
     constexpr int STEPS = Tile::BACK_STEPS, IN_SHARED = Tile::BACK_SHARED;
     const SlstmPlace &p = f.p;
+    const unsigned flip = chunk_flip(p.g);
+    f.d_even = f.bars + Tile::AT_D + p.g * Tile::D_PITCH + ((p.q ^ flip) << 4);
+    f.d_odd = f.bars + Tile::AT_D + p.g * Tile::D_PITCH + (((4 + p.q) ^ flip) << 4);
     f.slots = f.bars + Tile::AT_BACK_R + p.warp * Tile::BACK_SHARED * 512 + p.lane * 16;
 #pragma unroll
     for (int k = 0; k < Tile::BACK_HELD; k++)
         f.held[k] = slstm_backward_weights<Tile>(job, p, (IN_SHARED + k) / STEPS, (IN_SHARED + k) % STEPS);
     for (int k = 0; k < IN_SHARED; k++)
         shared_store_vector(f.slots + k * 512, slstm_backward_weights<Tile>(job, p, k / STEPS, k % STEPS));
+}
+
+// Lane l stores and writes gate l / 8 of sequence l % 8 of its tile.
+template <typename Tile>
+__device__ __forceinline__ void slstm_backward_addresses(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
+    const SlstmPlace &p = f.p;
+    const int row = p.lane % 8, gate = p.lane / 8, T = job.shape.T, d = job.shape.d;
+    const int warp = p.tile * Tile::WARPS + p.warp;
+    const size_t D = (size_t)job.shape.NH * d, last = ((size_t)(p.b0 + row) * T + T - 1) * D + (size_t)p.head * d;
+    f.ring = f.bars + Tile::AT_TRACE + warp * Tile::BACK_RING * Tile::TRACE_BYTES + p.lane * 16;
+    f.docs = f.bars + Tile::AT_BACK_DOC + warp * Tile::DOC_BYTES;
+    f.own = f.bars + Tile::AT_D + p.tile * Tile::D_TILE + row * Tile::D_PITCH +
+            (((gate * Tile::WARPS + p.warp) ^ chunk_flip(row)) << 4);
+    f.row_valid = p.b0 + row < job.shape.B && p.first < d;
+    f.at = 4 * last + (size_t)gate * d + p.first;
+    f.other = (gate == 0 ? job.dy : job.saved.y_prev) + last + p.first;
+}
+
+// h that entered the first token, no gradients yet
+template <typename Tile>
+__device__ __forceinline__ void slstm_backward_load_units(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
+    const SlstmPlace &p = f.p;
 #pragma unroll
-    for (int i = 0; i < Tile::TILES; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int b = p.b0 + 8 * i + 2 * p.q + e;
-            SlstmCell cell = {};
-            if (b < job.shape.B && p.unit < job.shape.d)
-                cell = load_cell(job.initial, b, (size_t)p.head * job.shape.d + p.unit);
-            f.h_initial[i][e] = cell.n != 0 ? cell.c / cell.n : 0.0f;
-            f.dh[i][e] = f.dL[i][e] = f.dy_back[i][e] = 0;
-        }
+    for (int e = 0; e < 2; e++) {
+        int b = p.b0 + 2 * p.q + e;
+        SlstmCell cell = {};
+        if (b < job.shape.B && p.unit < job.shape.d)
+            cell = load_cell(job.initial, b, (size_t)p.head * job.shape.d + p.unit);
+        f.h_initial[e] = cell.n != 0 ? cell.c / cell.n : 0.0f;
+        f.dh[e] = f.dL[e] = f.dy_back[e] = 0;
+    }
     for (int m = 0; m < 4; m++) f.dbias[m] = 0;
     f.resets = {0, 0};
 }
 
-// The ring of what the forward pass saved. k-th step: token T - 1 - k. Of each token and tile chunks [gate][sequence],
-// then dy (lanes below 8) and y_prev (the next 8).
+// The ring of what the forward pass saved. k-th step: token T - 1 - k. Of each token chunks [gate][sequence], then dy
+// (lanes below 8) and y_prev (the next 8).
 template <typename Tile>
-__device__ __forceinline__ unsigned slstm_ring_slot(const SlstmBackward<Tile> &f, int k, int i) {
-    return f.ring + k % Tile::BACK_RING * Tile::WARPS * Tile::TRACE_BYTES + i * Tile::TRACE_TILE;
+__device__ __forceinline__ unsigned slstm_ring_slot(const SlstmBackward<Tile> &f, int k) {
+    return f.ring + k % Tile::BACK_RING * Tile::TRACE_BYTES;
 }
 template <typename Tile>  // of step k + ahead
-__device__ __forceinline__ void slstm_fetch(const SlstmBackward<Tile> &f, const SlstmJob<bf16> &job, int k, int ahead,
-                                            int i) {
-    const ptrdiff_t T = job.shape.T, D = (ptrdiff_t)job.shape.NH * job.shape.d;
-    const unsigned to = slstm_ring_slot(f, k + ahead, i);
-    if (k + ahead >= job.shape.T || !f.row_valid[i]) return;
-    prefetch_vector(to, job.saved.gates + f.at + (8 * i * T - ahead) * 4 * D);
-    if (f.p.lane < 16) prefetch_vector(to + Tile::AT_DY, f.other + (8 * i * T - ahead) * D);
+__device__ __forceinline__ void slstm_fetch(const SlstmBackward<Tile> &f, const SlstmJob<bf16> &job, int k, int ahead) {
+    const ptrdiff_t D = (ptrdiff_t)job.shape.NH * job.shape.d;
+    const unsigned to = slstm_ring_slot(f, k + ahead);
+    if (k + ahead >= job.shape.T || !f.row_valid) return;
+    prefetch_vector(to, job.saved.gates + f.at - ahead * 4 * D);
+    if (f.p.lane < 16) prefetch_vector(to + Tile::AT_DY, f.other - ahead * D);
 }
 
 // All of a step that can be made before the gradient of y arrives; dy is its part from above.
 template <typename Tile>
-__device__ __forceinline__ void slstm_prepare(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job, int k, int i,
+__device__ __forceinline__ void slstm_prepare(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job, int k,
                                               SlstmBack (&back)[2], float2 &dy) {
     unsigned now[4], two[2];
     prefetch_wait<Tile::BACK_RING - 2>();
     __syncwarp();
-    matrix_pair_load_transposed(two, slstm_ring_slot(f, k, i) + Tile::AT_DY);
+    matrix_pair_load_transposed(two, slstm_ring_slot(f, k) + Tile::AT_DY);
     dy = unpack_two(two[0]);
     const float2 y_prev = unpack_two(two[1]);
 #pragma unroll
-    for (int m = 0; m < 4; m++) now[m] = f.saved[i][m];
-    ldmatrix_trans(f.saved[i], slstm_ring_slot(f, k + 1, i));
+    for (int m = 0; m < 4; m++) now[m] = f.saved[m];
+    ldmatrix_trans(f.saved, slstm_ring_slot(f, k + 1));
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         float v[4], o_prev;  // gates; the last one also of the token before
 #pragma unroll
         for (int m = 0; m < 4; m++) v[m] = e ? unpack_two(now[m]).y : unpack_two(now[m]).x;
-        o_prev = e ? unpack_two(f.saved[i][3]).y : unpack_two(f.saved[i][3]).x;
+        o_prev = e ? unpack_two(f.saved[3]).y : unpack_two(f.saved[3]).x;
         float h_prev = (e ? y_prev.y : y_prev.x) * reciprocal_fast(o_prev);
-        back[e] = slstm_back(v[0], v[1], v[2], v[3], k == job.shape.T - 1 ? f.h_initial[i][e] : h_prev, f.dL[i][e]);
+        back[e] = slstm_back(v[0], v[1], v[2], v[3], k == job.shape.T - 1 ? f.h_initial[e] : h_prev, f.dL[e]);
         asm volatile(""  // made now, not after the wait
                      : "+f"(back[e].to_i), "+f"(back[e].input_dL), "+f"(back[e].kept_dL), "+f"(back[e].to_z),
                        "+f"(back[e].to_o));
     }
-    slstm_fetch(f, job, k, Tile::BACK_RING, i);
+    slstm_fetch(f, job, k, Tile::BACK_RING);
+    prefetch_end_group();
 }
 
 // The sums that the last step sent here, added in order of the senders
 template <typename Tile>
-__device__ __forceinline__ void slstm_receive_sums(SlstmBackward<Tile> &f, int k, int i) {
-    const int slot = k & 1 ^ 1;
-    const unsigned from = f.sums + f.sums_half + slot * Tile::SUMS_SLOT + i * Tile::SUMS_TILE;
+__device__ __forceinline__ void slstm_receive_sums(SlstmBackward<Tile> &f, int k) {
+    const int slot = k & 1 ^ 1, half = f.p.warp % 2 ^ (f.p.g >> Tile::SUMS_SWAP & 1);
+    const unsigned from = f.sums + slot * Tile::SUMS_SLOT + f.p.tile * Tile::SUMS_TILE + half * (Tile::SUMS_LANE / 2);
     float2 part[Tile::CTAS];
-    barrier_wait(f.bar + Tile::sums_barrier(slot, i), (k - 1) >> 1 & 1);
+    barrier_wait(f.bar + Tile::sums_barrier(slot, f.p.tile, 0), (k - 1) >> 1 & 1);
 #pragma unroll
-    for (int s = 0; s < Tile::CTAS; s++) part[s] = shared_load_two(from + s * Tile::SUMS_SLICE);
+    for (int s = 0; s < Tile::CTAS; s++)
+        part[s] = Tile::ROUNDED ? unpack_two(shared_load_word(from + s * Tile::SUMS_SLICE))
+                                : shared_load_two(from + s * Tile::SUMS_SLICE);
 #pragma unroll
     for (int s = 1; s < Tile::CTAS; s++) {
         part[0].x += part[s].x;
         part[0].y += part[s].y;
     }
-    f.dy_back[i][0] = part[0].x;
-    f.dy_back[i][1] = part[0].y;
+    f.dy_back[0] = part[0].x;
+    f.dy_back[1] = part[0].y;
 }
 
-// dr of tile i, to the block's right operands
+// dr, to the block's right operands
 template <typename Tile>
-__device__ __forceinline__ void slstm_make_dr(SlstmBackward<Tile> &f, int k, int i, const SlstmBack (&back)[2],
-                                              float2 dy) {
+__device__ __forceinline__ void slstm_make_dr(SlstmBackward<Tile> &f, int k, const SlstmBack (&back)[2], float2 dy) {
     float dr[2][4];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-        bool cut = f.cut >> (8 * i + 2 * f.p.q + e) & 1;
-        slstm_finish_back(back[e], (e ? dy.y : dy.x) + (cut ? 0.0f : f.dy_back[i][e]), dr[e], &f.dh[i][e], &f.dL[i][e]);
+        bool cut = f.cut >> (2 * f.p.q + e) & 1;
+        slstm_finish_back(back[e], (e ? dy.y : dy.x) + (cut ? 0.0f : f.dy_back[e]), dr[e], &f.dh[e], &f.dL[e]);
 #pragma unroll
         for (int m = 0; m < 4; m++) f.dbias[m] += dr[e][m];
     }
-    matrices_store_transposed(f.own + (k & 1) * Tile::D_SLOT + i * Tile::D_TILE, pack_two(dr[0][0], dr[1][0]),
+    matrices_store_transposed(f.own + (k & 1) * Tile::D_SLOT, pack_two(dr[0][0], dr[1][0]),
                               pack_two(dr[0][1], dr[1][1]), pack_two(dr[0][2], dr[1][2]), pack_two(dr[0][3], dr[1][3]));
 }
 
-// R^T dr of the block's gates, a panel of units after the other, each sum to the block that owns the units. zero: a 0
-// that the compiler does not know. It lets products wait for earlier ones, whose sums are sent meanwhile.
+// The sums of the warp's i-th panel to the block that owns the units. at, bar: of the step and tile
 template <typename Tile>
-__device__ __forceinline__ void slstm_send_sums(SlstmBackward<Tile> &f, int k, int i, unsigned zero) {
+__device__ __forceinline__ void slstm_send_panel(const SlstmBackward<Tile> &f, int i, unsigned at, unsigned bar,
+                                                 const float (&total)[4]) {
+    const uint4 sums = make_uint4(__float_as_uint(total[0]), __float_as_uint(total[1]), __float_as_uint(total[2]),
+                                  __float_as_uint(total[3]));
+    const uint2 rounded = make_uint2(pack_two(total[0], total[1]), pack_two(total[2], total[3]));
+    const int slice = 2 * (i + 1) - f.p.warp % 2;
+    if (slice == Tile::CTAS) {
+        if (Tile::ROUNDED) shared_store_two(f.sums + at, rounded);
+        else shared_store_vector(f.sums + at, sums);
+    } else {
+        const int peer = f.p.rank + slice < Tile::CTAS ? f.p.rank + slice : f.p.rank + slice - Tile::CTAS;
+        const unsigned to = peer_address(f.sums + slice * Tile::SUMS_SLICE, peer) + at;
+        const unsigned count = peer_address(f.bar, peer) + bar;
+        if (Tile::ROUNDED) send_two(to, rounded, count);
+        else send_vector(to, sums, count);
+    }
+}
+
+// R^T dr of the block's gates, a panel of units after the other. zero: a 0 that the compiler does not know. It lets
+// products wait for earlier ones, whose sums are sent meanwhile.
+template <typename Tile>
+__device__ __forceinline__ void slstm_send_sums(SlstmBackward<Tile> &f, int k, int tile, unsigned zero) {
     constexpr int WARPS = Tile::WARPS, PANELS = Tile::PANELS, STEPS = Tile::BACK_STEPS, IN_SHARED = Tile::BACK_SHARED;
     const int slot = k & 1;
-    const unsigned at = slot * Tile::SUMS_SLOT + i * Tile::SUMS_TILE;
+    const unsigned at = slot * Tile::SUMS_SLOT + tile * Tile::SUMS_TILE, bar = Tile::sums_barrier(slot, tile, 0);
     uint4 v[WARPS];
 #pragma unroll
     for (int group = 0; group < WARPS; group++)
-        v[group] = shared_load_vector((group % 2 ? f.d_odd : f.d_even) + slot * Tile::D_SLOT + i * Tile::D_TILE +
+        v[group] = shared_load_vector((group % 2 ? f.d_odd : f.d_even) + slot * Tile::D_SLOT + tile * Tile::D_TILE +
                                       group / 2 * 128);
     float total[4];
 #pragma unroll
@@ -805,27 +911,36 @@ __device__ __forceinline__ void slstm_send_sums(SlstmBackward<Tile> &f, int k, i
             const int n = panel * STEPS + step;
             uint4 w = n < IN_SHARED ? shared_load_vector(f.slots + n * 512) : f.held[n < IN_SHARED ? 0 : n - IN_SHARED];
             const uint4 &part = v[step / 2];
-            mma_16x8x16(sum[step % 4], w, step % 2 ? part.z : part.x, step % 2 ? part.w : part.y);
+            mma(sum[step % 4], w, step % 2 ? part.z : part.x, step % 2 ? part.w : part.y);
         }
 #pragma unroll
-        for (int e = 0; e < 4; e++) total[e] = (sum[0][e] + sum[1][e]) + (sum[2][e] + sum[3][e]);
+        for (int e = 0; e < 4; e++) total[e] = add_chains(sum, e);
         if constexpr (Tile::CTAS == 1) {
-            f.dy_back[i][0] = total[0];
-            f.dy_back[i][1] = total[1];
+            f.dy_back[0] = total[0];
+            f.dy_back[1] = total[1];
         } else {
-            uint4 message = make_uint4(__float_as_uint(total[0]), __float_as_uint(total[1]), __float_as_uint(total[2]),
-                                       __float_as_uint(total[3]));
-            if (panel == PANELS - 1 && f.p.warp % 2 == 0) shared_store_vector(f.sums + at, message);
-            else send_vector(f.peer_sums[panel] + at, message, f.peer_bar[panel] + Tile::sums_barrier(slot, i));
+            slstm_send_panel(f, panel, at, bar, total);
         }
     }
     if (Tile::CTAS > 1 && f.p.warp % 2 == 0) {
         __syncwarp();
-        if (f.p.lane == 0) barrier_arrive(f.bar + Tile::sums_barrier(slot, i));
+        if (f.p.lane == 0) barrier_arrive(f.bar + bar);
     }
 }
 
-// Sums of dr over the tokens and the group's sequences: first the thread's own, then over q.
+// A warp that multiplies, through all steps
+template <typename Tile>
+__device__ __forceinline__ void slstm_backward_products(SlstmBackward<Tile> &f, int T, int tiles, unsigned zero) {
+#pragma unroll 1
+    for (int k = 0; k < T - 1; k++)
+#pragma unroll 1
+        for (int tile = 0; tile < tiles; tile++) {
+            barrier_wait(f.bars + Tile::dr_barrier(k & 1, tile), k >> 1 & 1);
+            slstm_send_sums(f, k, tile, zero);
+        }
+}
+
+// Sums of dr over the tokens and the tile's sequences: first the thread's own, then over q.
 template <typename Tile>
 __device__ __forceinline__ void slstm_store_bias_sums(const SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
     const SlstmPlace &p = f.p;
@@ -839,63 +954,75 @@ __device__ __forceinline__ void slstm_store_bias_sums(const SlstmBackward<Tile> 
     }
 }
 
+// A warp that has units, through all steps. All threads of the cluster come by here.
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::THREADS, 1)
-    slstm_cluster_backward_kernel(const __grid_constant__ SlstmJob<bf16> job) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    constexpr int CTAS = Tile::CTAS, ROWS = Tile::ROWS, TILES = Tile::TILES, RING = Tile::BACK_RING;
-    extern __shared__ __align__(128) unsigned char slstm_cluster_shared[];
+__device__ __forceinline__ void slstm_backward_units(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job, unsigned zero) {
+    constexpr int CTAS = Tile::CTAS, RING = Tile::BACK_RING;
     const int T = job.shape.T;
     const size_t D = (size_t)job.shape.NH * job.shape.d;
-    SlstmBackward<Tile> f;
-    f.p = slstm_place<Tile>(job.shape);
-    slstm_backward_start<Tile>(slstm_cluster_shared);
-    f.bars = shared_address(slstm_cluster_shared);
-    slstm_backward_load(f, job);
-    slstm_backward_addresses(f, job);
-
-    fetch_resets<ROWS>(f.docs, job, f.p.b0, T - f.p.lane);
+    fetch_resets(f.docs, job, f.p.b0, T - f.p.lane);
     for (int k = 0; k < RING; k++) {
-#pragma unroll
-        for (int i = 0; i < TILES; i++) slstm_fetch(f, job, 0, k, i);
+        slstm_fetch(f, job, 0, k);
         prefetch_end_group();
     }
     prefetch_wait<RING - 1>();
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < TILES; i++) ldmatrix_trans(f.saved[i], slstm_ring_slot(f, 0, i));
-    const unsigned zero = (unsigned)job.shape.NH >> 31;
+    ldmatrix_trans(f.saved, slstm_ring_slot(f, 0));
     // To be kept, not made again in each step
     asm volatile("" : "+r"(f.own), "+r"(f.d_even), "+r"(f.d_odd), "+r"(f.sums), "+r"(f.ring), "+r"(f.bar));
     if (CTAS > 1) cluster_barrier();  // the barriers of all blocks are set up
+    if (Tile::DIVIDED && f.p.b0 >= job.shape.B) return;  // a tile without sequences
 
 #pragma unroll 1
     for (int k = 0; k < T; k++) {
         if (k % 32 == 0) {
-            f.resets = read_resets<ROWS>(f.docs + k / 32 % 2 * ROWS * 128, T - k - f.p.lane);
-            fetch_resets<ROWS>(f.docs + (k / 32 + 1) % 2 * ROWS * 128, job, f.p.b0, T - k - 32 - f.p.lane);
+            f.resets = read_resets(f.docs + k / 32 % 2 * 1024, T - k - f.p.lane);
+            fetch_resets(f.docs + (k / 32 + 1) % 2 * 1024, job, f.p.b0, T - k - 32 - f.p.lane);
         }
         f.cut = resets_at(f.resets, k % 32);
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {  // while sums of one tile are on their way, the warp works for the other
-            SlstmBack back[2];
-            float2 dy;
-            slstm_prepare(f, job, k, i, back, dy);
-            if (CTAS > 1 && k > 0) slstm_receive_sums(f, k, i);
-            slstm_make_dr(f, k, i, back, dy);
-            __syncthreads();  // dr is complete; of two steps ago it was read before the last step's barrier
-            if (CTAS > 1 && k > 0 && f.p.warp % 2 == 0 && f.p.lane == 0)  // for the sums of step k + 1
-                barrier_arrive_expect(f.bar + Tile::sums_barrier(k & 1 ^ 1, i), Tile::SUMS_EXPECTED);
-            if (k < T - 1) slstm_send_sums(f, k, i, zero);
-            if (f.row_valid[i])
-                *(uint4 *)(job.dx + f.at + 8 * i * T * 4 * D) =
-                    shared_load_vector(f.own + (k & 1) * Tile::D_SLOT + i * Tile::D_TILE);
-        }
-        prefetch_end_group();
+        SlstmBack back[2];
+        float2 dy;
+        slstm_prepare(f, job, k, back, dy);
+        if (CTAS > 1 && k > 0) slstm_receive_sums(f, k);
+        slstm_make_dr(f, k, back, dy);
+        if (Tile::DIVIDED) {
+            __syncwarp();
+            if (f.p.lane == 0) barrier_arrive(f.bars + Tile::dr_barrier(k & 1, f.p.tile));
+        } else __syncthreads();  // dr is complete; of two steps ago it was read before the last step's barrier
+        if (CTAS > 1 && k > 0 && f.p.warp % 2 == 0 && f.p.lane == 0)  // for the sums of step k + 1
+            barrier_arrive_expect(f.bar + Tile::sums_barrier(k & 1 ^ 1, f.p.tile, 0), Tile::SUMS_EXPECTED);
+        if (!Tile::DIVIDED && k < T - 1) slstm_send_sums(f, k, 0, zero);
+        if (f.row_valid) *(uint4 *)(job.dx + f.at) = shared_load_vector(f.own + (k & 1) * Tile::D_SLOT);
         f.at -= 4 * D;
         f.other -= D;
     }
     slstm_store_bias_sums(f, job);
+}
+
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::THREADS, 1)
+    slstm_cluster_backward_kernel(const __grid_constant__ SlstmJob<bf16> job) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) unsigned char slstm_cluster_shared[];
+    SlstmBackward<Tile> f;
+    const unsigned zero = (unsigned)job.shape.NH >> 31;
+    f.p = slstm_place<Tile>(job.shape);
+    f.bars = shared_address(slstm_cluster_shared);
+    f.bar = f.bars + Tile::sums_barrier(0, 0, f.p.warp / 2);
+    f.sums = f.bars + Tile::AT_SUMS + f.p.warp / 2 * Tile::SUMS_PANEL + f.p.lane * Tile::SUMS_LANE;
+    slstm_backward_start<Tile>(slstm_cluster_shared);
+    if (Tile::DIVIDED && f.p.tile < 0) {
+        registers_grow<Tile::MANY>();
+        slstm_backward_load_weights(f, job);
+        cluster_barrier();
+        slstm_backward_products(f, job.shape.T, slstm_tiles<Tile>(f.p, job.shape), zero);
+    } else {
+        if (Tile::DIVIDED) registers_shrink<Tile::FEW>();
+        else slstm_backward_load_weights(f, job);
+        slstm_backward_load_units(f, job);
+        slstm_backward_addresses(f, job);
+        slstm_backward_units(f, job, zero);
+    }
 #endif
 }
 
@@ -903,7 +1030,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 // Launchers
 
 typedef struct {
-    int ctas, warps, rows;
+    int ctas, warps, rows, threads;
     struct {
         const void *kernel;
         int bytes;  // shared memory a block
@@ -916,21 +1043,24 @@ static SlstmClusterKernels slstm_cluster_kernels(float forward_us, float backwar
     return {Tile::CTAS,
             Tile::WARPS,
             Tile::ROWS,
+            Tile::THREADS,
             {{(const void *)slstm_cluster_forward_kernel<Tile>, Tile::FORWARD_BYTES, forward_us},
              {(const void *)slstm_cluster_backward_kernel<Tile>, Tile::BACKWARD_BYTES, backward_us}}};
 }
 
-enum { SLSTM_CLUSTERS = 7, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
+enum { SLSTM_CLUSTERS = 9, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
 
 static const SlstmClusterKernels *slstm_cluster_table(void) {
     static const SlstmClusterKernels table[SLSTM_CLUSTERS] = {
-        slstm_cluster_kernels<SlstmCluster<1, 8, 8>>(0.83f, 0.69f),
-        slstm_cluster_kernels<SlstmCluster<4, 4, 8>>(0.62f, 0.58f),
-        slstm_cluster_kernels<SlstmCluster<6, 4, 8>>(0.67f, 0.63f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 8>>(0.76f, 0.73f),
-        slstm_cluster_kernels<SlstmCluster<6, 6, 16>>(2.81f, 2.03f),
-        slstm_cluster_kernels<SlstmCluster<8, 6, 8>>(1.12f, 1.19f),
-        slstm_cluster_kernels<SlstmCluster<8, 8, 8>>(1.83f, 1.76f),
+        slstm_cluster_kernels<SlstmCluster<1, 8, 1>>(0.83f, 0.69f),
+        slstm_cluster_kernels<SlstmCluster<4, 4, 1>>(0.62f, 0.58f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 1>>(0.67f, 0.63f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 1>>(0.76f, 0.73f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 3>>(1.00f, 1.00f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 3>>(1.10f, 1.10f),
+        slstm_cluster_kernels<SlstmCluster<8, 6, 1>>(1.12f, 1.19f),
+        slstm_cluster_kernels<SlstmCluster<8, 8, 1>>(1.83f, 1.76f),
+        slstm_cluster_kernels<SlstmCluster<16, 6, 1>>(1.80f, 1.80f),
     };
     return table;
 }
@@ -952,7 +1082,7 @@ static void slstm_cluster_config(cudaLaunchConfig_t *config, cudaLaunchAttribute
     cluster->val.clusterDim.x = plan->kernels->ctas;
     cluster->val.clusterDim.y = cluster->val.clusterDim.z = 1;
     config->gridDim = dim3(plan->tasks * plan->kernels->ctas);
-    config->blockDim = dim3(32 * plan->kernels->warps);
+    config->blockDim = dim3(plan->kernels->threads);
     config->dynamicSmemBytes = plan->shared;
     config->attrs = cluster;
     config->numAttrs = 1;

@@ -15,6 +15,7 @@ import torch
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", ".."))
 sys.path.insert(0, os.path.join(ROOT, "dev", "bench"))
 from bench_mlstm import EPS, Inputs, Library, MlstmProblem, MlstmTensors, reference  # noqa: E402
+from bench_slstm import SlstmProblem, SlstmTensors  # noqa: E402
 
 FORMATS = {torch.float32: (0, 1e-4), torch.bfloat16: (1, 3e-2)}             # code, largest relative L2 distance
 NO_RESET = -1 << 30
@@ -34,15 +35,6 @@ def close(name, got, expected, dtype):
 
 def empty(*size, dtype=torch.float32):
     return torch.full(size, float("nan"), dtype=dtype, device="cuda")       # what is not written shows
-
-
-class SlstmProblem(ctypes.Structure):                                       # as in xlstmc/xlstm_kernels.h
-    _fields_ = [(name, ctypes.c_int) for name in ("format", "B", "T", "NH", "d")]
-
-
-class SlstmTensors(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in
-                ("x", "R", "bias", "doc_start", "initial", "final", "y", "grad_y", "grad_x", "grad_bias")]
 
 
 def tensors_of(structure, tensors):
