@@ -26,6 +26,7 @@
 #include "dev/test/cuda/test_mlstm.cuh"
 #include "dev/test/cuda/test_mlstm_step.cuh"
 #include "dev/test/cuda/test_norm.cuh"
+#include "dev/test/cuda/test_segments.cuh"
 #include "dev/test/cuda/test_slstm.cuh"
 
 extern "C" const Backend *oracle_backend(void);
@@ -324,6 +325,7 @@ int main(int argc, char **argv) {
                  {"adamw", test_adamw},
                  {"mlstm", test_mlstm, 1},
                  {"mlstm_step", test_mlstm_step},
+                 {"mlstm_segments", test_segments},
                  {"slstm", test_slstm, 1},
                  {"models_fp32", test_models_fp32},
                  {"models_bf16", test_models_bf16}};

@@ -24,6 +24,7 @@
 
 #include "mlstm_gates.cuh"
 #include "mlstm_scan.cuh"
+#include "mlstm_segments.cuh"
 #include "mma.cuh"
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -463,10 +464,7 @@ static void mlstm_states(StatesArgs<F> p, float *segments, cudaStream_t stream) 
         p.segments = segments;
         p.local = true;
         walk_states<F, REVERSE>(p, stream);
-        dim3 grid((unsigned)ceil_div((size_t)p.s.dk * (p.s.dv + 1), 256), (unsigned)(p.s.B * p.s.NH));
-        mlstm_segments_kernel<REVERSE><<<grid, 256, num_segments * sizeof(float), stream>>>(
-            p.s, segments, p.decay, p.initial, num_segments, p.segment_chunks);
-        LAUNCH_CHECK();
+        segments_enter<REVERSE>(p.s, p.decay, p.initial, segments, num_segments, p.segment_chunks, stream);
         p.local = false;
     }
     walk_states<F, REVERSE>(p, stream);

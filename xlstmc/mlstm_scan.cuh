@@ -34,6 +34,7 @@
 
 #include "hopper.cuh"
 #include "mlstm_gates.cuh"
+#include "mlstm_segments.cuh"
 #include "mma.cuh"
 
 enum { SCAN_H, SCAN_DQ, SCAN_DK, SCAN_DV };
@@ -962,11 +963,8 @@ static void scan_segments(ScanArgs *p, float *segments, cudaStream_t stream) {
     const int count = ceil_div(mlstm_chunks(s), p->segment_chunks);
     p->segments = count > 1 ? segments : NULL;
     if (count == 1) return;
-    scan_run<MODE, true>(*p, stream);
-    const dim3 grid((unsigned)ceil_div((size_t)s->dk * (s->dv + 1), 256), (unsigned)(s->B * s->NH));
-    mlstm_segments_kernel<REVERSE><<<grid, 256, count * sizeof(float), stream>>>(*s, segments, p->gates.decay,
-                                                                                 p->initial, count, p->segment_chunks);
-    LAUNCH_CHECK();
+    segment_states<REVERSE>(*s, p->y, p->z, p->gates, p->inv_den, p->ds, p->initial, segments, count,
+                            p->segment_chunks, stream);
 }
 
 typedef struct {          // what H leaves for dV and dK
