@@ -53,7 +53,7 @@ struct SegmentArgs {
     int segment_chunks;
 };
 
-struct SegmentRows {  // of the tokens of a chunk
+struct alignas(16) SegmentRows {  // of the tokens of a chunk
     float scale[SCAN_CHUNK], inv_den[SCAN_CHUNK], ds[SCAN_CHUNK];
     float g;  // 0: no chunk, the end
 };
