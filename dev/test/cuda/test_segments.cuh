@@ -172,7 +172,8 @@ static void test_segments_enter(int B, int NH, int dk, int dv, int count, int se
     const MlstmShape s = {B, T, NH, dk, dv, 0, 0, MLSTM_CHUNK};
     const size_t matrices = (size_t)NH * dk * dv, record = matrices + (size_t)NH * dk, total = count * B * record;
     float *adds = fill_random(total, 1, 1), *state = fill_random(B * (record + 1), 2, 1);
-    float *decay = fill_uniform((size_t)B * NH * chunks, 3, 0.6f, 1), *want = (float *)xcalloc(total, sizeof(float));
+    float *decay = fill_uniform((size_t)B * NH * chunks, 3, 1 - 1.0f / segment_chunks, 1),
+          *want = (float *)xcalloc(total, sizeof(float));
     float *segments = to_device<float>(adds, total), *entering = to_device<float>(state, B * (record + 1));
     float *decays = to_device<float>(decay, (size_t)B * NH * chunks);
     const MlstmState given = {entering, entering + matrices, NULL, record + 1}, none = {NULL, NULL, NULL, 0};
