@@ -27,6 +27,7 @@
 #include "dev/test/cuda/test_mlstm_step.cuh"
 #include "dev/test/cuda/test_norm.cuh"
 #include "dev/test/cuda/test_pairs.cuh"
+#include "dev/test/cuda/test_segments.cuh"
 #include "dev/test/cuda/test_slstm.cuh"
 
 extern "C" const Backend *oracle_backend(void);
@@ -326,6 +327,7 @@ int main(int argc, char **argv) {
                  {"mlstm", test_mlstm, 1},
                  {"pairs", test_pairs},
                  {"mlstm_step", test_mlstm_step},
+                 {"mlstm_segments", test_segments},
                  {"slstm", test_slstm, 1},
                  {"models_fp32", test_models_fp32},
                  {"models_bf16", test_models_bf16}};

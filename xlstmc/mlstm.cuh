@@ -24,6 +24,7 @@
 
 #include "mlstm_gates.cuh"
 #include "mlstm_scan.cuh"
+#include "mlstm_segments.cuh"
 #include "mma.cuh"
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -475,9 +476,7 @@ static void mlstm_states(StatesArgs<F> p, float *segments, bool walked, const fl
     int num_segments = ceil_div(mlstm_chunks(&p.s), p.segment_chunks);
     if (num_segments > 1) {
         p.segments = segments;
-        mlstm_segments_kernel<REVERSE><<<mlstm_element_grid(&p.s), 256, num_segments * sizeof(float), stream>>>(
-            p.s, segments, p.decay, p.initial, num_segments, p.segment_chunks, m_walk, m);
-        LAUNCH_CHECK();
+        segments_enter<REVERSE>(p.s, p.decay, p.initial, segments, num_segments, p.segment_chunks, m_walk, m, stream);
     }
     walk_states<F, REVERSE>(p, stream);
 }

@@ -300,44 +300,6 @@ static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const 
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Long sequences of few heads are cut into segments, all walked at once: first from a zero state, to learn what each
-// adds.
-
-// States entering each segment (in place of what each has added), from `initial` on; a thread an element. m_walk: the
-// scales [B, NH, NC + 1] of the walk that has left what segments add, where it is not m, the states' own; else NULL.
-template <bool REVERSE>
-static __global__ void mlstm_segments_kernel(MlstmShape s, float *segments, const float *decay, MlstmState initial,
-                                             int num_segments, int segment_chunks, const float *m_walk,
-                                             const float *m) {
-    extern __shared__ float kept[];  // [num_segments] how much of the state survives each segment
-    int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + s.chunk - 1) / s.chunk;
-    for (int k = threadIdx.x; k < num_segments; k += blockDim.x) {
-        float product = 1;
-        for (int c = k * segment_chunks; c < min((k + 1) * segment_chunks, NC); c++) product *= decay[bh * NC + c];
-        kept[k] = product;
-    }
-    __syncthreads();
-    size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk);
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;  // in the head's C, then in its n
-    if (i >= matrix + s.dk) return;
-    bool in_n = i >= matrix;
-    size_t at = in_n ? s.NH * matrix + (size_t)head * s.dk + i - matrix : head * matrix + i;
-    float state = 0;
-    if (initial.C)
-        state = in_n ? initial.n[b * initial.row + (size_t)head * s.dk + i - matrix] : initial.C[b * initial.row + at];
-    for (int k = 0; k < num_segments; k++) {
-        int segment = REVERSE ? num_segments - 1 - k : k;
-        float *place = segments + ((size_t)segment * s.B + b) * record + at, adds = k + 1 < num_segments ? *place : 0;
-        if (m_walk) {
-            const size_t end = (size_t)bh * (NC + 1) + min((segment + 1) * segment_chunks, NC);
-            adds *= expf(m_walk[end] - m[end]);
-        }
-        *place = state;
-        state = kept[segment] * state + adds;
-    }
-}
-
-// ----------------------------------------------------------------------------------------------------------------
 // Gradient of the gates from q, k and their gradients (doc/math.md):
 //   di_j = <k_j, dk_j>,   d log f_l = anchor + sum over l <= r in l's document and span of <q_r, dq_r> - <k_r, dk_r>
 // anchor = <C', dC'> + <n', dn'> of the states that leave the span: it reaches the span's last document only. A span is

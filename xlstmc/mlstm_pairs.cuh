@@ -10,7 +10,7 @@
 #ifndef XLSTMC_MLSTM_PAIRS_CUH
 #define XLSTMC_MLSTM_PAIRS_CUH
 
-#include "mlstm_gates.cuh"
+#include "mlstm_segments.cuh"
 
 static size_t mlstm_pair_row(const MlstmShape *s) { return (size_t)s->NH * ((size_t)s->dk * s->dv + s->dk + 2); }
 
@@ -31,7 +31,7 @@ static dim3 mlstm_element_grid(const MlstmShape *s) {
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// A pair from what the parts of a segment have added to a zero state (see mlstm_segments_kernel), in one place. m and G
+// A pair from what the parts of a segment have added to a zero state (mlstm_segments.cuh), in one place. m and G
 // of a forward pair are the gates' (mlstm_gate_values); keep of a backward one is the product of all decays.
 
 template <bool REVERSE>
@@ -39,11 +39,7 @@ static __global__ void mlstm_pair_kernel(MlstmShape s, MlstmState pair, const fl
                                          int num_segments, int segment_chunks) {
     extern __shared__ float kept[];  // [num_segments] how much of the state survives each of the parts
     const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + s.chunk - 1) / s.chunk;
-    for (int k = threadIdx.x; k < num_segments; k += blockDim.x) {
-        float product = 1;
-        for (int c = k * segment_chunks; c < min((k + 1) * segment_chunks, NC); c++) product *= decay[bh * NC + c];
-        kept[k] = product;
-    }
+    enter_kept(kept, decay + (size_t)bh * NC, NC, num_segments, segment_chunks);
     __syncthreads();
     const size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk);
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -55,6 +51,7 @@ static __global__ void mlstm_pair_kernel(MlstmShape s, MlstmState pair, const fl
     if (i >= matrix + s.dk) return;
     const size_t at = i >= matrix ? s.NH * matrix + (size_t)head * s.dk + i - matrix : head * matrix + i;
     float state = 0;
+#pragma unroll 8
     for (int k = 0; k < num_segments; k++) {
         int segment = REVERSE ? num_segments - 1 - k : k;
         state = kept[segment] * state + segments[((size_t)segment * s.B + b) * record + at];

@@ -22,8 +22,7 @@
 //
 // X, Y, Z come by TMA, two chunks ahead where they fit; results leave by TMA. The scores of the next chunk are made
 // while the states work on this one. Long sequences of few heads are cut into segments (grid.y), each of which needs
-// the state that enters it: the same kernel as LOCAL makes what each segment adds from zero, mlstm_segments_kernel sums
-// up.
+// the state that enters it: mlstm_segments.cuh.
 //
 // Cost of a chunk and slice, in cycles of the tensor cores (2,048 multiply-adds): 2 A for the scores, 2 A W / 64 for
 // the state's answer, 2 W for P Z, 2 A W / 64 for the update; 2,816 at A = 128, W = 256 and the other way round. Bytes:
@@ -73,7 +72,6 @@ struct ScanArgs {
     MlstmState initial, final;  // of the whole sequence; C == NULL: zeros, not wanted
     float *segments;            // [P][B][NH dk dv + NH dk] states entering each segment; NULL: one segment
     int segment_chunks;
-    int all_segments;     // LOCAL: the last one's, too, which only other ranks ask for
     uint32_t *snapshots;  // C where a span begins, in the order of the threads' registers: H writes, dV reads
     float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK reads
     float *anchor;        // [tiles][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
@@ -833,7 +831,7 @@ static __global__ void __launch_bounds__(SCAN_THREADS, 1) mlstm_scan_kernel(cons
     at.first_chunk = blockIdx.y * p.segment_chunks;
     at.chunks = min(p.segment_chunks, at.all_chunks - at.first_chunk);
     at.last_segment = blockIdx.y == (S::REVERSE ? 0 : gridDim.y - 1);
-    if (S::LOCAL && at.last_segment && !p.all_segments) return;  // nobody asks for what it adds
+    if (S::LOCAL && at.last_segment) return;  // nobody asks for what it adds
     if (threadIdx.x == 0) {
         for (int k = 0; k < 3; k++) {
             barrier_init(shared_address(sh->x_full + k), 1);
@@ -955,12 +953,13 @@ static void scan_run(const ScanArgs &p, cudaStream_t stream) {
 }
 
 // What each segment adds to the states; p as for the scan itself. all: the last one, too, even if it is the only one
-template <int MODE>
+template <bool REVERSE>
 static void scan_walk_segments(ScanArgs *p, float *segments, bool all, cudaStream_t stream) {
     p->segment_chunks = scan_segment_chunks(&p->s);
-    p->segments = all || p->segment_chunks < mlstm_chunks(&p->s) ? segments : NULL;
-    p->all_segments = all;
-    if (p->segments) scan_run<MODE, true>(*p, stream);
+    const int count = ceil_div(mlstm_chunks(&p->s), p->segment_chunks);
+    if (all || count > 1)
+        segment_sums<REVERSE>(p->s, p->y, p->z, p->gates, p->inv_den, p->ds, segments, count, p->segment_chunks, all,
+                              stream);
 }
 
 // The states that enter the segments, if there are several. walked: scan_walk_segments has been here; m_walk: with
@@ -969,14 +968,13 @@ template <int MODE>
 static void scan_segments(ScanArgs *p, float *segments, bool walked, const float *m_walk, cudaStream_t stream) {
     constexpr bool REVERSE = MODE == SCAN_DV;
     const MlstmShape *s = &p->s;
-    if (!walked) scan_walk_segments<MODE>(p, segments, false, stream);
+    if (!walked) scan_walk_segments<REVERSE>(p, segments, false, stream);
     p->segment_chunks = scan_segment_chunks(s);
     const int count = ceil_div(mlstm_chunks(s), p->segment_chunks);
     p->segments = count > 1 ? segments : NULL;
     if (count == 1) return;
-    mlstm_segments_kernel<REVERSE><<<mlstm_element_grid(s), 256, count * sizeof(float), stream>>>(
-        *s, segments, p->gates.decay, p->initial, count, p->segment_chunks, m_walk, p->gates.m);
-    LAUNCH_CHECK();
+    segments_enter<REVERSE>(*s, p->gates.decay, p->initial, segments, count, p->segment_chunks, m_walk, p->gates.m,
+                            stream);
 }
 
 typedef struct {          // what H leaves for dV and dK
@@ -1017,7 +1015,7 @@ static void mlstm_scan_pair(const MlstmShape &s, const MlstmInput<bf16> &in, Mls
                             const ScanSaved &saved, float *segments, cudaStream_t stream) {
     ScanArgs p = scan_args(s, in, gates, saved);
     scan_forward_maps(&p, in);
-    scan_walk_segments<SCAN_H>(&p, segments, true, stream);
+    scan_walk_segments<false>(&p, segments, true, stream);
     mlstm_pair<false>(&s, pair, segments, gates.decay, p.segment_chunks, stream);
 }
 
@@ -1044,7 +1042,7 @@ static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16>
                                      const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch,
                                      cudaStream_t stream) {
     ScanArgs p = scan_backward_args(s, in, dh, gates, saved, scratch);
-    scan_walk_segments<SCAN_DV>(&p, scratch.segments_back, true, stream);
+    scan_walk_segments<true>(&p, scratch.segments_back, true, stream);
     mlstm_pair<true>(&s, pair, scratch.segments_back, gates.decay, p.segment_chunks, stream);
 }
 

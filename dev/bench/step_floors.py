@@ -79,7 +79,7 @@ def floors(case):
         ("mLSTM scan dV", r"mlstm_scan_kernel<Scan<3,.*false>", scan(4 * (dk + dv) + snapshot)),
         # summary 8, tokens 36, factors of the rows 20, gradient 32
         ("mLSTM gates, all kernels", r"mlstm_gate|mlstm_row_factors", cell(96)),
-        ("mLSTM segments of long sequences", r"_segments_kernel|mlstm_scan_kernel<.*true>", None),
+        ("mLSTM segments of long sequences", r"_segment_kernel|_enter_kernel", None),
         ("norm, forward", r"^norm_forward", moved(4 * rows * dim * (2 * blocks + 1))),
         ("norm, backward", r"^norm_backward", moved(rows * dim * (8 * 2 * blocks + 6))),
         ("head norm with output gate, forward", r"head_norm_forward", moved(6 * rows * dim * blocks)),

@@ -59,6 +59,18 @@ static float *to_host(const F *device, size_t n) {
     return host;
 }
 
+// Columns at .. at + count of a buffer [rows, ld], and back
+MAYBE_UNUSED
+static float *take_columns(const float *wide, size_t ld, size_t at, size_t count, size_t rows) {
+    float *out = (float *)xcalloc(rows * count, sizeof(float));
+    for (size_t r = 0; r < rows; r++) memcpy(out + r * count, wide + r * ld + at, count * sizeof(float));
+    return out;
+}
+MAYBE_UNUSED
+static void put_columns(float *wide, size_t ld, size_t at, size_t count, size_t rows, const float *in) {
+    for (size_t r = 0; r < rows; r++) memcpy(wide + r * ld + at, in + r * count, count * sizeof(float));
+}
+
 // Relative L2 distance; NaN and Inf fail. Prints a line a check, FAIL first if it is one.
 static double check_close(const char *what, const float *got, const float *want, size_t n, double tolerance) {
     double error = 0, size = 0;

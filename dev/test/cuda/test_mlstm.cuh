@@ -81,16 +81,6 @@ static void mlstm_test_host_free(MlstmHost *x) {
     free(x->resets), free(x->doc_start);
 }
 
-// Columns at .. at + count of a buffer [rows, ld], and back
-static float *take_columns(const float *wide, size_t ld, size_t at, size_t count, size_t rows) {
-    float *out = (float *)xcalloc(rows * count, sizeof(float));
-    for (size_t r = 0; r < rows; r++) memcpy(out + r * count, wide + r * ld + at, count * sizeof(float));
-    return out;
-}
-static void put_columns(float *wide, size_t ld, size_t at, size_t count, size_t rows, const float *in) {
-    for (size_t r = 0; r < rows; r++) memcpy(wide + r * ld + at, in + r * count, count * sizeof(float));
-}
-
 // ----------------------------------------------------------------------------------------------------------------
 // The GPU's side
 
