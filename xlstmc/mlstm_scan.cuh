@@ -22,7 +22,7 @@
 //
 // X, Y, Z come by TMA, two chunks ahead where they fit; results leave by TMA. The scores of the next chunk are made
 // while the states work on this one. Long sequences of few heads are cut into segments (grid.y), each of which needs
-// the state that enters it: the same kernel as LOCAL makes what each segment adds from zero, mlstm_segments_kernel sums
+// the state that enters it: the same kernel as LOCAL makes what each segment adds from zero, mlstm_segments sums
 // up.
 //
 // Cost of a chunk and slice, in cycles of the tensor cores (2,048 multiply-adds): 2 A for the scores, 2 A W / 64 for
@@ -963,10 +963,7 @@ static void scan_segments(ScanArgs *p, float *segments, cudaStream_t stream) {
     p->segments = count > 1 ? segments : NULL;
     if (count == 1) return;
     scan_run<MODE, true>(*p, stream);
-    const dim3 grid((unsigned)ceil_div((size_t)s->dk * (s->dv + 1), 256), (unsigned)(s->B * s->NH));
-    mlstm_segments_kernel<REVERSE><<<grid, 256, count * sizeof(float), stream>>>(*s, segments, p->gates.decay,
-                                                                                 p->initial, count, p->segment_chunks);
-    LAUNCH_CHECK();
+    mlstm_segments<REVERSE>(s, segments, p->gates.decay, p->initial, count, p->segment_chunks, stream);
 }
 
 typedef struct {          // what H leaves for dV and dK
