@@ -3,10 +3,10 @@
 // again.
 //
 //   make test-gpu                     builds and runs it, and dev/test/cuda/gpu_runs.sh
-//   build/test_xlstm_cu [WORD]        only the tests whose name holds WORD
-//   compute-sanitizer --tool racecheck build/test_xlstm_cu WORD small
-//                                     a few small cases of the kernels that use mma.sync (mlstm, slstm): racecheck
-//                                     makes them hundreds of times slower
+//   build/test_xlstm_cu WORD...       only the tests whose name holds one of the words
+//   build/test_xlstm_cu WORD... small few and small cases of mlstm, slstm and models, for compute-sanitizer, which
+//   makes
+//                                     them a hundred times slower: dev/test/cuda/sanitize.sh
 //
 // The CPU side is train_xlstm.c, compiled as C in dev/test/cuda/oracle_*.c. Prints a line a check with the measured
 // relative L2 error, and "N passed, N failed" last.
@@ -121,17 +121,23 @@ typedef struct {
     size_t num_logits, largest;
 } Pair;
 
+static ModelConfig case_config(const ModelCase *c) {
+    ModelConfig config;
+    char why[200];
+    model_defaults(&config);
+    config.vocab_size = c->V, config.hidden_size = c->D, config.num_heads = c->heads;
+    config.ffn_dim = c->ffn ? c->ffn : model_default_ffn(c->D);
+    config.sigmoid_gate = c->sigmoid;
+    if (!model_parse_blocks(c->blocks, &config, why, sizeof why) || !model_check(&config, why, sizeof why))
+        die(EXIT_USAGE, "%s", why);
+    return config;
+}
+
 static Pair build_pair(const ModelCase *c, int in_bf16) {
     Pair p;
-    char why[200];
     memset(&p, 0, sizeof p);
     release_models();
-    model_defaults(&p.config);
-    p.config.vocab_size = c->V, p.config.hidden_size = c->D, p.config.num_heads = c->heads;
-    p.config.ffn_dim = c->ffn ? c->ffn : model_default_ffn(c->D);
-    p.config.sigmoid_gate = c->sigmoid;
-    if (!model_parse_blocks(c->blocks, &p.config, why, sizeof why) || !model_check(&p.config, why, sizeof why))
-        die(EXIT_USAGE, "%s", why);
+    p.config = case_config(c);
     p.table = model_table(&p.config);
     p.states = model_state_table(&p.config);
     RunConfig run = {c->B, c->T, c->states ? c->B : 0, 1, c->recompute, in_bf16, 4, 64};
@@ -200,6 +206,8 @@ static void check_tensors(const Pair *p, const char *what, int kind, double floo
         size_t n = p->table.tensors[k].count;
         for (int side = 0; side < 2; side++) p->backend[side]->read_tensor(kind, k, p->values[side]);
         double size = norm_of(p->values[0], n), error = relative_error(p->values[1], p->values[0], n);
+        if (!(error <= limit))
+            printf("     raw %-60s %.2e, norm %.1e of the whole\n", p->table.tensors[k].name, error, size / all);
         if (size < floor * all) error *= size > 0 ? size / (floor * all) : 1 / (floor * all);
         if (!(error <= limit))
             printf("     %-60s %.2e, norm %.1e of the whole\n", p->table.tensors[k].name, error, size / all);
@@ -303,19 +311,68 @@ static void test_model_case(const ModelCase *c, int in_bf16) {
                   in_bf16 ? 3e-2 : 1e-3);  // signs of tiny gradients decide at the first update
 }
 
-static void test_models_fp32(void) {
-    for (size_t k = 0; k < sizeof model_cases / sizeof model_cases[0]; k++) test_model_case(&model_cases[k], 0);
+static void test_models(int in_bf16) {
+    static const ModelCase small = {"mlstm,mlstm_v1,slstm", 64, 4, 70, 0, 0, 2, 150, 1, 1, 0};
+    for (size_t k = 0; !small_tests && k < sizeof model_cases / sizeof model_cases[0]; k++)
+        test_model_case(&model_cases[k], in_bf16);
+    if (small_tests) test_model_case(&small, in_bf16);
 }
-static void test_models_bf16(void) {
-    for (size_t k = 0; k < sizeof model_cases / sizeof model_cases[0]; k++) test_model_case(&model_cases[k], 1);
+static void test_models_fp32(void) { test_models(0); }
+static void test_models_bf16(void) { test_models(1); }
+
+// ----------------------------------------------------------------------------------------------------------------
+// Memory that a run takes beyond its plan: code, graphs of as many shapes as are kept, what cuBLASLt and the driver
+// allocate. It must fit into what the plan leaves free. Kernels are loaded when they first run, so the figure is that
+// of a run only if no other test ran before.
+
+template <typename F>
+static void test_memory_format(Model<F> *m) {
+    const ModelCase c = {"(mlstm,mlstm_v1,slstm)*8", 256, 4, 50304, 0, 0, 8, 1024, 0, 1, 0};
+    const ModelConfig config = case_config(&c);
+    const TensorTable table = model_table(&config);
+    const RunConfig run = {c.B, c.T, c.B, 1, 0, sizeof(F) == 2, 4, 64};
+    size_t before, after, all, rows = (size_t)c.B * c.T;
+    int *tokens = (int *)xcalloc(rows, sizeof(int));
+    float *logits = (float *)xcalloc((size_t)c.V, sizeof(float));
+    release_models();
+    CUDA_CHECK(cudaMemGetInfo(&before, &all));
+    cuda_backend.build(&config, &table, &run);
+    for (int B = 1; B <= c.B; B++)
+        for (int round = 0; round < 3; round++) {  // plain, captured, replayed
+            Batch batch = {B, c.T, tokens, tokens, NULL, 0, NULL, NULL, NULL};
+            cuda_backend.zero_grad();
+            cuda_backend.forward_backward(&batch, 1.0 / (double)rows);
+            cuda_backend.evaluate(&batch);
+        }
+    const UpdateConfig update = {1, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1};
+    cuda_backend.grad_norm();
+    cuda_backend.update(&update);
+    cuda_backend.decode_start();
+    for (int t = 0; t < 3; t++) cuda_backend.decode_step(0, logits);
+    CUDA_CHECK(cudaMemGetInfo(&after, &all));
+    const double beyond = (double)before - (double)after - (double)planned_bytes(m, NULL);
+    printf("     %s: %.1f MiB beyond the plan\n", format_name<F>(), beyond / 1048576);
+    const float fits = beyond <= SLACK_BYTES, one = 1;
+    check_close("memory beyond the plan", &fits, &one, 1, 0);
+    free(tokens), free(logits);
+}
+static void test_memory(void) {
+    test_memory_format(&model_bf16);
+    test_memory_format(&model_fp32);
+}
+
+static int is_wanted(const char *name, char *const *words, int count) {
+    for (int k = 0; k < count; k++)
+        if (strstr(name, words[k])) return 1;
+    return count == 0;
 }
 
 int main(int argc, char **argv) {
     const struct {
         const char *name;
         void (*run)(void);
-        int has_small;
-    } tests[] = {{"matmul", test_matmul},
+    } tests[] = {{"memory", test_memory},
+                 {"matmul", test_matmul},
                  {"norm", test_norm},
                  {"head_norm", test_head_norm},
                  {"gated", test_gated},
@@ -324,22 +381,22 @@ int main(int argc, char **argv) {
                  {"embedding", test_embedding},
                  {"classifier", test_classifier},
                  {"adamw", test_adamw},
-                 {"mlstm", test_mlstm, 1},
-                 {"pairs", test_pairs},
+                 {"mlstm_cell", test_mlstm},
+                 {"mlstm_pairs", test_pairs},
                  {"mlstm_step", test_mlstm_step},
                  {"mlstm_segments", test_segments},
-                 {"slstm", test_slstm, 1},
+                 {"slstm_block", test_slstm_block},
+                 {"slstm_team", test_slstm_team},
                  {"models_fp32", test_models_fp32},
                  {"models_bf16", test_models_bf16}};
-    if (argc > 2 && strcmp(argv[2], "small") != 0) die(EXIT_USAGE, "%s: the second word may only be 'small'", argv[2]);
-    small_tests = argc > 2;
+    small_tests = argc > 1 && strcmp(argv[argc - 1], "small") == 0;
     use_bf16 = 0;
     choose_device();
     void *workspace;
     CUDA_CHECK(cudaMalloc(&workspace, MATMUL_WORKSPACE));
     matmul_init(workspace, NULL);
     for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {
-        if ((argc > 1 && !strstr(tests[k].name, argv[1])) || (small_tests && !tests[k].has_small)) continue;
+        if (!is_wanted(tests[k].name, argv + 1, argc - 1 - small_tests)) continue;
         double start = now_seconds();
         tests[k].run();
         printf("%s: %.1f s\n", tests[k].name, now_seconds() - start);

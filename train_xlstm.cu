@@ -1522,7 +1522,7 @@ static void choose_device(void) {
     if (p.major < 8)
         die(EXIT_USAGE, "%s is sm_%d%d; the kernels need sm_80 or newer; ./train_xlstm trains on the CPU", p.name,
             p.major, p.minor);
-    status = cudaFuncGetAttributes(&attributes, add_partials_kernel);
+    status = cudaFuncGetAttributes(&attributes, add_partials_kernel<32>);
     if (status == cudaErrorUnsupportedPtxVersion)
         die(EXIT_USAGE, "the GPU driver is too old for this build; update it, or: make clean && make SM=%d%d", p.major,
             p.minor);

@@ -32,10 +32,10 @@ static void comm_sleep(double seconds) {
 // ----------------------------------------------------------------------------------------------------------------
 // When a rank fails
 
-// The alarm ends this process even if saying farewell hangs.
+// The alarm ends this process even if saying farewell hangs, or what comm_abort_data waits for.
 static void peer_end_job(int code) {
     signal(SIGALRM, SIG_DFL);
-    alarm(5);
+    alarm(2);
     carrier->end_job(code);
     _exit(code);
 }
@@ -104,7 +104,11 @@ static void peer_wait(const char *what) {
         carrier->heed();
         for (int k = 0, from; (from = carrier->missing(k)) >= -1; k++) {
             if (from < 0) continue;
-            peer_fail_if_dead(what, from);
+            if (peer_is_dead(from)) {  // what it sent before may still be on its way
+                comm_sleep(0.1);
+                if (carrier->test(what)) return;
+                if (carrier->missing(k) == from) peer_fail_dead(what, from);
+            }
             if (now - start > comm.timeout) peer_fail_silent(what, from);
         }
         if (now - start > comm.timeout) peer_fail(what, -1, "nobody took a message within --comm-timeout");

@@ -91,10 +91,22 @@ static void tcp_heed(void) {
 static int tcp_silent(void) { return -1; }
 
 static void tcp_end_job(int code) {
+    static char rest[1 << 16];
     unsigned char byte = (unsigned char)code;
-    for (int r = 0; r < comm.size; r++)
-        if (r != comm.rank) (void)!send(tcp.sockets[r], &byte, 1, MSG_OOB | MSG_NOSIGNAL | MSG_DONTWAIT);
-    comm_sleep(0.2);  // others look every 20 ms
+    double start = now_seconds();
+    for (int r = 0; r < comm.size; r++) {
+        if (r == comm.rank) continue;
+        (void)!send(tcp.sockets[r], &byte, 1, MSG_OOB | MSG_NOSIGNAL | MSG_DONTWAIT);
+        shutdown(tcp.sockets[r], SHUT_WR);
+    }
+    // A connection that is closed before all is read would take the farewell with it: until the others have gone.
+    for (int open = 1; open && now_seconds() - start < 1; comm_sleep(0.01)) {
+        open = 0;
+        for (int r = 0; r < comm.size; r++) {
+            ssize_t n = r == comm.rank ? 0 : recv(tcp.sockets[r], rest, sizeof rest, 0);
+            open |= n > 0 || (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR));
+        }
+    }
     if (comm_abort_data) comm_abort_data();
     _exit(code);
 }

@@ -128,21 +128,26 @@ __device__ inline float silu_gradf(float x) {
 
 // dst[c] += sum over parts of partial[part, c], in a fixed order. Kernels that sum over rows (gradients of scales
 // and biases) let each block of a fixed number of blocks, `parts`, write the sums of its own rows.
-static __global__ void __launch_bounds__(1024)
-    add_partials_kernel(float *dst, const float *partial, int parts, size_t width) {  // 32 columns by 32 parts a block
-    __shared__ float sums[32][33];
-    size_t c = (size_t)blockIdx.x * 32 + threadIdx.x;
+template <int N>  // columns of a block, and parts that it reads at once
+__device__ inline void add_partials_block(float *dst, const float *partial, int parts, size_t width) {
+    __shared__ float sums[N][N + 1];
+    size_t c = (size_t)blockIdx.x * N + threadIdx.x;
     float sum = 0;
-    for (int p = threadIdx.y; p < parts && c < width; p += 32) sum += partial[p * width + c];
+    for (int p = threadIdx.y; p < parts && c < width; p += N) sum += partial[p * width + c];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y || c >= width) return;
-    for (int k = 1; k < 32; k++) sum += sums[k][threadIdx.x];
+    for (int k = 1; k < N; k++) sum += sums[k][threadIdx.x];
     dst[c] += sum;
+}
+template <int N>
+static __global__ void __launch_bounds__(N *N)
+    add_partials_kernel(float *dst, const float *partial, int parts, size_t width) {
+    add_partials_block<N>(dst, partial, parts, width);
 }
 MAYBE_UNUSED
 static void add_partials(float *dst, const float *partial, int parts, size_t width, cudaStream_t stream) {
-    add_partials_kernel<<<ceil_div(width, 32), dim3(32, 32), 0, stream>>>(dst, partial, parts, width);
+    add_partials_kernel<32><<<ceil_div(width, 32), dim3(32, 32), 0, stream>>>(dst, partial, parts, width);
     LAUNCH_CHECK();
 }
 

@@ -33,8 +33,15 @@
 
 enum { TILE_ROWS = 64, MLSTM_THREADS = 256 };
 
+// x, but the compiler does not know it: what is computed from it is computed where it is used, in a loop again and
+// again, rather than before the loop and held in registers that the sums need.
+__device__ inline unsigned not_hoisted(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 template <typename F, int ROWS>
-__device__ inline int tile_at(int r, int c) {
+__device__ inline unsigned tile_at(unsigned r, unsigned c) {
     constexpr int V = VEC<F>;
     return c / 64 * (ROWS * 64) + r * 64 + ((c % 64 / V) ^ (r & 7)) * V + c % V;
 }
@@ -55,18 +62,28 @@ __device__ inline void copy_wait() {
 // tile[ROWS, COLS] = src[rows, cols] with row stride ld, zeros beyond. aligned: everything is a multiple of 16 bytes.
 template <typename F, int ROWS, int COLS>
 __device__ inline void load_tile(F *tile, const F *src, size_t ld, int rows, int cols, bool aligned) {
-    constexpr int V = VEC<F>, PIECES = COLS / V;
-    for (int i = threadIdx.x; i < ROWS * PIECES; i += MLSTM_THREADS) {
-        int r = i / PIECES, c = i % PIECES * V;
-        F *dst = tile + tile_at<F, ROWS>(r, c);
-        const F *from = src + (size_t)r * ld + c;
-        if (aligned) {
-            bool valid = r < rows && c < cols;
-            copy_async<16>(dst, valid ? from : src, valid);
-        } else {
-            for (int k = 0; k < V; k++) dst[k] = r < rows && c + k < cols ? from[k] : from_float<F>(0.0f);
+    constexpr int V = VEC<F>, PIECES = 64 / V, STEP = MLSTM_THREADS / PIECES;
+    if (!aligned) {
+#pragma unroll 1  // for rare shapes: unrolled, the loads would take registers from the sums of all
+        for (int i = threadIdx.x; i < ROWS * COLS; i += MLSTM_THREADS) {
+            int r = i / COLS, c = i % COLS;
+            tile[tile_at<F, ROWS>(r, c)] = r < rows && c < cols ? src[(size_t)r * ld + c] : from_float<F>(0.0f);
         }
+        return;
     }
+    // A thread takes pieces below each other, in every panel the same: one address, to which constants are added.
+    const unsigned thread = not_hoisted(threadIdx.x);
+    const int r0 = thread / PIECES, c0 = thread % PIECES * V;
+    F *to = tile + tile_at<F, ROWS>(r0, c0);
+    const F *from = src + (size_t)r0 * ld + c0;
+#pragma unroll
+    for (int k = 0; k < ROWS / STEP; k++, to += STEP * 64, from += STEP * ld)
+#pragma unroll
+        for (int panel = 0; panel < (COLS + 63) / 64; panel++) {
+            const int c = panel * 64 + c0;
+            const bool valid = r0 + k * STEP < rows && c < cols;
+            if (c < COLS) copy_async<16>(to + panel * ROWS * 64, valid ? from + panel * 64 : src, valid);
+        }
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -76,16 +93,17 @@ __device__ inline void load_tile(F *tile, const F *src, size_t ld, int rows, int
 // The B operand of one k16 step for two neighbouring tiles of 8 columns: b[0], b[1] the first, b[2], b[3] the second.
 // By columns (BY_ROWS = false) the tile is stored [n][k], else [k][n].
 template <bool BY_ROWS, int B_ROWS>
-__device__ inline void load_b(unsigned (&b)[4], const bf16 *tile, int k, int n) {
-    int lane = threadIdx.x % 32, i = lane / 8, j = lane % 8;
+__device__ inline void load_b(unsigned (&b)[4], const bf16 *tile, int k, int n, unsigned lane) {
+    unsigned i = lane / 8, j = lane % 8;
     if (BY_ROWS) ldmatrix_trans(b, tile + tile_at<bf16, B_ROWS>(k + i % 2 * 8 + j, n + i / 2 * 8));
     else ldmatrix(b, tile + tile_at<bf16, B_ROWS>(n + i / 2 * 8 + j, k + i % 2 * 8));
 }
 
-// acc += A[m0 .. m0+15, 0 .. 63] B[0 .. 63, n0 ..]; A is a tile of 64 rows, stored [m][k]
-template <typename F, int NT, bool BY_ROWS, int B_ROWS>
+// acc += A[m0 .. m0+15, 0 .. 63] B[0 .. 63, columns]; A is a tile of 64 rows, stored [m][k]. The columns are 16 from n0
+// on, 16 from n0 + STRIDE on, ...
+template <typename F, int NT, bool BY_ROWS, int B_ROWS, int STRIDE>
 __device__ inline void multiply(float (&acc)[NT][4], const F *A, int m0, const F *B, int n0) {
-    int lane = threadIdx.x % 32;
+    const unsigned lane = not_hoisted(threadIdx.x) % 32;
     if constexpr (sizeof(F) == 2) {
 #pragma unroll
         for (int k = 0; k < 64; k += 16) {
@@ -93,7 +111,7 @@ __device__ inline void multiply(float (&acc)[NT][4], const F *A, int m0, const F
             ldmatrix(a, A + tile_at<F, TILE_ROWS>(m0 + lane % 16, k + lane / 16 * 8));
 #pragma unroll
             for (int nt = 0; nt < NT; nt += 2) {
-                load_b<BY_ROWS, B_ROWS>(b, B, k, n0 + 8 * nt);
+                load_b<BY_ROWS, B_ROWS>(b, B, k, n0 + nt / 2 * STRIDE, lane);
                 mma(acc[nt], a, b[0], b[1]);
                 mma(acc[nt + 1], a, b[2], b[3]);
             }
@@ -106,7 +124,7 @@ __device__ inline void multiply(float (&acc)[NT][4], const F *A, int m0, const F
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
-                    int n = n0 + 8 * nt + 2 * t + c;
+                    int n = n0 + nt / 2 * STRIDE + nt % 2 * 8 + 2 * t + c;
                     float b = BY_ROWS ? B[tile_at<F, B_ROWS>(k, n)] : B[tile_at<F, B_ROWS>(n, k)];
                     acc[nt][c] += a0 * b;
                     acc[nt][2 + c] += a1 * b;
@@ -135,7 +153,7 @@ __device__ inline void multiply_scaled_transposed(float (&acc)[NT][4], const F *
             }
 #pragma unroll
             for (int nt = 0; nt < NT; nt += 2) {
-                load_b<true, TILE_ROWS>(b, Y, k, n0 + 8 * nt);
+                load_b<true, TILE_ROWS>(b, Y, k, n0 + 8 * nt, lane);
                 mma(acc[nt], a, b[0], b[1]);
                 mma(acc[nt + 1], a, b[2], b[3]);
             }
@@ -351,9 +369,8 @@ __device__ __forceinline__ void states_end(const MlstmShape &s, const StatesBloc
             n_sum[at.n_col] + n_sum[64 + at.n_col] + n_sum[128 + at.n_col] + n_sum[192 + at.n_col];
 }
 
-// On a multiprocessor of an H100 shared memory has room for 3 blocks with N = 64, and 2 with N = 128.
 template <typename F, int N, bool REVERSE>
-static __global__ void __launch_bounds__(MLSTM_THREADS, N == 64 ? 3 : 2) mlstm_states_kernel(StatesArgs<F> p) {
+__device__ __forceinline__ void walk_states(const StatesArgs<F> &p) {
     constexpr int NT = N / 16, STAGES = STATE_STAGES<F, N>, STAGE = 64 * (64 + N);
     extern __shared__ __align__(128) unsigned char shared[];
     F *tiles = (F *)shared;
@@ -413,6 +430,18 @@ static __global__ void __launch_bounds__(MLSTM_THREADS, N == 64 ? 3 : 2) mlstm_s
     if (final.C) states_end(p.s, at, final, acc, n_part, n_sum);
 }
 
+// On a multiprocessor of an H100 shared memory has room for 3 blocks with N = 64, and 2 with N = 128.
+template <typename F, int N>
+static __global__ void __launch_bounds__(MLSTM_THREADS, N == 64 ? 3 : 2)
+    mlstm_fwd_states_kernel(const __grid_constant__ StatesArgs<F> p) {
+    walk_states<F, N, false>(p);
+}
+template <typename F, int N>
+static __global__ void __launch_bounds__(MLSTM_THREADS, N == 64 ? 3 : 2)
+    mlstm_bwd_states_kernel(const __grid_constant__ StatesArgs<F> p) {
+    walk_states<F, N, true>(p);
+}
+
 enum { STATES_BLOCKS = 264 };  // two for each multiprocessor of an H100
 
 template <typename F, int N, bool REVERSE>
@@ -420,9 +449,11 @@ static void launch_states(const StatesArgs<F> &p, cudaStream_t stream) {
     constexpr size_t bytes = states_shared_bytes<F, N>();
     dim3 grid((unsigned)(ceil_div(p.s.dk, 64) * ceil_div(p.s.dv, N)), (unsigned)(p.s.B * p.s.NH),
               (unsigned)ceil_div(mlstm_chunks(&p.s), p.segment_chunks));
-    CUDA_CHECK(cudaFuncSetAttribute(mlstm_states_kernel<F, N, REVERSE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)bytes));
-    mlstm_states_kernel<F, N, REVERSE><<<grid, MLSTM_THREADS, bytes, stream>>>(p);
+    void (*kernel)(StatesArgs<F>);
+    if constexpr (REVERSE) kernel = mlstm_bwd_states_kernel<F, N>;
+    else kernel = mlstm_fwd_states_kernel<F, N>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    kernel<<<grid, MLSTM_THREADS, bytes, stream>>>(p);
     LAUNCH_CHECK();
 }
 
@@ -439,7 +470,7 @@ static int states_tiles(const MlstmShape *s) {
 }
 
 template <typename F, bool REVERSE>
-static void walk_states(const StatesArgs<F> &p, cudaStream_t stream) {
+static void launch_states(const StatesArgs<F> &p, cudaStream_t stream) {
     if constexpr (sizeof(F) == 2 && !REVERSE)
         if (states_columns<F, REVERSE>(&p.s) == 128) {
             launch_states<F, 128, REVERSE>(p, stream);
@@ -464,7 +495,7 @@ static void mlstm_walk_segments(StatesArgs<F> p, float *segments, bool all, cuda
     p.segments = segments;
     p.local = true;
     p.all_segments = all;
-    if (all || p.segment_chunks < mlstm_chunks(&p.s)) walk_states<F, REVERSE>(p, stream);
+    if (all || p.segment_chunks < mlstm_chunks(&p.s)) launch_states<F, REVERSE>(p, stream);
 }
 
 // walked: mlstm_walk_segments has been here; m_walk: with these scales, if not with m, those of the states
@@ -478,7 +509,7 @@ static void mlstm_states(StatesArgs<F> p, float *segments, bool walked, const fl
         p.segments = segments;
         segments_enter<REVERSE>(p.s, p.decay, p.initial, segments, num_segments, p.segment_chunks, m_walk, m, stream);
     }
-    walk_states<F, REVERSE>(p, stream);
+    launch_states<F, REVERSE>(p, stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -528,40 +559,45 @@ constexpr size_t attend_shared_bytes() {
     return sizeof(F) * (2 * (64 * 64 + 64 * 64 * ((COLS + 63) / 64)) + 64 * 64);
 }
 
+struct AttendStep {  // what is multiplied next: piece 0 .. K - 1 of Y with the state (key < 0) or with a tile of keys;
+    int key, piece;  // piece K: the weights of these keys with their values
+};
+
+// What a block works on. It lies in shared memory, so that the sums have the registers.
 template <typename F, int MODE, int COLS>
-struct AttendBlock {  // what a block works on, and where a thread stands in it
+struct AttendBlock {
     static constexpr bool FORWARD = MODE == ATTEND_H || MODE == ATTEND_DQ;      // rows look back
     static constexpr bool TRANSPOSED = MODE == ATTEND_DQ || MODE == ATTEND_DK;  // contracted dv, output dk
     static constexpr int NT = COLS / 16, STAGE = 64 * 64 + 64 * 64 * ((COLS + 63) / 64);
-    int b, head, T, contracted, out_width;  // the widths of a head
-    int t0, row0, col0, mine;  // the chunk's first token; the block's first row and column; its tile in the chunk
-    int half, m0, n0;          // the warp's half of the columns; its part of the output. Of the weights, n0 is 32 half.
-    int K, cols;               // pieces of 64 of the contracted width; columns from col0 on
-    int first_key, state_steps, steps;  // the first tile of keys; steps for the state, and in all
-    size_t at_gate;                     // of the head's first token in [B, NH, T]
-    const F *Y, *Z, *val, *state;       // from row0; from t0; from t0 and col0; of the chunk
-    const float *n;
+    int head, T, contracted, out_width;  // the widths of a head
+    int t0, row0, col0, mine;   // the chunk's first token; the block's first row, column; its tile of the chunk
+    int K, cols;                // pieces of 64 of the contracted width; columns from col0 on
+    int first_key, end_key;     // tiles of keys
+    bool has_state;             // it is not zero
+    size_t token, gate, chunk;  // the sequence's first in [B, T], the head's in [B, NH, T]; in [B, NH, NC]
 
-    __device__ __forceinline__ explicit AttendBlock(const AttendArgs<F> &p) {
+    __device__ void set(const AttendArgs<F> &p) {
         const MlstmShape &s = p.s;
-        int bh = blockIdx.z, c = blockIdx.x / 2, NC = (s.T + MLSTM_CHUNK - 1) / MLSTM_CHUNK, warp = threadIdx.x / 32;
+        const int bh = blockIdx.z, c = blockIdx.x / 2, NC = (s.T + MLSTM_CHUNK - 1) / MLSTM_CHUNK;
         T = s.T, contracted = TRANSPOSED ? s.dv : s.dk, out_width = TRANSPOSED ? s.dk : s.dv;
-        b = bh / s.NH, head = bh % s.NH, mine = blockIdx.x % 2;
+        head = bh % s.NH, mine = blockIdx.x % 2;
         t0 = c * MLSTM_CHUNK, row0 = blockIdx.x * 64, col0 = blockIdx.y * COLS;
-        m0 = warp % 4 * 16, n0 = warp / 4 * (COLS / 2), half = warp / 4;
         K = (contracted + 63) / 64, cols = out_width - col0;
-        at_gate = (size_t)bh * T;
-        Y = p.y + ((size_t)b * T + row0) * p.ld_y + (size_t)head * contracted;
-        Z = p.z + ((size_t)b * T + t0) * p.ld_z + (size_t)head * contracted;
-        val = p.val + ((size_t)b * T + t0) * p.ld_val + (size_t)head * out_width + col0;
-        state = p.state + ((size_t)bh * NC + c) * s.dk * p.pitch;
-        n = p.n + ((size_t)bh * NC + c) * s.dk;
-        int tiles_here = min(2, (T - t0 + 63) / 64), keys = FORWARD ? mine + 1 : tiles_here - mine;
-        first_key = FORWARD ? 0 : mine;
-        state_steps = c == p.zero_chunk ? 0 : K, steps = state_steps + keys * (K + 1);
+        token = (size_t)(bh / s.NH) * T, gate = (size_t)bh * T, chunk = (size_t)bh * NC + c;
+        const int tiles_here = min(2, (T - t0 + 63) / 64), keys = FORWARD ? mine + 1 : tiles_here - mine;
+        first_key = FORWARD ? 0 : mine, end_key = first_key + keys;
+        has_state = c != p.zero_chunk;
     }
+    __device__ AttendStep first_step() const { return {has_state ? -1 : first_key, 0}; }
+    __device__ AttendStep step_after(AttendStep s) const {
+        if (++s.piece < K + (s.key >= 0)) return s;
+        return {s.key < 0 ? first_key : s.key + 1, 0};
+    }
+    // Where a warp stands: its 16 rows; its half of the columns, of the weights 32, of the output 16 of every 32
+    static __device__ int m0() { return threadIdx.x / 32 % 4 * 16; }
+    static __device__ int half() { return threadIdx.x / 128 % 2; }
     // Where rows g (h = 0) and g + 8 (h = 1) of the warp's 16 lie in the chunk
-    __device__ __forceinline__ int row_local(int h) const { return mine * 64 + m0 + threadIdx.x % 32 / 4 + 8 * h; }
+    __device__ int row_local(int h, int lane) const { return mine * 64 + m0() + lane / 4 + 8 * h; }
 };
 
 template <typename F, int MODE, int COLS>
@@ -569,38 +605,34 @@ __device__ __forceinline__ void attend_load_gates(ChunkGates &gates, const Atten
                                                   const AttendBlock<F, MODE, COLS> &at) {
     for (int i = threadIdx.x; i < MLSTM_CHUNK; i += MLSTM_THREADS) {
         bool valid = at.t0 + i < at.T;
-        size_t place = at.at_gate + (valid ? at.t0 + i : 0);
+        size_t place = at.gate + (valid ? at.t0 + i : 0);
         gates.u[i] = valid ? p.gates.u[place] : make_float2(0, 0);
         gates.r[i] = valid ? p.gates.r[place] : make_float2(0, 0);
         gates.inv_den[i] = valid && MODE != ATTEND_H ? p.inv_den[place] : 0;
         gates.ds[i] = valid && MODE != ATTEND_H ? p.ds[place] : 0;
-        gates.doc_start[i] = valid ? p.doc_start[(size_t)at.b * at.T + at.t0 + i] : 0;
+        gates.doc_start[i] = valid ? p.doc_start[at.token + at.t0 + i] : 0;
     }
 }
 
-// Starts the copies of a step: state_steps pieces Y, state; then for each key tile K pieces Y, Z and one of values.
+// Starts the copies of a step.
 template <typename F, int MODE, int COLS>
-__device__ __forceinline__ void attend_load(F *stages, int step, const AttendArgs<F> &p,
+__device__ __forceinline__ void attend_load(F *A, AttendStep step, const AttendArgs<F> &p,
                                             const AttendBlock<F, MODE, COLS> &at) {
-    F *A = stages + step % 2 * at.STAGE, *B = A + 64 * 64;
-    int in_key = (step - at.state_steps) % (at.K + 1), key = at.first_key + (step - at.state_steps) / (at.K + 1);
-    if (step < at.state_steps) {
-        int k = step * 64;
-        load_tile<F, 64, 64>(A, at.Y + k, p.ld_y, at.T - at.row0, at.contracted - k, p.aligned);
+    const int k = step.piece * 64, left = at.contracted - k, row0 = at.t0 + step.key * 64;  // row0: of the keys
+    const size_t from = (size_t)at.head * at.contracted + k;                                // column of Y and Z
+    F *B = A + 64 * 64;
+    if (step.piece < at.K)
+        load_tile<F, 64, 64>(A, p.y + (at.token + at.row0) * p.ld_y + from, p.ld_y, at.T - at.row0, left, p.aligned);
+    if (step.key < 0) {
+        const F *state = p.state + at.chunk * p.s.dk * p.pitch;
         if (at.TRANSPOSED)
-            load_tile<F, COLS, 64>(B, at.state + (size_t)at.col0 * p.pitch + k, p.pitch, at.cols, at.contracted - k,
-                                   p.aligned);
-        else
-            load_tile<F, 64, COLS>(B, at.state + (size_t)k * p.pitch + at.col0, p.pitch, at.contracted - k, at.cols,
-                                   p.aligned);
-    } else if (in_key < at.K) {
-        int k = in_key * 64;
-        load_tile<F, 64, 64>(A, at.Y + k, p.ld_y, at.T - at.row0, at.contracted - k, p.aligned);
-        load_tile<F, 64, 64>(B, at.Z + (size_t)key * 64 * p.ld_z + k, p.ld_z, at.T - at.t0 - key * 64,
-                             at.contracted - k, p.aligned);
+            load_tile<F, COLS, 64>(B, state + (size_t)at.col0 * p.pitch + k, p.pitch, at.cols, left, p.aligned);
+        else load_tile<F, 64, COLS>(B, state + (size_t)k * p.pitch + at.col0, p.pitch, left, at.cols, p.aligned);
+    } else if (step.piece < at.K) {
+        load_tile<F, 64, 64>(B, p.z + (at.token + row0) * p.ld_z + from, p.ld_z, at.T - row0, left, p.aligned);
     } else {
-        load_tile<F, 64, COLS>(B, at.val + (size_t)key * 64 * p.ld_val, p.ld_val, at.T - at.t0 - key * 64, at.cols,
-                               p.aligned);
+        const F *values = p.val + (at.token + row0) * p.ld_val + (size_t)at.head * at.out_width + at.col0;
+        load_tile<F, 64, COLS>(B, values, p.ld_val, at.T - row0, at.cols, p.aligned);
     }
 }
 
@@ -610,8 +642,8 @@ __device__ __forceinline__ void attend_scale_state(float (&acc)[COLS / 16][4], c
                                                    const AttendArgs<F> &p, const AttendBlock<F, MODE, COLS> &at) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        int i = at.row_local(h), t = at.t0 + i;
-        float factor = t >= at.T ? 0 : (at.FORWARD ? p.gates.qscale : p.gates.kscale)[at.at_gate + t];
+        int i = at.row_local(h, threadIdx.x % 32), t = at.t0 + i;
+        float factor = t >= at.T ? 0 : (at.FORWARD ? p.gates.qscale : p.gates.kscale)[at.gate + t];
         if (MODE == ATTEND_DQ) factor *= gates.inv_den[i];
 #pragma unroll
         for (int nt = 0; nt < COLS / 16; nt++) {
@@ -625,19 +657,19 @@ __device__ __forceinline__ void attend_scale_state(float (&acc)[COLS / 16][4], c
 template <typename F, int MODE, int COLS>
 __device__ __forceinline__ void attend_weigh(F *P, float (&row_sum)[2], const float (&S)[4][4], int key, float scale,
                                              const ChunkGates &gates, const AttendBlock<F, MODE, COLS> &at) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const unsigned lane = not_hoisted(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int nt = 0; nt < 4; nt++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            int i = at.row_local(h), col = at.half * 32 + 8 * nt + 2 * t, j = key * 64 + col;
+            int i = at.row_local(h, lane), col = at.half() * 32 + 8 * nt + 2 * t, j = key * 64 + col;
             float w[2];
 #pragma unroll
             for (int k = 0; k < 2; k++)
                 w[k] = attend_weight<MODE>(gates, S[nt][2 * h + k], at.FORWARD ? i : j + k, at.FORWARD ? j + k : i,
                                            at.t0, at.T, scale);
             row_sum[h] += w[0] + w[1];
-            store_two(P + tile_at<F, 64>(at.m0 + g + 8 * h, col), w[0], w[1], 2, true);
+            store_two(P + tile_at<F, 64>(at.m0() + g + 8 * h, col), w[0], w[1], 2, true);
         }
 }
 
@@ -662,28 +694,29 @@ __device__ __forceinline__ void attend_store(const float (&acc)[COLS / 16][4], f
                                              const float (&row_sums)[2][64], const float (&q_n)[64],
                                              const AttendArgs<F> &p, const AttendBlock<F, MODE, COLS> &at) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const float *n = p.n + at.chunk * p.s.dk;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        int row = at.m0 + g + 8 * h, time = at.row0 + row;
+        int row = at.m0() + g + 8 * h, time = at.row0 + row;
         if (time >= at.T) continue;
-        size_t gate = at.at_gate + time, token = (size_t)at.b * at.T + time;
+        size_t gate = at.gate + time, token = at.token + time;
         float factor = 1, border = 0;  // border: what multiplies n or dn
         if (MODE == ATTEND_H) {
             float sig = row_sums[0][row] + row_sums[1][row] + p.gates.qscale[gate] * q_n[row];
             if (!p.s.sigmoid_gate) factor = 1 / (fmaxf(fabsf(sig), p.gates.floor[gate]) + p.s.eps);
-            if (at.col0 == 0 && at.half == 0 && t == 0) p.gates.sig[gate] = sig;
+            if (at.col0 == 0 && at.half() == 0 && t == 0) p.gates.sig[gate] = sig;
         }
-        if (MODE == ATTEND_DQ && at.state_steps) border = p.gates.qscale[gate] * p.ds[gate];
-        if (MODE == ATTEND_DK && at.state_steps) border = p.gates.kscale[gate];
+        if (MODE == ATTEND_DQ && at.has_state) border = p.gates.qscale[gate] * p.ds[gate];
+        if (MODE == ATTEND_DK && at.has_state) border = p.gates.kscale[gate];
         F *out = p.out + token * p.ld_out + (size_t)at.head * at.out_width + at.col0;
         const F *dot = at.TRANSPOSED ? p.dot + token * p.ld_dot + (size_t)at.head * at.out_width + at.col0 : NULL;
 #pragma unroll
         for (int nt = 0; nt < COLS / 16; nt++) {
-            int col = at.n0 + 8 * nt + 2 * t, count = at.cols - col;
+            int col = at.half() * 16 + nt / 2 * 32 + nt % 2 * 8 + 2 * t, count = at.cols - col;
             float x = acc[nt][2 * h] * factor, y = acc[nt][2 * h + 1] * factor;
             if (at.TRANSPOSED) {
-                if (border != 0 && count > 0) x += border * at.n[at.col0 + col];
-                if (border != 0 && count > 1) y += border * at.n[at.col0 + col + 1];
+                if (border != 0 && count > 0) x += border * n[at.col0 + col];
+                if (border != 0 && count > 1) y += border * n[at.col0 + col + 1];
                 float2 with = load_two(dot + col, count, p.aligned);
                 dot_sum[h] += with.x * x + with.y * y;
             }
@@ -693,18 +726,20 @@ __device__ __forceinline__ void attend_store(const float (&acc)[COLS / 16][4], f
 }
 
 template <typename F, int MODE, int COLS>
-static __global__ void __launch_bounds__(MLSTM_THREADS, sizeof(F) == 2 ? 2 : 1) mlstm_attend_kernel(AttendArgs<F> p) {
+__device__ __forceinline__ void attend(const AttendArgs<F> &p) {
     typedef AttendBlock<F, MODE, COLS> Block;
     constexpr int NT = Block::NT;
     extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ Block at;
     __shared__ ChunkGates gates;
     __shared__ float row_sums[2][64], q_n[64];
     F *stages = (F *)shared, *P = stages + 2 * Block::STAGE;
-    const Block at(p);
     const float scale = rsqrtf((float)p.s.dk);
+    if (threadIdx.x == 0) at.set(p);
+    __syncthreads();
     attend_load_gates(gates, p, at);
-    auto load = [&](int step) {
-        if (step < at.steps) attend_load(stages, step, p, at);
+    auto load = [&](AttendStep step, int stage) {
+        if (step.key < at.end_key) attend_load(stages + stage * Block::STAGE, step, p, at);
         copy_commit();
     };
 
@@ -713,60 +748,77 @@ static __global__ void __launch_bounds__(MLSTM_THREADS, sizeof(F) == 2 ? 2 : 1) 
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
         for (int k = 0; k < 4; k++) acc[nt][k] = 0;
-    load(0);
-    for (int step = 0; step < at.steps; step++) {
-        load(step + 1);
+    AttendStep step = at.first_step();
+    load(step, 0);
+    for (int stage = 0; step.key < at.end_key; stage ^= 1) {
+        const AttendStep next = at.step_after(step);
+        load(next, stage ^ 1);
         copy_wait<1>();
         __syncthreads();
-        const F *A = stages + step % 2 * Block::STAGE, *B = A + 64 * 64;
-        int in_key = (step - at.state_steps) % (at.K + 1), key = at.first_key + (step - at.state_steps) / (at.K + 1);
-        if (step < at.state_steps) {
-            multiply<F, NT, !Block::TRANSPOSED, Block::TRANSPOSED ? COLS : 64>(acc, A, at.m0, B, at.n0);
+        const F *A = stages + stage * Block::STAGE, *B = A + 64 * 64;
+        if (step.key < 0) {
+            multiply<F, NT, !Block::TRANSPOSED, Block::TRANSPOSED ? COLS : 64, 32>(acc, A, at.m0(), B, at.half() * 16);
             if (MODE == ATTEND_H) {  // <q, n>: four threads a row
-                int row = threadIdx.x / 4, k0 = threadIdx.x % 4 * 16;
-                for (int k = k0; k < k0 + 16 && step * 64 + k < p.s.dk; k++)
-                    q_n_part += to_float(A[tile_at<F, 64>(row, k)]) * at.n[step * 64 + k];
+                const unsigned thread = not_hoisted(threadIdx.x), row = thread / 4, k0 = thread % 4 * 16;
+                const float *n = p.n + at.chunk * p.s.dk + step.piece * 64;
+#pragma unroll 4
+                for (unsigned k = k0; k < k0 + 16; k++)
+                    if (step.piece * 64 + k < p.s.dk) q_n_part += to_float(A[tile_at<F, 64>(row, k)]) * n[k];
             }
-            if (step == at.state_steps - 1) attend_scale_state(acc, gates, p, at);
-        } else if (in_key < at.K) {
-            if (in_key == 0)
+            if (step.piece == at.K - 1) attend_scale_state(acc, gates, p, at);
+        } else if (step.piece < at.K) {
+            if (step.piece == 0)
 #pragma unroll
                 for (int nt = 0; nt < 4; nt++)
 #pragma unroll
                     for (int k = 0; k < 4; k++) S[nt][k] = 0;
-            multiply<F, 4, false, 64>(S, A, at.m0, B, at.half * 32);
-            if (in_key == at.K - 1) attend_weigh(P, row_sum, S, key, scale, gates, at);
+            multiply<F, 4, false, 64, 16>(S, A, at.m0(), B, at.half() * 32);
+            if (step.piece == at.K - 1) attend_weigh(P, row_sum, S, step.key, scale, gates, at);
         } else {
-            multiply<F, NT, true, 64>(acc, P, at.m0, B, at.n0);
+            multiply<F, NT, true, 64, 32>(acc, P, at.m0(), B, at.half() * 16);
         }
         __syncthreads();
+        step = next;
     }
 
     if (MODE == ATTEND_H) {  // the denominator
 #pragma unroll
         for (int k = 1; k < 4; k *= 2) q_n_part += __shfl_xor_sync(0xffffffffu, q_n_part, k);
         if (threadIdx.x % 4 == 0) q_n[threadIdx.x / 4] = q_n_part;
-        attend_add_rows(row_sums, row_sum, at.m0);
+        attend_add_rows(row_sums, row_sum, at.m0());
         __syncthreads();
     }
     float dot_sum[2] = {0, 0};
     attend_store(acc, dot_sum, row_sums, q_n, p, at);
     if (Block::TRANSPOSED) {
-        attend_add_rows(row_sums, dot_sum, at.m0);
+        attend_add_rows(row_sums, dot_sum, at.m0());
         __syncthreads();
         if (threadIdx.x < 64 && at.row0 + threadIdx.x < at.T)
-            p.dot_out[(size_t)blockIdx.y * gridDim.z * at.T + at.at_gate + at.row0 + threadIdx.x] =
+            p.dot_out[(size_t)blockIdx.y * gridDim.z * at.T + at.gate + at.row0 + threadIdx.x] =
                 row_sums[0][threadIdx.x] + row_sums[1][threadIdx.x];
     }
+}
+
+template <typename F, int COLS>
+static __global__ void __launch_bounds__(MLSTM_THREADS, sizeof(F) == 2 ? 2 : 1)
+    mlstm_fwd_attend_kernel(const __grid_constant__ AttendArgs<F> p) {
+    attend<F, ATTEND_H, COLS>(p);
+}
+template <typename F, int MODE, int COLS>
+static __global__ void __launch_bounds__(MLSTM_THREADS, sizeof(F) == 2 ? 2 : 1)
+    mlstm_bwd_attend_kernel(const __grid_constant__ AttendArgs<F> p) {
+    attend<F, MODE, COLS>(p);
 }
 
 template <typename F, int MODE, int COLS>
 static void launch_attend(const AttendArgs<F> &p, int width, cudaStream_t stream) {
     constexpr size_t bytes = attend_shared_bytes<F, COLS>();
     dim3 grid((unsigned)ceil_div(p.s.T, 64), (unsigned)ceil_div(width, COLS), (unsigned)(p.s.B * p.s.NH));
-    CUDA_CHECK(cudaFuncSetAttribute(mlstm_attend_kernel<F, MODE, COLS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)bytes));
-    mlstm_attend_kernel<F, MODE, COLS><<<grid, MLSTM_THREADS, bytes, stream>>>(p);
+    void (*kernel)(AttendArgs<F>);
+    if constexpr (MODE == ATTEND_H) kernel = mlstm_fwd_attend_kernel<F, COLS>;
+    else kernel = mlstm_bwd_attend_kernel<F, MODE, COLS>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    kernel<<<grid, MLSTM_THREADS, bytes, stream>>>(p);
     LAUNCH_CHECK();
 }
 

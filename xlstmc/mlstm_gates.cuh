@@ -153,7 +153,7 @@ __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShap
 // maps, their composition over the chunks, the values of every token. Bytes a token and head: 60 or so, most in L2.
 
 template <int GROUPS>
-static __global__ void mlstm_gate_summary_kernel(MlstmShape s, MlstmGateInput in, float *summary, int chunks) {
+static __global__ void mlstm_fwd_gate_summary_kernel(MlstmShape s, MlstmGateInput in, float *summary, int chunks) {
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
     if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
@@ -170,8 +170,8 @@ static __global__ void mlstm_gate_summary_kernel(MlstmShape s, MlstmGateInput in
 // SEGMENT: of a segment alone, before which there is nothing, not even m = 0; behind m_final stands G [B][NH], the sum
 // of its log forget gates.
 template <bool SEGMENT>
-static __global__ void mlstm_gate_scale_kernel(float *m, const float *summary, const float *m0, float *m_final,
-                                               size_t m_row, int NH, int chunks, int sigmoid_gate) {
+static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float *summary, const float *m0, float *m_final,
+                                                   size_t m_row, int NH, int chunks, int sigmoid_gate) {
     const int lane = threadIdx.x;
     const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
     double carry = SEGMENT ? -INFINITY : m0 ? m0[at_state] : 0, forget = 0;
@@ -212,7 +212,7 @@ __device__ inline float2 mlstm_split_log2(double x) {
 }
 
 template <int GROUPS>
-static __global__ void mlstm_gate_tokens_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, int chunks) {
+static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, int chunks) {
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
     if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
@@ -244,21 +244,21 @@ MAYBE_UNUSED
 static void mlstm_gate_summary(const MlstmShape *s, const MlstmGateInput &in, const MlstmGates *g,
                                cudaStream_t stream) {
     const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s, chunks), threads = 32 * MLSTM_GATE_WARPS;
-    auto summary = s->chunk == SCAN_CHUNK ? mlstm_gate_summary_kernel<SCAN_CHUNK / 32>
-                                          : mlstm_gate_summary_kernel<MLSTM_CHUNK / 32>;
+    auto summary = s->chunk == SCAN_CHUNK ? mlstm_fwd_gate_summary_kernel<SCAN_CHUNK / 32>
+                                          : mlstm_fwd_gate_summary_kernel<MLSTM_CHUNK / 32>;
     summary<<<blocks, threads, 0, stream>>>(*s, in, g->summary, chunks);
     LAUNCH_CHECK();
 }
 
 // From what mlstm_gate_summary has left. m0 [B][NH] (NULL: zeros) and m_final [B][NH] (NULL: not wanted): rows m_row
-// apart. segment: see mlstm_gate_scale_kernel.
+// apart. segment: see mlstm_fwd_gate_scale_kernel.
 MAYBE_UNUSED
 static void mlstm_gate_values(const MlstmShape *s, const MlstmGateInput &in, bool segment, const float *m0,
                               size_t m_row, float *m_final, const MlstmGates *g, cudaStream_t stream) {
     const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s, chunks), threads = 32 * MLSTM_GATE_WARPS;
-    auto scale = segment ? mlstm_gate_scale_kernel<true> : mlstm_gate_scale_kernel<false>;
-    auto tokens =
-        s->chunk == SCAN_CHUNK ? mlstm_gate_tokens_kernel<SCAN_CHUNK / 32> : mlstm_gate_tokens_kernel<MLSTM_CHUNK / 32>;
+    auto scale = segment ? mlstm_fwd_gate_scale_kernel<true> : mlstm_fwd_gate_scale_kernel<false>;
+    auto tokens = s->chunk == SCAN_CHUNK ? mlstm_fwd_gate_tokens_kernel<SCAN_CHUNK / 32>
+                                         : mlstm_fwd_gate_tokens_kernel<MLSTM_CHUNK / 32>;
     scale<<<s->B * s->NH, 32, 0, stream>>>(g->m, g->summary, m0, m_final, m_row, s->NH, chunks, s->sigmoid_gate);
     LAUNCH_CHECK();
     tokens<<<blocks, threads, 0, stream>>>(*s, in, *g, chunks);
@@ -279,8 +279,8 @@ static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t 
 // Between the passes: h = num / den, den = max(|sig|, floor) + eps. The gradient of num is dh / den; sig takes part in
 // the gradient only where it is the larger. 20 bytes a token and head.
 
-static __global__ void mlstm_row_factors_kernel(MlstmShape s, float *inv_den, float *ds, const float *dh_dot_h,
-                                                const float *sig, const float *floor) {
+static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, float *inv_den, float *ds, const float *dh_dot_h,
+                                                    const float *sig, const float *floor) {
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, T = s.T, NH = s.NH;
     if (at >= s.B * NH * T) return;
     const size_t t = at % T, head = at / T % NH, b = at / T / NH;
@@ -295,7 +295,7 @@ MAYBE_UNUSED
 static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const MlstmGates *g, float *inv_den,
                               float *ds, cudaStream_t stream) {
     const int blocks = ceil_div((size_t)s->B * s->NH * s->T, 256);
-    mlstm_row_factors_kernel<<<blocks, 256, 0, stream>>>(*s, inv_den, ds, dh_dot_h, g->sig, g->floor);
+    mlstm_bwd_row_factors_kernel<<<blocks, 256, 0, stream>>>(*s, inv_den, ds, dh_dot_h, g->sig, g->floor);
     LAUNCH_CHECK();
 }
 
@@ -357,8 +357,8 @@ __device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums 
 // sequence, NULL: zeros
 template <typename F>
 static __global__ void __launch_bounds__(32 * GATE_WARPS)
-    mlstm_gates_backward_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
-                                F *dgates, size_t ld_dgates, float *bias_partial, int spans) {
+    mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
+                           F *dgates, size_t ld_dgates, float *bias_partial, int spans) {
     __shared__ double first_sum[GATE_WARPS];  // of each warp's first token
     __shared__ int first_start[GATE_WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, NH = s.NH, head = blockIdx.x % NH,
@@ -418,7 +418,7 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS)
 }
 
 // dbias[column] += sum of partial[column, parts]; a block a column
-static __global__ void mlstm_gate_bias_kernel(float *dbias, const float *partial, int parts) {
+static __global__ void mlstm_bwd_gate_bias_kernel(float *dbias, const float *partial, int parts) {
     float sum = 0;
     for (int p = threadIdx.x; p < parts; p += blockDim.x) sum += partial[(size_t)blockIdx.x * parts + p];
     sum = block_sum(sum);
@@ -443,10 +443,10 @@ static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
     const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
     const int spans = ceil_div(s->T, MLSTM_SPAN);
-    mlstm_gates_backward_kernel<F><<<(unsigned)((size_t)s->B * s->NH * spans), 32 * GATE_WARPS, 0, stream>>>(
+    mlstm_bwd_gates_kernel<F><<<(unsigned)((size_t)s->B * s->NH * spans), 32 * GATE_WARPS, 0, stream>>>(
         *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans);
     LAUNCH_CHECK();
-    mlstm_gate_bias_kernel<<<2 * s->NH, 256, 0, stream>>>(dbias, partial, s->B * spans);
+    mlstm_bwd_gate_bias_kernel<<<2 * s->NH, 256, 0, stream>>>(dbias, partial, s->B * spans);
     LAUNCH_CHECK();
 }
 
@@ -474,7 +474,7 @@ __device__ inline MlstmStepGates mlstm_step_gates(const MlstmShape &s, const Mls
 
 template <typename F, int V>
 static __global__ void __launch_bounds__(STEP_THREADS)
-    mlstm_step_kernel(MlstmShape s, MlstmInput<F> in, MlstmState state, F *h) {
+    mlstm_fwd_step_kernel(MlstmShape s, MlstmInput<F> in, MlstmState state, F *h) {
     extern __shared__ float smem[];
     __shared__ float sums[STEP_THREADS / 32][STEP_LANES * V];
     const int dk = s.dk, dv = s.dv, head = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % STEP_LANES;
@@ -533,7 +533,7 @@ static __global__ void __launch_bounds__(STEP_THREADS)
 }
 
 template <typename F>
-static __global__ void mlstm_step_vectors_kernel(MlstmShape s, MlstmInput<F> in, MlstmState state) {
+static __global__ void mlstm_fwd_step_vectors_kernel(MlstmShape s, MlstmInput<F> in, MlstmState state) {
     const int head = blockIdx.x, b = blockIdx.y;
     const MlstmStepGates g = mlstm_step_gates(s, in, state, b, head);
     float *n = state.n + b * state.row + (size_t)head * s.dk;
@@ -548,10 +548,10 @@ template <typename F>
 static void mlstm_step(MlstmShape s, MlstmInput<F> in, MlstmState state, F *h, cudaStream_t stream) {
     const int aligned = vector_aligned(state.C, state.row) && s.dv % 4 == 0, V = aligned ? 4 : 1;
     const dim3 grid(ceil_div(s.dv, STEP_LANES * V), s.NH, s.B);
-    auto kernel = aligned ? mlstm_step_kernel<F, 4> : mlstm_step_kernel<F, 1>;
+    auto kernel = aligned ? mlstm_fwd_step_kernel<F, 4> : mlstm_fwd_step_kernel<F, 1>;
     kernel<<<grid, STEP_THREADS, 2 * s.dk * sizeof(float), stream>>>(s, in, state, h);
     LAUNCH_CHECK();
-    mlstm_step_vectors_kernel<<<dim3(s.NH, s.B), 128, 0, stream>>>(s, in, state);
+    mlstm_fwd_step_vectors_kernel<<<dim3(s.NH, s.B), 128, 0, stream>>>(s, in, state);
     LAUNCH_CHECK();
 }
 

@@ -618,6 +618,12 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
     }
 }
 
+// dbias += the sums of all groups, in their order; width: 4 NH d
+static __global__ void __launch_bounds__(1024)
+    slstm_bias_kernel(float *dbias, const float *partial, int groups, size_t width) {
+    add_partials_block<32>(dbias, partial, groups, width);
+}
+
 // ----------------------------------------------------------------------------------------------------------------
 // Launchers
 
@@ -761,7 +767,9 @@ static void slstm_backward(const SlstmShape *s, const F *R, SlstmSaved<F> *saved
     job.dx = dx;
     job.partial = partial;
     int rows = slstm_run(&job, 1, scratch, stream);
-    add_partials(dbias, partial, ceil_div(s->B, rows), (size_t)4 * s->NH * s->d, stream);
+    const size_t width = (size_t)4 * s->NH * s->d;
+    slstm_bias_kernel<<<ceil_div(width, 32), dim3(32, 32), 0, stream>>>(dbias, partial, ceil_div(s->B, rows), width);
+    LAUNCH_CHECK();
 }
 
 #endif

@@ -12,13 +12,14 @@ second on two GPUs over those on one, so 2 would be perfect. With --kernels FILE
 turn of each case is run with it: how long collectives took, and how long nothing else ran meanwhile, a step.
 """
 import argparse
-import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from bench_gpu import ROOT, write_shard  # noqa: E402
@@ -39,32 +40,51 @@ CASES = {
 }
 
 
-def run(program, ranks, flags, shard, steps, env=None):
-    """One process or mpirun; the milliseconds of all steps, and what the plan says of memory."""
-    with tempfile.TemporaryDirectory() as out:
-        command = [program] + MODEL + flags + ["--train", shard, "--steps", str(steps), "--save-every", "0",
-                                               "--no-shuffle", "--lr", "1e-4", "--out", out + "/run"]
-        if ranks > 1:
-            command = ["mpirun", "--bind-to", "none", "-np", str(ranks)] + command
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              env={**os.environ, **(env or {})})
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}\n{done.stderr.strip()}")
-        with open(out + "/run/log.jsonl") as f:
-            lines = [json.loads(line) for line in f]
-        memory = re.search(r"^memory .*", done.stdout, re.M)
-        parts = [float(x) for x in re.findall(r"([\d.]+) MiB", memory.group(0))]
-        losses = [line["loss"] for line in lines if "loss" in line]
-        return [line["ms"] for line in lines if "ms" in line], sum(parts[:2]) / 1024, losses
+def command(program, ranks, flags, shard, steps, more):
+    own = [program] + MODEL + flags + ["--train", shard, "--steps", str(steps), "--no-shuffle", "--lr", "1e-4"] + more
+    return ["mpirun", "--bind-to", "none", "-np", str(ranks)] + own if ranks > 1 else own
+
+
+def kill_session(leader):
+    """Ends a process and all that it started, ranks among them: nobody is to save a checkpoint."""
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and os.getsid(int(name)) == leader:
+                os.kill(int(name), signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+def run(program, ranks, flags, shard, steps):
+    """The milliseconds of the first steps, and how many GiB the plan wants."""
+    with tempfile.TemporaryDirectory() as tmp:
+        log, ms = tmp + "/run/log.jsonl", []
+        with open(tmp + "/said", "w+") as said:
+            words = command(program, ranks, flags, shard, 1000000, ["--save-every", "0", "--out", tmp + "/run"])
+            process = subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True)
+            while len(ms) < steps and process.poll() is None:
+                time.sleep(0.1)
+                if os.path.exists(log):
+                    with open(log) as f:
+                        ms = [float(x) for x in re.findall(r'"ms": ([\d.e+]+),', f.read())]
+            ended = process.poll() is not None
+            kill_session(process.pid)
+            process.wait()
+            said.seek(0)
+            text = said.read()
+        if ended:
+            sys.exit(f"{' '.join(words)}\n{text.strip()}")
+        memory = re.search(r"^memory .*", text, re.M)
+        return ms[:steps], sum(float(x) for x in re.findall(r"([\d.]+) MiB", memory.group(0))[:2]) / 1024
 
 
 def collectives(program, library, ranks, flags, shard, steps):
     """{kernel of NCCL: (ms a step, ms a step alone)} on the slowest rank."""
     worst = {}
     with tempfile.TemporaryDirectory() as tmp:
-        run(program, ranks, flags, shard, steps,
-            {"CUDA_INJECTION64_PATH": os.path.abspath(library), "KERNEL_TIMES_STEP": "grad_norm_add_kernel",
-             "KERNEL_TIMES_OUT": tmp + "/kernels.%d"})
+        subprocess.run(command(program, ranks, flags, shard, steps, []), stdout=subprocess.DEVNULL, check=True,
+                       env={**os.environ, "CUDA_INJECTION64_PATH": os.path.abspath(library),
+                            "KERNEL_TIMES_STEP": "grad_norm_add_kernel", "KERNEL_TIMES_OUT": tmp + "/kernels.%d"})
         for rank in range(ranks):
             with open(f"{tmp}/kernels.{rank}") as f:
                 text = f.read()
@@ -93,7 +113,7 @@ def main():
             times, memory = {label: [] for label, _, _ in sides}, {}
             for _ in range(args.turns):
                 for label, ranks, flags in sides:
-                    ms, memory[label], _ = run(args.program, ranks, flags, shard, warmup + steps)
+                    ms, memory[label] = run(args.program, ranks, flags, shard, warmup + steps)
                     times[label] += ms[warmup:]
             base = None
             for label, ranks, flags in sides:

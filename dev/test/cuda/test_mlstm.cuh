@@ -274,7 +274,7 @@ static void test_mlstm_case(const MlstmCase *c) {
         MlstmDevice<F> d = mlstm_test_device<F>(c, &x, chunk);
         mlstm_test_run(&d, &x);
         mlstm_check_all(c, &x, &d);
-        mlstm_check_again(c, &x, &d);
+        if (!small_tests) mlstm_check_again(c, &x, &d);
         mlstm_test_device_free(&d);
     }
     mlstm_test_host_free(&x);
@@ -338,18 +338,19 @@ static const MlstmCase mlstm_cases[] = {
     {4369, 2, 15, 8, 8, 0, 0, 1, 0, 6, 15},     // 65535 sequences and heads, as many as a grid takes
 };
 
-// Every kernel once: each width of attend, both widths of states, rows that are not aligned, segments.
+// Every kernel once, in bf16: each width of attend, both widths of states, with more tiles than they have stages, rows
+// that are not aligned, segments. fp32 has one width.
 static const MlstmCase mlstm_small_cases[] = {
-    {1, 200, 1, 24, 40, 0, 50, 1, 0, 6, 15},  {1, 200, 1, 7, 13, 1, 50, 1, 1, 6, 0},
-    {1, 140, 1, 64, 128, 0, 70, 1, 0, 6, 15}, {1, 140, 1, 96, 192, 1, 70, 0, 0, 6, 15},
-    {1, 140, 1, 128, 256, 0, 0, 1, 0, 6, 15}, {1, 140, 1, 256, 96, 0, 0, 1, 0, 6, 15},
-    {1, 140, 1, 192, 40, 1, 0, 1, 0, 6, 15},  {34, 130, 4, 16, 72, 0, 0, 1, 0, 6, 15},
-    {1, 1100, 1, 16, 24, 0, 400, 1, 0, 6, 0},
+    {1, 330, 1, 24, 40, 0, 50, 1, 0, 6, 15},  {1, 200, 1, 7, 13, 1, 50, 1, 1, 6, 0},
+    {1, 140, 1, 96, 192, 0, 70, 1, 0, 6, 15}, {1, 140, 1, 192, 96, 1, 70, 0, 0, 6, 15},
+    {1, 140, 1, 128, 256, 0, 0, 1, 0, 6, 15}, {1, 140, 1, 256, 128, 0, 0, 1, 0, 6, 15},
+    {34, 260, 4, 16, 72, 0, 0, 1, 0, 6, 15},  {1, 1100, 1, 16, 24, 0, 400, 1, 0, 6, 0},
 };
+enum { MLSTM_SMALL_FP32 = 2 };  // so many of them in fp32, too
 
 static void test_mlstm(void) {
     for (size_t k = 0; small_tests && k < sizeof mlstm_small_cases / sizeof *mlstm_small_cases; k++) {
-        test_mlstm_case<float>(&mlstm_small_cases[k]);
+        if (k < MLSTM_SMALL_FP32) test_mlstm_case<float>(&mlstm_small_cases[k]);
         test_mlstm_case<bf16>(&mlstm_small_cases[k]);
     }
     if (small_tests) return;
