@@ -47,6 +47,7 @@ static void device_check_errors(void) {  // of the transport, e.g. a connection 
         if (state != ncclInProgress) nccl_check_(state, "communication", __FILE__, __LINE__);
     }
 }
+// Lets the kernels of collectives end. It may not come back: a graph that holds collectives holds the communicator.
 static void device_abort(void) {
     for (int group = NUM_COMM_GROUPS - 1; group >= 0; group--)
         if (device_comm.comms[group]) ncclCommAbort(device_comm.comms[group]);

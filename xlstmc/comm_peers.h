@@ -32,9 +32,15 @@ static void comm_sleep(double seconds) {
 // ----------------------------------------------------------------------------------------------------------------
 // When a rank fails
 
-// The alarm ends this process even if saying farewell hangs, or what comm_abort_data waits for.
+// The alarm ends this process even if saying farewell hangs, or comm_abort_data does.
+static int peer_exit_code;
+static void peer_alarm(int number) {
+    (void)number;
+    _exit(peer_exit_code);
+}
 static void peer_end_job(int code) {
-    signal(SIGALRM, SIG_DFL);
+    peer_exit_code = code;
+    signal(SIGALRM, peer_alarm);
     alarm(2);
     carrier->end_job(code);
     _exit(code);

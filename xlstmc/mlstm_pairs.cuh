@@ -129,9 +129,14 @@ static void mlstm_fold_backward(const MlstmShape *s, MlstmState dfinal, float *p
 static __global__ void __launch_bounds__(1024)
     mlstm_tail_kernel(MlstmShape s, float *tail, MlstmState final, MlstmState dfinal) {
     const int b = blockIdx.x / s.NH, head = blockIdx.x % s.NH;
+    const size_t matrix = (size_t)s.dk * s.dv;
+    const float *C = mlstm_state_element(s, final, b, head, 0), *dC = mlstm_state_element(s, dfinal, b, head, 0);
+    const float *n = mlstm_state_element(s, final, b, head, matrix),
+                *dn = mlstm_state_element(s, dfinal, b, head, matrix);
     float sum = 0;
-    for (size_t i = threadIdx.x; i < (size_t)s.dk * s.dv + s.dk; i += blockDim.x)
-        sum += *mlstm_state_element(s, final, b, head, i) * *mlstm_state_element(s, dfinal, b, head, i);
+#pragma unroll 8
+    for (size_t i = threadIdx.x; i < matrix; i += blockDim.x) sum += C[i] * dC[i];
+    for (size_t i = threadIdx.x; i < (size_t)s.dk; i += blockDim.x) sum += n[i] * dn[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) tail[blockIdx.x] = sum;
 }
