@@ -4,8 +4,8 @@
 //   RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT              torchrun; our port is the next one, theirs is taken
 //   SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_STEP_NODELIST, SLURM_JOB_ID      srun without MPI
 //
-// Rank 0 collects where everyone listens and tells all; then each pair of ranks has one connection, which is as good as
-// a sign of life. A farewell is a byte of urgent data, which overtakes what nobody has read yet.
+// Rank 0 collects where everyone listens and tells all; then each pair of ranks has two connections: one for messages,
+// which is as good as a sign of life, and one for a farewell, a byte, which need not wait for what nobody has read.
 #ifndef XLSTMC_COMM_TCP_H
 #define XLSTMC_COMM_TCP_H
 
@@ -22,6 +22,7 @@ static const double TCP_START_TIMEOUT = 120;  // seconds; --comm-timeout is not 
 typedef struct {  // what a rank says of itself
     uint32_t magic;
     int rank, size, port;
+    int farewell;      // which of the two connections this is
     char address[64];  // filled in by rank 0
     CommPeer peer;
 } TcpHello;
@@ -33,7 +34,7 @@ typedef struct {
 } TcpMessage;
 
 static struct {
-    int *sockets;  // [size], -1: oneself
+    int *sockets[2];  // [size] for messages, for farewells; -1: oneself
     TcpMessage *messages;
     int count, capacity;
     char *blocked;  // [2][size]
@@ -61,7 +62,7 @@ static int tcp_test(const char *what) {
         TcpMessage *m = &tcp.messages[k];
         char *blocked = &tcp.blocked[m->receive * comm.size + m->rank];
         while (m->left > 0 && !*blocked) {
-            int socket = tcp.sockets[m->rank];
+            int socket = tcp.sockets[0][m->rank];
             ssize_t n = m->receive ? recv(socket, m->data, m->left, 0) : send(socket, m->data, m->left, MSG_NOSIGNAL);
             if (n > 0) m->data += n, m->left -= (size_t)n;
             else if (n < 0 && errno == EINTR) continue;
@@ -82,7 +83,7 @@ static int tcp_missing(int k) {
 static void tcp_heed(void) {
     unsigned char code = 0;
     for (int r = 0; r < comm.size; r++) {
-        if (r == comm.rank || recv(tcp.sockets[r], &code, 1, MSG_OOB | MSG_DONTWAIT) != 1) continue;
+        if (r == comm.rank || recv(tcp.sockets[1][r], &code, 1, 0) != 1) continue;
         fflush(stderr);
         _exit(code);
     }
@@ -91,29 +92,16 @@ static void tcp_heed(void) {
 static int tcp_silent(void) { return -1; }
 
 static void tcp_end_job(int code) {
-    static char rest[1 << 16];
     unsigned char byte = (unsigned char)code;
-    double start = now_seconds();
-    for (int r = 0; r < comm.size; r++) {
-        if (r == comm.rank) continue;
-        (void)!send(tcp.sockets[r], &byte, 1, MSG_OOB | MSG_NOSIGNAL | MSG_DONTWAIT);
-        shutdown(tcp.sockets[r], SHUT_WR);
-    }
-    // A connection that is closed before all is read would take the farewell with it: until the others have gone.
-    for (int open = 1; open && now_seconds() - start < 1; comm_sleep(0.01)) {
-        open = 0;
-        for (int r = 0; r < comm.size; r++) {
-            ssize_t n = r == comm.rank ? 0 : recv(tcp.sockets[r], rest, sizeof rest, 0);
-            open |= n > 0 || (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR));
-        }
-    }
+    for (int r = 0; r < comm.size; r++)
+        if (r != comm.rank) (void)!send(tcp.sockets[1][r], &byte, 1, MSG_NOSIGNAL);
     if (comm_abort_data) comm_abort_data();
     _exit(code);
 }
 
 static void tcp_finish(void) {
     for (int r = 0; r < comm.size; r++)
-        if (r != comm.rank) close(tcp.sockets[r]);
+        for (int k = 0; k < 2 && r != comm.rank; k++) close(tcp.sockets[k][r]);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -156,7 +144,7 @@ static int tcp_listen(int port, int *bound) {
     return s;
 }
 
-static int tcp_accept(int listening, TcpHello *hello) {
+static void tcp_accept(int listening, TcpHello *hello) {
     for (;;) {
         struct sockaddr_in from;
         socklen_t size = sizeof from;
@@ -166,16 +154,17 @@ static int tcp_accept(int listening, TcpHello *hello) {
         tcp_options(s);
         tcp_move(s, 1, hello, sizeof *hello);
         if (hello->magic == TCP_MAGIC && hello->size == comm.size && hello->rank > comm.rank &&
-            hello->rank < comm.size && tcp.sockets[hello->rank] < 0) {
+            hello->rank < comm.size && tcp.sockets[hello->farewell != 0][hello->rank] < 0) {
             inet_ntop(AF_INET, &from.sin_addr, hello->address, sizeof hello->address);
-            return tcp.sockets[hello->rank] = s;
+            tcp.sockets[hello->farewell != 0][hello->rank] = s;
+            return;
         }
         close(s);  // somebody else
     }
 }
 
 // Tries until the other side listens.
-static void tcp_connect(int rank, const char *host, int port, TcpHello *hello) {
+static void tcp_connect_one(int rank, const char *host, int port, const TcpHello *hello) {
     char service[16];
     struct addrinfo hints, *found = NULL;
     memset(&hints, 0, sizeof hints);
@@ -190,8 +179,8 @@ static void tcp_connect(int rank, const char *host, int port, TcpHello *hello) {
         if (known) freeaddrinfo(found);
         if (connected) {
             tcp_options(s);
-            tcp_move(s, 0, hello, sizeof *hello);
-            tcp.sockets[rank] = s;
+            tcp_move(s, 0, (void *)hello, sizeof *hello);
+            tcp.sockets[hello->farewell][rank] = s;
             return;
         }
         if (s >= 0) close(s);
@@ -199,6 +188,11 @@ static void tcp_connect(int rank, const char *host, int port, TcpHello *hello) {
             die(EXIT_RUN, "rank %d at %s, port %d, does not answer%s", rank, host, port,
                 known ? "" : ": no such host (MASTER_ADDR)");
     }
+}
+
+static void tcp_connect(int rank, const char *host, int port, const TcpHello *me) {
+    TcpHello hello = *me;
+    for (hello.farewell = 0; hello.farewell < 2; hello.farewell++) tcp_connect_one(rank, host, port, &hello);
 }
 
 // The first host of a list as Slurm writes them: node[03-07,11],other -> node03
@@ -235,35 +229,36 @@ static void tcp_start(void) {
     int port = 0, listening, mine;
     if (!tcp_environment(host, sizeof host, &port)) return;
     size_t size = (size_t)comm.size;
-    tcp.sockets = (int *)xcalloc(size, sizeof(int));
+    for (int k = 0; k < 2; k++) tcp.sockets[k] = (int *)xcalloc(size, sizeof(int));
     tcp.blocked = (char *)xcalloc(size, 2);
     comm.peers = (CommPeer *)xcalloc(size, sizeof *comm.peers);
     TcpHello *all = (TcpHello *)xcalloc(size, sizeof *all), *me = &all[comm.rank];
-    for (int r = 0; r < comm.size; r++) tcp.sockets[r] = -1;
+    for (int r = 0; r < comm.size; r++) tcp.sockets[0][r] = tcp.sockets[1][r] = -1;
     listening = tcp_listen(comm.rank == 0 ? port : 0, &mine);
     tcp_options(listening);
     me->magic = TCP_MAGIC, me->rank = comm.rank, me->size = comm.size, me->port = mine, me->peer = peer_me();
     if (comm.rank == 0) {
-        for (int k = 1; k < comm.size; k++) {
+        for (int k = 0; k < 2 * (comm.size - 1); k++) {
             TcpHello hello;
             tcp_accept(listening, &hello);
             all[hello.rank] = hello;
         }
-        for (int r = 1; r < comm.size; r++) tcp_move(tcp.sockets[r], 0, all, size * sizeof *all);
+        for (int r = 1; r < comm.size; r++) tcp_move(tcp.sockets[0][r], 0, all, size * sizeof *all);
     } else {
         TcpHello hello = *me, other;
         tcp_connect(0, host, port, &hello);
-        tcp_move(tcp.sockets[0], 1, all, size * sizeof *all);
+        tcp_move(tcp.sockets[0][0], 1, all, size * sizeof *all);
         for (int r = 1; r < comm.rank; r++) {  // rank 0 may know its own host by an address that only it can use
             int local = strncmp(all[r].address, "127.", 4) == 0 && strcmp(all[r].peer.host, hello.peer.host) != 0;
             tcp_connect(r, local ? host : all[r].address, all[r].port, &hello);
         }
-        for (int r = comm.rank + 1; r < comm.size; r++) tcp_accept(listening, &other);
+        for (int k = 0; k < 2 * (comm.size - 1 - comm.rank); k++) tcp_accept(listening, &other);
     }
     close(listening);
     for (int r = 0; r < comm.size; r++) {
         comm.peers[r] = all[r].peer;
-        if (r != comm.rank && fcntl(tcp.sockets[r], F_SETFL, O_NONBLOCK) != 0) tcp_failed("fcntl");
+        for (int k = 0; k < 2 && r != comm.rank; k++)
+            if (fcntl(tcp.sockets[k][r], F_SETFL, O_NONBLOCK) != 0) tcp_failed("fcntl");
     }
     free(all);
     peers_start(&by_tcp);
