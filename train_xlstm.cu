@@ -833,6 +833,7 @@ template <typename F>
 static void send_gradients(Model<F> *m, size_t complete) {
     const Shards *s = &m->shards;
     size_t size = shards_bucket(s), before = m->unsent;
+    device_comm.hurry = complete == 0;
     for (; m->unsent > 0 && (m->unsent - 1) * size >= complete; m->unsent--) {
         float *bucket = m->grads + (m->unsent - 1) * size, *piece = bucket + s->piece * (size_t)s->rank;
         if (m->unsent == before) {
@@ -845,6 +846,7 @@ static void send_gradients(Model<F> *m, size_t complete) {
             comm.data->all_gather(COMM_WORLD, piece, bucket, s->piece * sizeof(float), "all-gather of gradients",
                                   m->gradient_stream);
     }
+    device_comm.hurry = 0;
     if (complete > 0 || before == 0) return;
     CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
@@ -1424,6 +1426,7 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
                      m->num_chunks, args, m->stream);
         return;
     }
+    device_comm.hurry = 1;
     for (size_t k = 0; k < s->num_buckets; k++) {
         int first = m->bucket_chunks[k], count = m->bucket_chunks[k + 1] - first;
         float *bucket = m->params + k * size;
@@ -1434,6 +1437,7 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
                               "all-gather of weights", m->gradient_stream);
         if (sizeof(F) == 2) convert_weights((bf16 *)m->weights + k * size, bucket, size, m->gradient_stream);
     }
+    device_comm.hurry = 0;
     CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
 }
