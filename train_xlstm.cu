@@ -481,20 +481,17 @@ static void mlstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *
     int G = gate_rows(m->config.num_heads);
     NormShape norm = rmsnorm(m);
     norm_forward(a->u, a->stats, x, param(m, b, M_NORM), norm, rows, m->stream);
-    // Columns of q, k v, ogate. In a segment k and v come first: other ranks wait for what they make of them.
-    const int columns[4] = {0, Dk, 2 * Dk + Dv, P}, whole = !s->whole, first = whole ? 0 : 1;
+    // Columns of q k v, and of ogate: in a segment these come later, for other ranks wait for what k and v make.
+    const int first = s->whole ? 2 * Dk + Dv : P;
     const F *w = weight(m, b, M_Q);
     auto project = [&](int from, int to) {
         matmul_forward<F, F>(a->proj + from, P, a->u, D, w + (size_t)from * D, NULL, rows, to - from, D, m->stream);
     };
-    project(columns[first], columns[whole ? 3 : 2]);
+    project(0, first);
     // Gates leave in float: their rounding would be felt over long sequences.
     matmul_forward<F, float>(a->gates, G, a->u, D, weight(m, b, M_IGATE), NULL, rows, G, D, m->stream);
     mlstm_enter_begins(m, b, s, a);
-    if (!whole) {
-        project(columns[0], columns[1]);
-        project(columns[2], columns[3]);
-    }
+    if (first < P) project(first, P);
     mlstm_enter_ends(m, b, s);
     mlstm_cell(m, b, s, a);
     head_norm_gate_forward(a->y, a->hn_stats, a->h, param(m, b, M_HEAD_NORM), a->proj + 2 * Dk + Dv, (size_t)P,
@@ -833,7 +830,6 @@ template <typename F>
 static void send_gradients(Model<F> *m, size_t complete) {
     const Shards *s = &m->shards;
     size_t size = shards_bucket(s), before = m->unsent;
-    device_comm.hurry = complete == 0;
     for (; m->unsent > 0 && (m->unsent - 1) * size >= complete; m->unsent--) {
         float *bucket = m->grads + (m->unsent - 1) * size, *piece = bucket + s->piece * (size_t)s->rank;
         if (m->unsent == before) {
@@ -846,7 +842,6 @@ static void send_gradients(Model<F> *m, size_t complete) {
             comm.data->all_gather(COMM_WORLD, piece, bucket, s->piece * sizeof(float), "all-gather of gradients",
                                   m->gradient_stream);
     }
-    device_comm.hurry = 0;
     if (complete > 0 || before == 0) return;
     CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
@@ -1426,7 +1421,6 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
                      m->num_chunks, args, m->stream);
         return;
     }
-    device_comm.hurry = 1;
     for (size_t k = 0; k < s->num_buckets; k++) {
         int first = m->bucket_chunks[k], count = m->bucket_chunks[k + 1] - first;
         float *bucket = m->params + k * size;
@@ -1437,7 +1431,6 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
                               "all-gather of weights", m->gradient_stream);
         if (sizeof(F) == 2) convert_weights((bf16 *)m->weights + k * size, bucket, size, m->gradient_stream);
     }
-    device_comm.hurry = 0;
     CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
 }

@@ -15,9 +15,6 @@
 #include <nccl.h>
 #endif
 
-// Two communicators of the world: the kernels of one leave most multiprocessors to the backward pass beside them.
-enum { NCCL_WORLD_ALONE = NUM_COMM_GROUPS, NUM_NCCL_COMMS };
-enum { GRADIENT_CTAS = 16 };  // blocks of a collective beside the backward pass
 enum { MAX_DEVICE_CALLS = 64 };
 
 static struct {
@@ -26,9 +23,8 @@ static struct {
     int num_calls;
     volatile int *under_way;  // [NUM_COMM_GROUPS] pinned: 1 + index of the call that a graph has begun, 0: none
 #ifdef USE_NCCL
-    ncclComm_t comms[NUM_NCCL_COMMS];  // NULL: a group of one
+    ncclComm_t comms[NUM_COMM_GROUPS];  // NULL: a group of one
 #endif
-    int hurry;  // 1: nothing else needs the multiprocessors meanwhile
 } device_comm = {1};
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -43,7 +39,7 @@ static void nccl_check_(ncclResult_t status, const char *call, const char *file,
 #define NCCL_CHECK(call) nccl_check_((call), #call, __FILE__, __LINE__)
 
 static void device_check_errors(void) {  // of the transport, e.g. a connection that is lost
-    for (int group = 0; group < NUM_NCCL_COMMS; group++) {
+    for (int group = 0; group < NUM_COMM_GROUPS; group++) {
         ncclResult_t state = ncclSuccess;
         if (!device_comm.comms[group]) continue;
         NCCL_CHECK(ncclCommGetAsyncError(device_comm.comms[group], &state));
@@ -52,7 +48,7 @@ static void device_check_errors(void) {  // of the transport, e.g. a connection 
 }
 // Lets the kernels of collectives end. It may not come back: a graph that holds collectives holds the communicator.
 static void device_abort(void) {
-    for (int group = NUM_NCCL_COMMS - 1; group >= 0; group--)
+    for (int group = NUM_COMM_GROUPS - 1; group >= 0; group--)
         if (device_comm.comms[group]) ncclCommAbort(device_comm.comms[group]);
 }
 #else
@@ -117,13 +113,9 @@ static void nccl_end(CommGroup group, cudaStream_t stream) {
     LAUNCH_CHECK();
 }
 
-static ncclComm_t nccl_comm(CommGroup group) {
-    return device_comm.comms[group == COMM_WORLD && device_comm.hurry ? (int)NCCL_WORLD_ALONE : (int)group];
-}
-
 static void nccl_all_gather(CommGroup group, const void *src, void *dst, size_t bytes, const char *what, void *stream) {
     nccl_begin(group, what, (cudaStream_t)stream);
-    NCCL_CHECK(ncclAllGather(src, dst, bytes, ncclInt8, nccl_comm(group), (cudaStream_t)stream));
+    NCCL_CHECK(ncclAllGather(src, dst, bytes, ncclInt8, device_comm.comms[group], (cudaStream_t)stream));
     nccl_end(group, (cudaStream_t)stream);
 }
 
@@ -131,7 +123,7 @@ static void nccl_reduce_scatter(CommGroup group, const void *src, void *dst, siz
                                 const char *what, void *stream) {
     nccl_begin(group, what, (cudaStream_t)stream);
     NCCL_CHECK(ncclReduceScatter(src, dst, count, type == COMM_F32 ? ncclFloat32 : ncclFloat64, ncclSum,
-                                 nccl_comm(group), (cudaStream_t)stream));
+                                 device_comm.comms[group], (cudaStream_t)stream));
     nccl_end(group, (cudaStream_t)stream);
 }
 
@@ -141,7 +133,7 @@ static void nccl_all_to_all(CommGroup group, const void *src, const size_t *send
     nccl_begin(group, what, (cudaStream_t)stream);
     NCCL_CHECK(ncclGroupStart());
     for (int r = 0; r < comm_group_size(group); to += send[r], from += recv[r], r++) {
-        ncclComm_t c = nccl_comm(group);
+        ncclComm_t c = device_comm.comms[group];
         if (send[r]) NCCL_CHECK(ncclSend((const char *)src + to, send[r], ncclInt8, r, c, (cudaStream_t)stream));
         if (recv[r]) NCCL_CHECK(ncclRecv((char *)dst + from, recv[r], ncclInt8, r, c, (cudaStream_t)stream));
     }
@@ -151,7 +143,7 @@ static void nccl_all_to_all(CommGroup group, const void *src, const size_t *send
 
 static void nccl_send_recv(CommGroup group, const void *src, int to, void *dst, int from, size_t bytes,
                            const char *what, void *stream) {
-    ncclComm_t c = nccl_comm(group);
+    ncclComm_t c = device_comm.comms[group];
     if (to < 0 && from < 0) return;
     nccl_begin(group, what, (cudaStream_t)stream);
     NCCL_CHECK(ncclGroupStart());
@@ -163,40 +155,36 @@ static void nccl_send_recv(CommGroup group, const void *src, int to, void *dst, 
 
 static const CommOps comm_nccl = {"nccl", nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all, nccl_send_recv};
 
-// What a communicator does first takes memory and connects: that happens here, before memory is planned.
+// One communicator for the world, for gradients and weights, one for the ranks of a sequence. What a communicator does
+// first takes memory and connects: that happens here, before memory is planned.
 static void nccl_start(void) {
     ncclUniqueId id;
-    ncclConfig_t bounded = NCCL_CONFIG_INITIALIZER, alone = NCCL_CONFIG_INITIALIZER, sp = NCCL_CONFIG_INITIALIZER;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER, sp_config = NCCL_CONFIG_INITIALIZER;
     ncclComm_t *comms = device_comm.comms;
     const size_t bytes = 1 << 20;
     char *buffer;
     if (comm.rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
     comm_broadcast(&id, sizeof id, "start of NCCL");
-    bounded.maxCTAs = GRADIENT_CTAS;
     comm_guard("start of NCCL");
-    NCCL_CHECK(ncclCommInitRankConfig(&comms[NCCL_WORLD_ALONE], comm.size, id, comm.rank, &alone));
-    NCCL_CHECK(ncclCommSplit(comms[NCCL_WORLD_ALONE], 0, comm.rank, &comms[COMM_WORLD], &bounded));
+    NCCL_CHECK(ncclCommInitRankConfig(&comms[COMM_WORLD], comm.size, id, comm.rank, &config));
     if (comm.sp_size > 1)
-        NCCL_CHECK(ncclCommSplit(comms[NCCL_WORLD_ALONE], comm.dp_rank, comm.sp_rank, &comms[COMM_SP], &sp));
+        NCCL_CHECK(ncclCommSplit(comms[COMM_WORLD], comm.dp_rank, comm.sp_rank, &comms[COMM_SP], &sp_config));
     comm_guard(NULL);
     comm_abort_data = device_abort;
     size_t *sizes = (size_t *)xcalloc((size_t)comm.size, sizeof(size_t));
     CUDA_CHECK(cudaMalloc((void **)&buffer, 2 * bytes * (size_t)comm.size));
     CUDA_CHECK(cudaMemset(buffer, 0, 2 * bytes * (size_t)comm.size));
     for (int k = 0; k < comm.size; k++) sizes[k] = bytes;
-    for (int k = 0; k < NUM_NCCL_COMMS; k++) {
+    for (int group = 0; group < NUM_COMM_GROUPS; group++) {
         char *half = buffer + bytes * (size_t)comm.size;
-        CommGroup group = k == COMM_SP ? COMM_SP : COMM_WORLD;
-        device_comm.hurry = k == NCCL_WORLD_ALONE;
-        if (!comms[k]) continue;
-        nccl_all_gather(group, buffer, half, bytes, "first all-gather", NULL);
+        if (!comms[group]) continue;
+        nccl_all_gather((CommGroup)group, buffer, half, bytes, "first all-gather", NULL);
         device_wait(NULL, "first all-gather");
         if (group == COMM_WORLD)
             nccl_reduce_scatter(COMM_WORLD, buffer, half, bytes / sizeof(float), COMM_F32, "first reduction", NULL);
         else nccl_all_to_all(COMM_SP, buffer, sizes, half, sizes, "first all-to-all", NULL);
         device_wait(NULL, "first collective");
     }
-    device_comm.hurry = 0;
     CUDA_CHECK(cudaFree(buffer));
     free(sizes);
     comm.data = &comm_nccl;
