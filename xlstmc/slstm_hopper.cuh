@@ -12,7 +12,7 @@
 // sends fp32 sums to the blocks that own the units; these add them in a fixed order.
 //
 // A cluster of several tiles divides the work among its warps: R is in the registers of some, which multiply for one
-// tile after the other, and every tile has warps of its own for gates and states. So while what one tile has handed over
+// tile after the other, and every tile has warps of its own for gates and states. While what one tile has handed over
 // is on its way, the others are worked for. The tiles know nothing of each other.
 //
 // Each tile has its buffers and barriers of the exchange twice, for even and odd steps. That is enough: what a block
@@ -175,10 +175,10 @@ struct SlstmCluster {
     }
     static __device__ unsigned product_barrier(int tile, int warp) { return 8 * (Y_BARRIERS + tile * WARPS + warp); }
     static constexpr int SENDS = (CTAS + 2) / 4;                     // messages a lane
-    static constexpr int CHAINS = 4;                                 // independent sums a result
+    static constexpr int CHAINS = CTAS > 8 ? 2 : 4;                  // independent sums a result
     static constexpr int LAST = GROUPS - part_begin(PARTS - 1) / 4;  // groups of the last part
     static constexpr int MAIN = GROUPS - (LAST < 4 ? LAST : 4);      // groups before those multiplied gate by gate
-    static constexpr int MOST = CTAS > 8 ? 19 : 20;                  // steps of 16 units with R in registers, at most
+    static constexpr int MOST = CTAS > 8 ? 24 : 20;                  // steps of 16 units with R in registers, at most
     static constexpr int HELD = STEPS < MOST ? STEPS : MOST;         // the last ones
     static constexpr int IN_SHARED = STEPS - HELD;                   // the first ones, in shared memory
     static constexpr int RING = CTAS > 8 ? 4 : 8;                    // tokens on their way
@@ -489,8 +489,9 @@ __device__ __forceinline__ void slstm_multiply(const SlstmForward<Tile> &f, int 
 }
 template <int CHAINS>
 __device__ __forceinline__ float add_chains(const float (&sum)[CHAINS][4], int at) {
-    static_assert(CHAINS == 4, "");
-    return (sum[0][at] + sum[1][at]) + (sum[2][at] + sum[3][at]);
+    float total = sum[0][at] + sum[1][at];
+    if constexpr (CHAINS == 4) total += sum[2][at] + sum[3][at];
+    return total;
 }
 
 // Pre-activations at token t, r[e][gate]
@@ -1048,19 +1049,20 @@ static SlstmClusterKernels slstm_cluster_kernels(float forward_us, float backwar
              {(const void *)slstm_cluster_backward_kernel<Tile>, Tile::BACKWARD_BYTES, backward_us}}};
 }
 
-enum { SLSTM_CLUSTERS = 9, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
+enum { SLSTM_CLUSTERS = 10, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
 
 static const SlstmClusterKernels *slstm_cluster_table(void) {
     static const SlstmClusterKernels table[SLSTM_CLUSTERS] = {
         slstm_cluster_kernels<SlstmCluster<1, 8, 1>>(0.83f, 0.69f),
         slstm_cluster_kernels<SlstmCluster<4, 4, 1>>(0.62f, 0.58f),
-        slstm_cluster_kernels<SlstmCluster<6, 4, 1>>(0.67f, 0.63f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 1>>(0.76f, 0.73f),
-        slstm_cluster_kernels<SlstmCluster<6, 4, 3>>(1.00f, 1.00f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 3>>(1.10f, 1.10f),
-        slstm_cluster_kernels<SlstmCluster<8, 6, 1>>(1.12f, 1.19f),
-        slstm_cluster_kernels<SlstmCluster<8, 8, 1>>(1.83f, 1.76f),
-        slstm_cluster_kernels<SlstmCluster<16, 6, 1>>(1.80f, 1.80f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 1>>(0.68f, 0.70f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 1>>(0.75f, 0.76f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 3>>(1.42f, 1.42f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 3>>(1.57f, 1.55f),
+        slstm_cluster_kernels<SlstmCluster<8, 6, 1>>(1.12f, 1.24f),
+        slstm_cluster_kernels<SlstmCluster<16, 4, 1>>(1.30f, 1.30f),
+        slstm_cluster_kernels<SlstmCluster<8, 8, 1>>(1.80f, 1.82f),
+        slstm_cluster_kernels<SlstmCluster<16, 6, 1>>(2.19f, 2.22f),
     };
     return table;
 }
