@@ -178,7 +178,7 @@ struct SlstmCluster {
     static constexpr int CHAINS = CTAS > 8 ? 2 : 4;                  // independent sums a result
     static constexpr int LAST = GROUPS - part_begin(PARTS - 1) / 4;  // groups of the last part
     static constexpr int MAIN = GROUPS - (LAST < 4 ? LAST : 4);      // groups before those multiplied gate by gate
-    static constexpr int MOST = CTAS > 8 ? 24 : 20;                  // steps of 16 units with R in registers, at most
+    static constexpr int MOST = CTAS > 8 ? 18 + WARPS : 20;          // steps of 16 units with R in registers, at most
     static constexpr int HELD = STEPS < MOST ? STEPS : MOST;         // the last ones
     static constexpr int IN_SHARED = STEPS - HELD;                   // the first ones, in shared memory
     static constexpr int RING = CTAS > 8 ? 4 : 8;                    // tokens on their way
@@ -195,7 +195,7 @@ struct SlstmCluster {
     // panel, four for each lane, in a cluster of 16 rounded to bf16: there they are many, and room is scarce.
     static constexpr int PANELS = CTAS == 1 ? 1 : CTAS / 2, BACK_STEPS = 2 * WARPS, FRAGMENTS = PANELS * BACK_STEPS;
     static constexpr bool ROUNDED = CTAS > 8;
-    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 ? 32 : ROUNDED ? 38 : 28;
+    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 ? 32 : ROUNDED ? 32 + WARPS : 28;
     static constexpr int BACK_SHARED = FRAGMENTS - BACK_HELD;
     static constexpr int TOGETHER = WARPS > 4 ? 1 : 2;  // panels that are multiplied at the same time
     static constexpr int D_PITCH = 64 * WARPS, D_TILE = 8 * D_PITCH, D_SLOT = TILES * D_TILE;
