@@ -179,6 +179,11 @@ $(BUILD)/bench_%: dev/bench/bench_%.cu $(CUDA_SOURCES) $(BUILD)/nvcc_flags
 	@echo "  nvcc     $< -> $@  (SM=$(SM))"
 	$(Q)$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUDA_LIBS)
 
+# The ladders: dev/cuda/NAME.cu -> build/NAME
+$(BUILD)/%: dev/cuda/%.cu $(wildcard dev/cuda/*.cuh) $(CUDA_SOURCES) $(BUILD)/nvcc_flags
+	@echo "  nvcc     $< -> $@  (SM=$(SM))"
+	$(Q)$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUDA_LIBS)
+
 # The kernels behind a C interface (xlstmc/xlstm_kernels.h), for one chip: the GPU here, or sm_90a. What the assembler
 # says of each kernel (registers, stack, spills) stays beside the library; dev/test/cuda/kernel_resources.sh reads it.
 KERNELS_SM ?= $(if $(filter all,$(SM)),90a,$(SM))

@@ -63,7 +63,7 @@ fi
 # library of kernels are compiled for one of them, without linking.
 NVCC=$(make -s print-nvcc)
 if [ -n "$NVCC" ]; then
-    for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu; do
+    for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu dev/cuda/*.cu; do
         compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 -cuda "$file" -o /dev/null
     done
 fi
