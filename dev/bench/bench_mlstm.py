@@ -731,7 +731,7 @@ def panel(at, title, curves):
     low, high = (f(math.log10(y) for _, y in points) for f in (min, max))
     low_T, high_T = (low_T - 0.5, high_T + 0.5) if high_T - low_T < 1 else (low_T, high_T)
     low, high = low - 0.05, high + 0.05
-    left, top, width, height = at[0] + MARGIN, at[1] + 30, PANEL[0] - MARGIN - 20, PANEL[1] - 70
+    left, top, width, height = at[0] + MARGIN, at[1] + 30, PANEL[0] - MARGIN - 25, PANEL[1] - 70
 
     def X(T):
         return left + (math.log2(T) - low_T) / (high_T - low_T) * width
@@ -760,13 +760,14 @@ def plot(results):
     for shape, result, _ in results:
         B, NH, T, dk, dv = map(int, shape.split(","))
         for name, times in (result["times"]["kernels"] if result else {}).items():
-            for key, values in times.items():
+            for key, values in times.items() if name != OURS_DOT else ():
                 curve = groups.setdefault((NH, dk, dv), {}).setdefault(key, {}).setdefault(name, [])
                 curve.append((T, values[0] * 1e6 / (B * T)))
     rows = [(heads, passes) for heads, passes in groups.items()             # curves rather than points, if there are
             if max(len({T for T, _ in curve}) for curves in passes.values() for curve in curves.values()) > 1]
     rows = rows or list(groups.items())
-    height = PANEL[1] * len(rows) + 30 + 20 * len(CONTENDERS)
+    names = [name for name in CONTENDERS if any(name in curves for _, passes in rows for curves in passes.values())]
+    height = PANEL[1] * len(rows) + 20 + 20 * ((len(names) + 1) // 2)
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * PANEL[0]} {height}" font-family="sans-serif" '
            'font-size="12">', '<rect width="100%" height="100%" fill="white"/>']
     for row, ((NH, dk, dv), passes) in enumerate(rows):
@@ -775,10 +776,10 @@ def plot(results):
                 curves = {name: sorted(curve) for name, curve in passes[key].items()}
                 title = f"{NH} heads of {dk}/{dv}, {key}: ns a token against T"
                 svg += panel((column * PANEL[0], row * PANEL[1]), title, curves)
-    for k, name in enumerate(CONTENDERS):
-        y = PANEL[1] * len(rows) + 20 + 20 * k
-        svg.append(f'<rect x="{MARGIN}" y="{y - 5}" width="24" height="3" fill="{COLORS[name]}"/>')
-        svg.append(f'<text x="{MARGIN + 32}" y="{y}">{name}</text>')
+    for k, name in enumerate(names):
+        x, y = MARGIN + k % 2 * PANEL[0], PANEL[1] * len(rows) + 20 + 20 * (k // 2)
+        svg.append(f'<rect x="{x}" y="{y - 5}" width="24" height="3" fill="{COLORS[name]}"/>')
+        svg.append(f'<text x="{x + 32}" y="{y}">{name}</text>')
     return "\n".join(svg + ["</svg>"]) + "\n"
 
 

@@ -35,9 +35,8 @@
 // 1: the recurrence (3.4) to (3.7) as it stands. A block a head; a thread has a column of C, all DK rows of it, and
 // each warp has all of n, four elements a lane.
 
-static __global__ void __launch_bounds__(DV)
-    recurrent_kernel(MlstmShape s, MlstmInput<bf16> in, const float *keep, const float *write, const float *floor,
-                     bf16 *h) {
+static __global__ void __launch_bounds__(DV) recurrent_kernel(MlstmShape s, MlstmInput<bf16> in, const float *keep,
+                                                              const float *write, const float *floor, bf16 *h) {
     enum { TILE = 16 };  // tokens fetched at once
     __shared__ __align__(16) float q[TILE][DK], k[TILE][DK], v[TILE][DV];
     const int b = blockIdx.x / s.NH, head = blockIdx.x % s.NH, column = threadIdx.x, lane = threadIdx.x % 32;
@@ -84,9 +83,9 @@ static void recurrent(Problem *p) {
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// 2 and 3: pairs of tokens. A block takes 64 queries of a head and walks back over tiles of 32 keys: weights into shared
-// memory, then each thread, which has one of the DV columns of all 64 rows, adds up weighted values. Version 2 walks to
-// the sequence's first token, version 3 to the chunk's and then asks the state that entered it.
+// 2 and 3: pairs of tokens. A block takes 64 queries of a head and walks back over tiles of 32 keys: weights into
+// shared memory, then each thread, which has one of the DV columns of all 64 rows, adds up weighted values. Version 2
+// walks to the sequence's first token, version 3 to the chunk's and then asks the state that entered it.
 
 enum { ROWS = 64, KEYS = 32 };
 
