@@ -190,7 +190,7 @@ static void cpu_forward(CpuHead *x, float *h, const std::vector<double> &floor, 
             dh_dot_h += dh[c] * num[c] / den;
         }
         x->inv[t] = 1 / den;
-        x->ds[t] = fabs(sig) > floor[t] ? -copysign(dh_dot_h / den, sig) : 0;
+        x->ds[t] = fabs(sig) > floor[t] ? -copysign(1 / den, sig) * dh_dot_h : 0;
     });
 }
 
