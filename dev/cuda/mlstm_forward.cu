@@ -16,11 +16,13 @@
 //                 maximum. The price is T / 2 pairs a token instead of one update of C: with plain multiply-adds a loss
 //                 at T = 2048, and the longer the worse.
 //   3 chunkwise   The middle (3.15, 3.16): pairs inside chunks of 128 tokens, the state from chunk to chunk. Work is
-//                 linear in T again, and the chain has T / 128 steps. Plain loops; the states lie in memory, in float:
-//                 4 dk dv bytes a chunk, written once and read once, more than all inputs and outputs.
+//                 linear in T again, and the chain has T / 128 steps. Plain loops, with which 1 is still faster; the
+//                 states lie in memory, in float: 4 dk dv bytes a chunk, written once and read once, more than all
+//                 inputs and outputs.
 //   4 split       The two steps of 3 on the tensor cores (mma.sync), with states in bf16, and tiles that cp.async
 //                 fetches while the tile before is multiplied (xlstmc/mlstm.cuh): for every chip since sm_80. The
-//                 products nearly vanish; what is left is reading and writing states, and a chain of small steps.
+//                 products nearly vanish: this is where the parallel form pays. What is left is reading and writing
+//                 states, and a chain of small steps.
 //   5 scan        No states in memory: C stays on chip, in the accumulators of Hopper's wgmma, whose layout is also
 //                 that of a register operand, so that the state can be asked without being moved. Tiles come by TMA,
 //                 and one warpgroup makes the weights of the next chunk while two others work on this one
