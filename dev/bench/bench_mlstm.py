@@ -315,7 +315,7 @@ def distances(results, expected):
     return [float((y.double() - z).norm() / z.norm()) for y, z in zip(results, expected)]
 
 
-def check_shape(shape, library, names, say):
+def check_shape(shape, library, names, sibling, say):
     """[(gates, sigmoid, {contender: errors or None}, {contender: what failed})]; a contender's errors are six, and six
     more, to a reference with a constant normaliser, where that is what its gradients are of."""
     rows = []
@@ -329,6 +329,7 @@ def check_shape(shape, library, names, say):
                     failed[name] = "aborted"
                     continue
                 say("doing", name)
+                wait_for(sibling, name)
                 try:
                     results = make_contender(name, x, library).results()
                     errors[name] = distances(results, true)
@@ -420,12 +421,26 @@ def summary(times):
     return [statistics.median(times), times[int(0.1 * (n - 1) + 0.5)], times[int(0.9 * (n - 1) + 0.5)], n]
 
 
-def prepare_shape(x, library, names, failures, say):
+def start_sibling(options, names):
+    """A process that compiles PEER_SIG for this shape meanwhile, into the caches of Triton and torch.compile."""
+    if PEER_SIG not in names:
+        return None
+    command = [sys.executable, os.path.abspath(__file__), "--library", options.library, "--shape", options.shape]
+    return subprocess.Popen(command + ["--compile"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(sibling, name):
+    if sibling and name == PEER_SIG:
+        sibling.wait()
+
+
+def prepare_shape(x, library, names, sibling, failures, say):
     """Runs everything once, which compiles it, and compares ours with the official kernels on the way."""
     import torch
     compared = {}
-    for name in names:
+    for name in sorted(names, key=lambda name: name == PEER_SIG):           # that one last
         say("doing", name)
+        wait_for(sibling, name)
         try:
             results = make_contender(name, x, library).results()
             if not all(torch.isfinite(y).all() for y in results):
@@ -499,10 +514,13 @@ def child(options):
     def say(kind, value):
         print(MESSAGE + json.dumps([kind, value]), flush=True)
     say("doing", "PyTorch")
+    names = [name for name in (QUICK if options.quick else CONTENDERS) if name not in options.without]
+    sibling = None if options.compile else start_sibling(options, names)
     import torch
     shape = tuple(map(int, options.shape.split(",")))
     torch.zeros(1, device=DEVICE)
-    names = [name for name in (QUICK if options.quick else CONTENDERS) if name not in options.without]
+    if options.compile:
+        return official(Inputs(shape), True).results()
     failures = {name: "aborted" for name in options.without}
     library = None
     try:
@@ -511,8 +529,8 @@ def child(options):
         failures.update({name: describe(error) for name in (OURS, OURS_SIG, OURS_DOT)})
         names = [name for name in names if name not in failures]
     if options.errors:
-        return say("result", check_shape(shape, library, names, say))
-    differences = prepare_shape(Inputs(shape, mean=1), library, names, failures, say)
+        return say("result", check_shape(shape, library, names, sibling, say))
+    differences = prepare_shape(Inputs(shape, mean=1), library, names, sibling, failures, say)
     gc.collect()
     torch.cuda.empty_cache()
     say("ready", None)
@@ -802,9 +820,9 @@ def parse():
     parser.add_argument("--out", metavar="DIR", default=os.path.join(ROOT, "build"),
                         help="folder for what is written, default build")
     parser.add_argument("--library", metavar="PATH", default=os.path.join(ROOT, "build", "libxlstm_kernels.so"))
-    for internal in ("--shape", "--without"):                               # of a child
-        parser.add_argument(internal, action="append" if internal == "--without" else "store", default=[],
-                            help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help=argparse.SUPPRESS)                  # these three: of a child
+    parser.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.shapes = []
     for row in options.rows:
