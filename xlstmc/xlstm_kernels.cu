@@ -106,7 +106,7 @@ static int mlstm_check_inputs(const MlstmProblem *p, const MlstmTensors *x, cons
     if (!x || !x->q || !x->k || !x->v || !x->gates || !x->bias || !x->doc_start || !saved || !scratch)
         return XLSTM_NULL_POINTER;
     return is_aligned(saved, WORKSPACE_ALIGNMENT) && is_aligned(scratch, WORKSPACE_ALIGNMENT) ? XLSTM_OK
-                                                                                             : XLSTM_BAD_ALIGNMENT;
+                                                                                              : XLSTM_BAD_ALIGNMENT;
 }
 
 template <typename F>
@@ -183,7 +183,7 @@ int mlstm_backward(const MlstmProblem *p, const MlstmTensors *x, const void *sav
         typedef decltype(zero) F;
         const MlstmShape s = mlstm_shape<F>(p);
         if (!mlstm_pointers_aligned<F>(&s, {x->q, x->k, x->v, x->grad_h, x->grad_q, x->grad_k, x->grad_v}) ||
-            !is_aligned(x->grad_gates, sizeof(F)) || (make_dot && !is_aligned(x->h, sizeof(F)))) {
+            !is_aligned(x->grad_gates, sizeof(float)) || (make_dot && !is_aligned(x->h, sizeof(F)))) {
             error = XLSTM_BAD_ALIGNMENT;
             return;
         }
@@ -192,7 +192,7 @@ int mlstm_backward(const MlstmProblem *p, const MlstmTensors *x, const void *sav
         if (make_dot) mlstm_bwd_dot<F>(w.dh_dot_h, grad_h, (const F *)x->h, &s, (cudaStream_t)stream);
         mlstm_backward<F>(s, mlstm_input<F>(p, x), mlstm_state(&s, x->initial), grad_h,
                           x->dh_dot_h ? x->dh_dot_h : w.dh_dot_h, (F *)x->grad_q, (F *)x->grad_k, (F *)x->grad_v,
-                          p->ld_grad, (F *)x->grad_gates, p->ld_grad_gates, x->grad_bias, &w.saved, &w.scratch,
+                          p->ld_grad, x->grad_gates, p->ld_grad_gates, x->grad_bias, &w.saved, &w.scratch,
                           (cudaStream_t)stream);
     });
     return failed ? failed : error;
@@ -260,7 +260,7 @@ static int slstm_check_inputs(const SlstmProblem *p, const SlstmTensors *x, cons
         if (!is_aligned(tensor, clusters ? 16 : element)) return XLSTM_BAD_ALIGNMENT;
     if (!is_aligned(x->R, element)) return XLSTM_BAD_ALIGNMENT;
     return is_aligned(saved, WORKSPACE_ALIGNMENT) && is_aligned(scratch, WORKSPACE_ALIGNMENT) ? XLSTM_OK
-                                                                                             : XLSTM_BAD_ALIGNMENT;
+                                                                                              : XLSTM_BAD_ALIGNMENT;
 }
 
 int slstm_forward(const SlstmProblem *p, const SlstmTensors *x, void *saved, void *scratch, void *stream) {

@@ -55,7 +55,7 @@ def mlstm(library, dtype, sigmoid, x, rows, gates, dh, doc_start, initial=None, 
     problem = MlstmProblem(FORMATS[dtype][0], B, T, x.NH, x.dk, x.dv, sigmoid, EPS, 0, width, 2 * x.NH, width, 2 * x.NH)
     saved, scratch = library.workspace(problem)
     h, grad_rows = empty(B, T, x.NH, x.dv, dtype=dtype), empty(*rows.shape, dtype=dtype)
-    grad_gates, grad_bias = empty(B, T, 2 * x.NH, dtype=dtype), torch.ones(2 * x.NH, device="cuda")
+    grad_gates, grad_bias = empty(B, T, 2 * x.NH), torch.ones(2 * x.NH, device="cuda")
     final = empty(B, x.NH * (x.dk * x.dv + x.dk + 1))
     named = dict(gates=gates, bias=torch.zeros(2 * x.NH, device="cuda"), doc_start=doc_start, initial=initial,
                  final=final, h=h, grad_h=dh, grad_gates=grad_gates, grad_bias=grad_bias)
