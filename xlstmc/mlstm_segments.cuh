@@ -14,8 +14,9 @@
 //       backward   Q     dH    qscale inv_den       qscale ds
 //
 // A block has one head's segment and a slice of W columns of z against all of y: bf16, Hopper, dk <= 256. Its first
-// warp keeps a ring of chunks filled by TMA, the next three make the vector (slice 0 alone), and two warpgroups hold
-// the sum, transposed (rows: z), in their accumulators; z is scaled in registers, from where it is an operand of wgmma.
+// warp keeps a ring of chunks filled by TMA, the next three make the share of the vector that falls to the slice, and
+// two warpgroups hold the sum, transposed (rows: z), in their accumulators; z is scaled in registers, from where it is
+// an operand of wgmma.
 //
 // Cost: y and z of all but the last segment once from memory where the slices of a head run side by side, 2 (dk + dv)
 // bytes a token and head; from L2 2 (A + W) a token and slice; 2 A W / 64 cycles of the tensor cores a chunk and slice.
