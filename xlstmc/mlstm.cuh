@@ -865,7 +865,6 @@ struct MlstmScratch {      // of backward
     float *q_dq, *k_dk;    // [column tiles][B, NH, T]
     float *anchor;         // [state tiles][B, NH, NC]
     float *segments;       // see StatesArgs; forward uses it, too
-    float *segments_back;  // of the scan
     float *anchor_start;   // of the scan: [tiles][B, NH]
     float *partial;        // sums of the bias gradient
     float *m_walk;         // [B, NH, NC + 1] scales of a segment alone (mlstm_pair_forward)
@@ -884,11 +883,13 @@ static int mlstm_dot_tiles(const MlstmShape *s) {
     return scan_slices(s, true) * scan_columns(scan_pad(s->dv, true), true) / 64;
 }
 
+// backward: false if no backward pass follows; the scan then keeps nothing of its states
 template <typename F>
-static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved) {
+static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved, bool backward = true) {
     memset((void *)saved, 0, sizeof *saved);
     mlstm_take_gates(a, s, &saved->gates);
     if (s->chunk == SCAN_CHUNK) {
+        if (!backward) return;
         saved->scan.snapshots = take<uint32_t>(a, scan_snapshot_words(s));
         saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * (mlstm_chunks(s) / SCAN_BORDER) * s->dk);
         return;
@@ -914,7 +915,6 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
         scratch->anchor = take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, MLSTM_SPAN));
         scratch->anchor_start = take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH);
         scratch->segments = take<float>(a, scan_segments_floats(s));
-        scratch->segments_back = take<float>(a, scan_segments_floats(s));
         return;
     }
     scratch->dC = take<F>(a, mlstm_states_elements(s));
@@ -1065,8 +1065,8 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
 
 template <typename F>
 static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
-    return ScanScratch{scratch->inv_den, scratch->ds,           scratch->q_dq,     scratch->k_dk,
-                       scratch->anchor,  scratch->anchor_start, scratch->segments, scratch->segments_back};
+    return ScanScratch{scratch->inv_den, scratch->ds,           scratch->q_dq,    scratch->k_dk,
+                       scratch->anchor,  scratch->anchor_start, scratch->segments};
 }
 
 // The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,

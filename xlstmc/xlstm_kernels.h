@@ -54,7 +54,7 @@ typedef struct {
     float gate_cap;        // c: a gate is c tanh((gates + bias) / c); 0: gates + bias
     size_t ld;             // of q, k and v, at least NH * dk and NH * dv: three parts of one matrix, as a rule
     size_t ld_gates;       // at least 2 NH
-    size_t ld_grad;        // of grad_q, grad_k and grad_v, as ld; without a backward call: ld
+    size_t ld_grad;        // of grad_q, grad_k and grad_v, as ld; 0: no backward call follows, less is saved
     size_t ld_grad_gates;  // at least 2 NH; without a backward call: anything
 } MlstmProblem;
 
