@@ -329,8 +329,8 @@ static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col,
             gemm_serial(imin(rows, M - i), imin(cols, N - j), K, a + i * a_row, a_row, a_col, b + j * b_col, b_row,
                         b_col, c + i * ldc + j, ldc, accumulate);
     }
-#else  // The threads take rows of C, one block of B after the other. Who finds no rows left packs panels of the next block
-       // into a second buffer, so that the threads wait for each other only once a block.
+#else  // The threads take rows of C, one block of B after the other. Who finds no rows left packs panels of the next
+       // block into a second buffer, so that the threads wait for each other only once a block.
     static real *b_panels[2];
     int rows = MR * imax(1, imin(MC / MR, M / (8 * MR * threads)));
     int length = block_length(K), k_blocks = (K + length - 1) / length, blocks = (N + NC - 1) / NC * k_blocks;
