@@ -43,8 +43,8 @@ run() { # run NAME ...: check, with the time that it took
 }
 
 MEMCHECK=(--tool memcheck)
-RACECHECK=(--tool racecheck --racecheck-report all --kernel-regex-exclude kns=mlstm_scan
-    --kernel-regex-exclude kns=slstm_cluster)
+RACECHECK=(--tool racecheck --racecheck-report all --kernel-regex-exclude kns=scan
+    --kernel-regex-exclude kns=cluster)
 INITCHECK=(--tool initcheck)
 LAYERS=(matmul norm gated conv blocks4 embedding classifier adamw mlstm_step)
 
