@@ -28,8 +28,8 @@ def check(good, text):
         print("FAIL", text)
 
 
-def close(name, got, expected, dtype):
-    distance = float((got.double() - expected).norm() / expected.norm())
+def close(name, got, expected, dtype, scale=None):
+    distance = float((got.double() - expected).norm() / (expected if scale is None else scale).norm())
     check(distance <= FORMATS[dtype][1], f"{name}: relative L2 distance {distance:.1e}")
 
 
@@ -81,7 +81,8 @@ def test_mlstm(library, dtype, sigmoid, shape):
     close(label + " dq, dk, dv", grad_rows, torch.cat(by_rows[1:4], -1), dtype)
     grads = torch.cat(by_rows[4:], -1)
     close(label + " gates", grad_gates, grads, dtype)
-    close(label + " bias", grad_bias, grads.sum((0, 1)), dtype)
+    # what is left of a sum that cancels, as that over the input gates does, is the rounding of its terms: their norm
+    close(label + " bias", grad_bias, grads.sum((0, 1)), dtype, scale=grads)
 
     half = x.T // 2
     first, second = [[y[:, part].contiguous() for y in (rows, x.gates, dh, none)]
