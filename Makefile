@@ -186,7 +186,13 @@ $(BUILD)/test_xlstm_cu: test_xlstm.cu $(CUDA_SOURCES) $(wildcard dev/test/cuda/*
 	@echo "  nvcc     test_xlstm.cu -> $@  (SM=$(SM))"
 	$(Q)$(NVCC) $(NVCC_FLAGS) test_xlstm.cu $(ORACLES) -o $@ $(CUDA_LIBS) \
 	    $(addprefix -Xcompiler ,$(filter-out -l% -L%,$(OMP))) $(LIBS)
-$(BUILD)/bench_%: dev/bench/bench_%.cu $(CUDA_SOURCES) $(BUILD)/nvcc_flags
+# dev/bench/NAME.cu -> build/NAME
+$(BUILD)/%: dev/bench/%.cu $(wildcard dev/bench/*.h) $(CUDA_SOURCES) $(BUILD)/nvcc_flags
+	@echo "  nvcc     $< -> $@  (SM=$(SM))"
+	$(Q)$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUDA_LIBS)
+
+# The ladders: dev/cuda/NAME.cu -> build/NAME
+$(BUILD)/%: dev/cuda/%.cu $(wildcard dev/cuda/*.cuh) $(CUDA_SOURCES) $(BUILD)/nvcc_flags
 	@echo "  nvcc     $< -> $@  (SM=$(SM))"
 	$(Q)$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUDA_LIBS)
 

@@ -37,7 +37,8 @@ struct SlstmTile {
     static constexpr int P = PAIRS * SHARE / SLSTM_THREADS;                          // pairs a thread
     static constexpr int PAYLOAD = 4 / sizeof(F);                                    // outputs a word
     // Fragments of R, 32 x 16 each. A warp holds up to HELD of them in registers: 64 a thread, fewer beside 4 pairs.
-    static constexpr int HELD = (P < 4 ? 16 : sizeof(F) == 2 ? 8 : 4) / sizeof(F), SLOT = sizeof(F) * 32;  // SLOT: uint4 a fragment
+    static constexpr int HELD = (P < 4 ? 16 : sizeof(F) == 2 ? 8 : 4) / sizeof(F);
+    static constexpr int SLOT = sizeof(F) * 32;  // uint4 a fragment
     // Forward, [4U gates] x [K units]: a warp takes the gates of 8 units (32 rows) and one of SPLITS parts of K.
     static constexpr int PANELS = U / 8, SPLITS = SLSTM_WARPS / PANELS;
     static constexpr int ROW = 4 * U + 4;  // a row of products: + 4 avoids bank conflicts

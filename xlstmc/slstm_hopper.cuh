@@ -12,7 +12,7 @@
 // sends fp32 sums to the blocks that own the units; these add them in a fixed order.
 //
 // A cluster of several tiles divides the work among its warps: R is in the registers of some, which multiply for one
-// tile after the other, and every tile has warps of its own for gates and states. So while what one tile has handed over
+// tile after the other, and every tile has warps of its own for gates and states. While what one tile has handed over
 // is on its way, the others are worked for. The tiles know nothing of each other.
 //
 // Each tile has its buffers and barriers of the exchange twice, for even and odd steps. That is enough: what a block
@@ -195,7 +195,7 @@ struct SlstmCluster {
     // panel, four for each lane, in a cluster of 16 rounded to bf16: there they are many, and room is scarce.
     static constexpr int PANELS = CTAS == 1 ? 1 : CTAS / 2, BACK_STEPS = 2 * WARPS, FRAGMENTS = PANELS * BACK_STEPS;
     static constexpr bool ROUNDED = CTAS > 8;
-    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 ? 32 : ROUNDED ? 38 : 28;
+    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 ? 32 : ROUNDED ? 32 + WARPS : 28;
     static constexpr int BACK_SHARED = FRAGMENTS - BACK_HELD;
     static constexpr int TOGETHER = WARPS > 4 ? 1 : 2;  // panels that are multiplied at the same time
     static constexpr int D_PITCH = 64 * WARPS, D_TILE = 8 * D_PITCH, D_SLOT = TILES * D_TILE;
@@ -1048,19 +1048,20 @@ static SlstmClusterKernels slstm_cluster_kernels(float forward_us, float backwar
              {(const void *)slstm_cluster_backward_kernel<Tile>, Tile::BACKWARD_BYTES, backward_us}}};
 }
 
-enum { SLSTM_CLUSTERS = 9, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
+enum { SLSTM_CLUSTERS = 10, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
 
 static const SlstmClusterKernels *slstm_cluster_table(void) {
     static const SlstmClusterKernels table[SLSTM_CLUSTERS] = {
         slstm_cluster_kernels<SlstmCluster<1, 8, 1>>(0.83f, 0.69f),
         slstm_cluster_kernels<SlstmCluster<4, 4, 1>>(0.62f, 0.58f),
-        slstm_cluster_kernels<SlstmCluster<6, 4, 1>>(0.67f, 0.63f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 1>>(0.76f, 0.73f),
-        slstm_cluster_kernels<SlstmCluster<6, 4, 3>>(1.00f, 1.00f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 3>>(1.10f, 1.10f),
-        slstm_cluster_kernels<SlstmCluster<8, 6, 1>>(1.12f, 1.19f),
-        slstm_cluster_kernels<SlstmCluster<8, 8, 1>>(1.83f, 1.76f),
-        slstm_cluster_kernels<SlstmCluster<16, 6, 1>>(1.80f, 1.80f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 1>>(0.68f, 0.70f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 1>>(0.75f, 0.76f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 3>>(1.42f, 1.42f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 3>>(1.57f, 1.55f),
+        slstm_cluster_kernels<SlstmCluster<8, 6, 1>>(1.12f, 1.24f),
+        slstm_cluster_kernels<SlstmCluster<16, 4, 1>>(1.40f, 1.38f),
+        slstm_cluster_kernels<SlstmCluster<8, 8, 1>>(1.80f, 1.82f),
+        slstm_cluster_kernels<SlstmCluster<16, 6, 1>>(2.19f, 2.22f),
     };
     return table;
 }

@@ -254,9 +254,11 @@ static int slstm_check_inputs(const SlstmProblem *p, const SlstmTensors *x, cons
     if (error) return error;
     if (!x || !x->R || !x->doc_start || !saved || !scratch) return XLSTM_NULL_POINTER;
     const size_t element = p->format == XLSTM_BF16 ? sizeof(bf16) : sizeof(float);
-    const void *const tensors[] = {x->x, x->R, x->y, x->grad_y, x->grad_x};
+    const bool clusters = p->format == XLSTM_BF16 && p->d % 8 == 0;  // they move 16 bytes at a time
+    const void *const tensors[] = {x->x, x->y, x->grad_y, x->grad_x};
     for (const void *tensor : tensors)
-        if (!is_aligned(tensor, element)) return XLSTM_BAD_ALIGNMENT;
+        if (!is_aligned(tensor, clusters ? 16 : element)) return XLSTM_BAD_ALIGNMENT;
+    if (!is_aligned(x->R, element)) return XLSTM_BAD_ALIGNMENT;
     return is_aligned(saved, WORKSPACE_ALIGNMENT) && is_aligned(scratch, WORKSPACE_ALIGNMENT) ? XLSTM_OK
                                                                                              : XLSTM_BAD_ALIGNMENT;
 }

@@ -96,7 +96,8 @@ typedef struct {
     int B, T, NH, d;  // sequences, tokens each, heads, units of a head
 } SlstmProblem;
 
-// F pointers are aligned to an element. Gates in the order i, f, z, o.
+// F pointers are aligned to an element; in bf16 with d a multiple of 8 all but R to 16 bytes. Gates in the order i, f,
+// z, o.
 typedef struct {
     const void *x;         // F [B, T, NH, 4, d] pre-activations of the gates, without bias and recurrence
     const void *R;         // F [NH, d, 4, d] recurrent weights: from unit, gate, to unit

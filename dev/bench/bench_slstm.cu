@@ -39,10 +39,14 @@ static void take_buffers(Arena *a, Buffers *u) {
     u->doc_start = take<int>(a, tokens);
 }
 
+// Random numbers, which repeat after four million: the time to make them would be many times that of the kernels.
 static void fill(bf16 *device, size_t n, uint64_t seed, float scale) {
-    float *host = fill_random(n, seed, scale);
-    bf16 *rounded = to_device<bf16>(host, n);
-    CUDA_CHECK(cudaMemcpy(device, rounded, n * sizeof(bf16), cudaMemcpyDeviceToDevice));
+    size_t period = n < 1 << 22 ? n : 1 << 22;
+    float *host = fill_random(period, seed, scale);
+    bf16 *rounded = to_device<bf16>(host, period);
+    for (size_t at = 0; at < n; at += period)
+        CUDA_CHECK(cudaMemcpy(device + at, rounded, (n - at < period ? n - at : period) * sizeof(bf16),
+                              cudaMemcpyDeviceToDevice));
     CUDA_CHECK(cudaFree(rounded));
     free(host);
 }

@@ -8,8 +8,7 @@
 #ifndef DEV_BENCH_STATE_TRACKING_H
 #define DEV_BENCH_STATE_TRACKING_H
 
-enum { FIRST_LEN = 2, TRAIN_LEN = 40, EVAL_LEN = 256, EVAL_FROM = 199, EVAL_SEQUENCES = 1000 };
-static const double SOLVED = 0.05;  // nats a token
+enum { FIRST_LEN = 2, TRAIN_LEN = 40, EVAL_LEN = 256, EVAL_FROM = 199, EVAL_SEQUENCES = 1000, PATIENCE = 1500 };
 
 static int parity_next(int state, int token) { return state ^ token; }
 
@@ -51,8 +50,8 @@ static const StateTask STATE_TASKS[] = {
 typedef struct {
     const StateTask *task;
     uint64_t seed;
-    int batch, steps;    // sequences a step
-    double lr;
+    int batch, steps;       // sequences a step
+    double lr, solved;      // sequences grow where the loss of a token is below `solved` nats
     int *inputs, *targets;  // [batch, EVAL_LEN]
     float *logits;          // [batch, EVAL_LEN, V]
 } StateRun;
@@ -94,15 +93,16 @@ static void state_model(const Backend *backend, StateRun *r, const char *blocks,
     r->logits = (float *)xcalloc((size_t)r->batch * EVAL_LEN * c.vocab_size, sizeof(float));
 }
 
-// Returns the length that was reached.
+// Returns the length that was reached. Ends early where sequences have not grown for PATIENCE steps.
 static int state_train(const Backend *backend, const StateRun *r) {
     Batch batch = {r->batch, FIRST_LEN, r->inputs, r->targets, NULL, -1, NULL, NULL, NULL, 0, 1};
-    for (int step = 0; step < r->steps; step++) {
+    for (int step = 0, grew = 0; step < r->steps && step - grew < PATIENCE; step++) {
         double tokens = (double)r->batch * batch.T;
         state_batch(r, r->batch, batch.T, (uint64_t)step);
         backend->zero_grad();
         double loss = backend->forward_backward(&batch, 1 / tokens) / tokens;
-        if (loss < SOLVED && batch.T < TRAIN_LEN) batch.T++;
+        if (loss < r->solved && batch.T < TRAIN_LEN) batch.T++, grew = step;
+        if (batch.T == TRAIN_LEN) grew = step;
         double norm = backend->grad_norm(), progress = (double)step / r->steps, warmup = fmin(1, (step + 1) / 100.0);
         UpdateConfig update = {
             step + 1, r->lr * warmup * (1 - 0.9 * progress), 0.9, 0.95, 1e-8, 0.01, norm > 1 ? 1 / norm : 1};

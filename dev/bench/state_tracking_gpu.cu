@@ -2,7 +2,7 @@
 // judged). state_tracking_gpu.py runs it for all and makes a table and a plot.
 //
 //   make build/state_tracking_gpu
-//   build/state_tracking_gpu TASK BLOCKS SEED STEPS LR WIDTH HEADS BATCH        e.g. s5 'slstm*2' 1 3000 5e-3 64 2 64
+//   build/state_tracking_gpu TASK BLOCKS SEED STEPS LR SOLVED WIDTH HEADS BATCH    e.g. s5 'slstm*2' 1 3000 5e-3 0.3 64 2 64
 //
 // The last line: the length that was reached in training, then the share of right answers at positions 1 to 256.
 
@@ -11,7 +11,7 @@
 #include "state_tracking.h"
 
 int main(int argc, char **argv) {
-    if (argc != 9) die(EXIT_USAGE, "state_tracking_gpu TASK BLOCKS SEED STEPS LR WIDTH HEADS BATCH");
+    if (argc != 10) die(EXIT_USAGE, "usage: state_tracking_gpu TASK BLOCKS SEED STEPS LR SOLVED WIDTH HEADS BATCH");
     StateRun run = {};
     for (const StateTask &task : STATE_TASKS)
         if (!strcmp(task.name, argv[1])) run.task = &task;
@@ -19,8 +19,9 @@ int main(int argc, char **argv) {
     run.seed = (uint64_t)atoi(argv[3]);
     run.steps = atoi(argv[4]);
     run.lr = atof(argv[5]);
-    run.batch = atoi(argv[8]);
-    state_model(&cuda_backend, &run, argv[2], atoi(argv[6]), atoi(argv[7]), 1);
+    run.solved = atof(argv[6]);
+    run.batch = atoi(argv[9]);
+    state_model(&cuda_backend, &run, argv[2], atoi(argv[7]), atoi(argv[8]), 1);
     double right[EVAL_LEN];
     printf("%d", state_train(&cuda_backend, &run));
     state_judge(&cuda_backend, &run, right);
