@@ -14,8 +14,9 @@
 //       backward   Q     dH    qscale inv_den       qscale ds
 //
 // A block has one head's segment and a slice of W columns of z against all of y: bf16, Hopper, dk <= 256. Its first
-// warp keeps a ring of chunks filled by TMA, the next three make the vector (slice 0 alone), and two warpgroups hold
-// the sum, transposed (rows: z), in their accumulators; z is scaled in registers, from where it is an operand of wgmma.
+// warp keeps a ring of chunks filled by TMA, the next three make the share of the vector that falls to the slice, and
+// two warpgroups hold the sum, transposed (rows: z), in their accumulators; z is scaled in registers, from where it is
+// an operand of wgmma.
 //
 // Cost: y and z of all but the last segment once from memory where the slices of a head run side by side, 2 (dk + dv)
 // bytes a token and head; from L2 2 (A + W) a token and slice; 2 A W / 64 cycles of the tensor cores a chunk and slice.
@@ -29,8 +30,8 @@
 #include "mlstm_gates.cuh"
 #include "mma.cuh"
 
-enum { SEGMENT_THREADS = 384, SEGMENT_VECTOR_THREADS = 96 };
-enum { SEGMENT_LOAD_REGISTERS = 64, SEGMENT_SUM_REGISTERS = 216 };
+enum { SEGMENT_THREADS = 384, SEGMENT_VECTOR_THREADS = 96, SEGMENT_PARTS = SEGMENT_VECTOR_THREADS / 8 };
+enum { SEGMENT_LOAD_REGISTERS = 72, SEGMENT_SUM_REGISTERS = 216 };
 #define SEGMENT_NOTHING 0x1p-100f  // a g that is left out
 
 template <int A_, bool REVERSE_>
@@ -40,7 +41,6 @@ struct Segment {
     static constexpr int BLOCKS = W / 128;                  // of 64 rows of the transposed sum a warpgroup
     static constexpr int Y_BYTES = A * PANEL_ROW, STAGE_BYTES = (A + W) * PANEL_ROW;  // of a chunk
     static constexpr int STAGES = 200 * 1024 / STAGE_BYTES;
-    static constexpr int PARTS = SEGMENT_VECTOR_THREADS / (A / 8);  // of the tokens of a chunk, for the vector
 };
 
 struct SegmentArgs {
@@ -62,7 +62,7 @@ struct alignas(16) SegmentRows {  // of the tokens of a chunk
 template <class S>
 struct SegmentShared {
     SegmentRows rows[S::STAGES];
-    float vector[S::PARTS][S::A];
+    float vector[SEGMENT_PARTS][S::A];
     uint64_t full[S::STAGES], empty[S::STAGES];
 };
 
@@ -72,7 +72,7 @@ constexpr size_t segment_shared_bytes() {
 }
 
 struct SegmentPlace {  // what a block does
-    int b, head, bh, slice, segment, first_chunk, chunks;
+    int b, head, bh, slice, slices, segment, first_chunk, chunks;
 };
 
 template <class S>
@@ -159,39 +159,48 @@ __device__ __forceinline__ void segment_load(const SegmentArgs &p, const Segment
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Three warps make the vector: a thread has eight columns of y and every PARTS-th token
+// Three warps make the vector: of every slices-th panel of y, so that the slices share the work. A thread has eight
+// columns of a panel and every SEGMENT_PARTS-th token.
 
 template <class S>
 __device__ __forceinline__ void segment_vector(const SegmentArgs &p, const SegmentPlace &at, unsigned char *smem,
                                                SegmentShared<S> *sh, float *n) {
-    const int i = threadIdx.x - 32, piece = i % (S::A / 8), part = i / (S::A / 8);
-    float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    const int i = threadIdx.x - 32, piece = i % 8, part = i / 8;
+    float sum[S::A / 64][8] = {};
+    bool mine[S::A / 64];
+#pragma unroll
+    for (int panel = 0; panel < S::A / 64; panel++) mine[panel] = panel % at.slices == at.slice;
     for (int it = 0;; it++) {
         const float g = segment_wait(sh, it);
         if (g == 0) break;
-        const unsigned char *tile = smem + it % S::STAGES * S::STAGE_BYTES + piece / 8 * PANEL_BYTES;
+        const unsigned char *tile = smem + it % S::STAGES * S::STAGE_BYTES;
         const SegmentRows *rows = &sh->rows[it % S::STAGES];
-#pragma unroll 4
-        for (int r = part; r < SCAN_CHUNK; r += S::PARTS) {
-            const float by = g * rows->scale[r] * (S::REVERSE ? rows->ds[r] : 1);
-            const uint4 y = *(const uint4 *)(tile + panel_piece(r, piece % 8));
-            const unsigned pairs[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const float2 two = unpack_two(pairs[k]);
-                sum[2 * k] += by * two.x, sum[2 * k + 1] += by * two.y;
+        for (int panel = 0; panel < S::A / 64; panel++) {
+            if (!mine[panel]) continue;
+#pragma unroll 3
+            for (int r = part; r < SCAN_CHUNK; r += SEGMENT_PARTS) {
+                const float by = g * rows->scale[r] * (S::REVERSE ? rows->ds[r] : 1);
+                const uint4 y = *(const uint4 *)(tile + panel * PANEL_BYTES + panel_piece(r, piece));
+                const unsigned pairs[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const float2 two = unpack_two(pairs[k]);
+                    sum[panel][2 * k] += by * two.x, sum[panel][2 * k + 1] += by * two.y;
+                }
             }
         }
         __syncwarp();
         if (i % 32 == 0) barrier_arrive(segment_empty(sh, it));
     }
 #pragma unroll
-    for (int k = 0; k < 8; k++) sh->vector[part][8 * piece + k] = sum[k];
+    for (int k = 0; k < S::A / 8; k++) sh->vector[part][k / 8 * 64 + 8 * piece + k % 8] = sum[k / 8][k % 8];
     named_barrier_sync(1, SEGMENT_VECTOR_THREADS);
     for (int k = i; k < p.s.dk; k += SEGMENT_VECTOR_THREADS) {
+        if (k / 64 % at.slices != at.slice) continue;
         float whole = 0;
 #pragma unroll
-        for (int q = 0; q < S::PARTS; q++) whole += sh->vector[q][k];
+        for (int q = 0; q < SEGMENT_PARTS; q++) whole += sh->vector[q][k];
         n[k] = whole;
     }
 }
@@ -277,14 +286,15 @@ __device__ __forceinline__ void segment_block(const SegmentArgs &p) {
     SegmentShared<S> *sh = (SegmentShared<S> *)(smem + S::STAGES * S::STAGE_BYTES);
     const MlstmShape &s = p.s;
     SegmentPlace at;
-    at.bh = blockIdx.z, at.b = at.bh / s.NH, at.head = at.bh % s.NH, at.slice = blockIdx.x;
+    at.bh = blockIdx.z, at.b = at.bh / s.NH, at.head = at.bh % s.NH, at.slice = blockIdx.x, at.slices = gridDim.x;
     at.segment = blockIdx.y + (S::REVERSE && !p.all);  // all but the last of the walk
     at.first_chunk = at.segment * p.segment_chunks;
     at.chunks = min(p.segment_chunks, (s.T + SCAN_CHUNK - 1) / SCAN_CHUNK - at.first_chunk);
+    const bool makes_vector = at.slice < S::A / 64;
     if (threadIdx.x == 0) {
         for (int k = 0; k < S::STAGES; k++) {
             barrier_init(shared_address(sh->full + k), 33);  // the TMA's announcement, and the copies of 32 lanes
-            barrier_init(shared_address(sh->empty + k), at.slice ? 8 : 11);  // warps
+            barrier_init(shared_address(sh->empty + k), 8 + (makes_vector ? 3 : 0));  // warps
         }
         barrier_init_done();
     }
@@ -294,7 +304,7 @@ __device__ __forceinline__ void segment_block(const SegmentArgs &p) {
     if (threadIdx.x < 128) {
         registers_shrink<SEGMENT_LOAD_REGISTERS>();
         if (threadIdx.x < 32) segment_load<S>(p, at, shared_address(smem), sh);
-        else if (at.slice == 0) segment_vector<S>(p, at, smem, sh, place + s.NH * matrix + (size_t)at.head * s.dk);
+        else if (makes_vector) segment_vector<S>(p, at, smem, sh, place + s.NH * matrix + (size_t)at.head * s.dk);
     } else {
         registers_grow<SEGMENT_SUM_REGISTERS>();
         segment_sum<S>(p, at, shared_address(smem), sh, place + at.head * matrix);
@@ -321,7 +331,7 @@ static __global__ void __launch_bounds__(SEGMENT_THREADS, 1)
 // segment adds. A thread has ENTER_ELEMENTS of a head's C and n, and ENTER_AT_ONCE segments of each on their way.
 // Bytes: what is there is read once, but for the last segment, and written once.
 
-enum { ENTER_THREADS = 256, ENTER_ELEMENTS = 2, ENTER_AT_ONCE = 8 };
+enum { ENTER_THREADS = 256, ENTER_ELEMENTS = 4, ENTER_AT_ONCE = 4 };
 
 // kept [count]: the product of the decays of each segment; a warp a segment
 __device__ inline void enter_kept(float *kept, const float *decay, int chunks, int count, int segment_chunks) {
