@@ -260,15 +260,16 @@ static real *panels_of_a(void) {
     return panels;
 }
 
-// c[m, n] (+)= a[m, k] b[k, n] for m <= MC rows and a block of B in panels
-static void gemm_rows(int m, int n, int k, const real *a, size_t a_row, size_t a_col, const real *b_panels, real *c,
-                      size_t ldc, int accumulate) {
+// c[m, n] (+)= a[m, k] b[k, n] for m <= MC rows and a block of B: rows of it are b_step apart, and the columns from j
+// on begin at b + j * b_step_j, as in panels or as in a matrix
+static void gemm_rows(int m, int n, int k, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_step,
+                      size_t b_step_j, real *c, size_t ldc, int accumulate) {
     real *a_panels = panels_of_a();
     pack_panels(a_panels, a, a_row, a_col, m, k, MR);
     for (int j = 0; j < n; j += NR)
         for (int i = 0; i < m; i += MR)
-            micro_kernel_rows(imin(MR, m - i), imin(NR, n - j), k, a_panels + (size_t)i * k, MR,
-                              b_panels + (size_t)j * k, NR, c + i * ldc + j, ldc, accumulate);
+            micro_kernel_rows(imin(MR, m - i), imin(NR, n - j), k, a_panels + (size_t)i * k, MR, b + j * b_step_j,
+                              b_step, c + i * ldc + j, ldc, accumulate);
 }
 
 // Length of the blocks that K is cut into. They are about equal: a short last one would cost a whole pass over C.
@@ -294,10 +295,13 @@ static void gemm_serial(int M, int N, int K, const real *a, size_t a_row, size_t
     for (int n0 = 0; n0 < N; n0 += NC)
         for (int k0 = 0, length = block_length(K); k0 < K; k0 += length) {
             int n = imin(NC, N - n0), k = imin(length, K - k0);
-            pack_panels(b_panels, b + k0 * b_row + n0 * b_col, b_col, b_row, n, k, NR);
+            const real *block = b + k0 * b_row + n0 * b_col;
+            int in_place = M <= MC && b_col == 1 && n % NR == 0;  // few rows read B too seldom to repay a copy
+            if (!in_place) pack_panels(b_panels, block, b_col, b_row, n, k, NR);
             for (int m0 = 0; m0 < M; m0 += MC)
-                gemm_rows(imin(MC, M - m0), n, k, a + m0 * a_row + k0 * a_col, a_row, a_col, b_panels,
-                          c + m0 * ldc + n0, ldc, accumulate || k0 > 0);
+                gemm_rows(imin(MC, M - m0), n, k, a + m0 * a_row + k0 * a_col, a_row, a_col,
+                          in_place ? block : b_panels, in_place ? b_row : NR, in_place ? 1 : k, c + m0 * ldc + n0, ldc,
+                          accumulate || k0 > 0);
         }
 }
 
@@ -325,23 +329,32 @@ static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col,
             gemm_serial(imin(rows, M - i), imin(cols, N - j), K, a + i * a_row, a_row, a_col, b + j * b_col, b_row,
                         b_col, c + i * ldc + j, ldc, accumulate);
     }
-#else  // the threads pack a block of B together; then each takes some rows of C whenever it is done with its last ones
-    static real *b_panels = NULL;
+#else  // The threads take rows of C, one block of B after the other. Who finds no rows left packs panels of the next
+       // block into a second buffer, so that the threads wait for each other only once a block.
+    static real *b_panels[2];
     int rows = MR * imax(1, imin(MC / MR, M / (8 * MR * threads)));
-    if (!b_panels) b_panels = (real *)xcalloc((size_t)KC * NC, sizeof(real));
+    int length = block_length(K), k_blocks = (K + length - 1) / length, blocks = (N + NC - 1) / NC * k_blocks;
+    for (int i = 0; i < 2; i++)
+        if (!b_panels[i]) b_panels[i] = (real *)xcalloc((size_t)KC * NC, sizeof(real));
 #pragma omp parallel
-    for (int n0 = 0; n0 < N; n0 += NC)
-        for (int k0 = 0, length = block_length(K); k0 < K; k0 += length) {
-            int n = imin(NC, N - n0), k = imin(length, K - k0);
-#pragma omp for schedule(dynamic)
-            for (int j = 0; j < n; j += 2 * NR)
-                pack_panels(b_panels + (size_t)j * k, b + k0 * b_row + (n0 + j) * b_col, b_col, b_row,
-                            imin(2 * NR, n - j), k, NR);
-#pragma omp for schedule(dynamic)
+    for (int packed = 0; packed <= blocks; packed++) {
+        if (packed > 0) {
+            int n0 = (packed - 1) / k_blocks * NC, n = imin(NC, N - n0);
+            int k0 = (packed - 1) % k_blocks * length, k = imin(length, K - k0);
+#pragma omp for schedule(dynamic) nowait
             for (int m0 = 0; m0 < M; m0 += rows)
-                gemm_rows(imin(rows, M - m0), n, k, a + m0 * a_row + k0 * a_col, a_row, a_col, b_panels,
-                          c + m0 * ldc + n0, ldc, accumulate || k0 > 0);
+                gemm_rows(imin(rows, M - m0), n, k, a + m0 * a_row + k0 * a_col, a_row, a_col,
+                          b_panels[(packed - 1) % 2], NR, k, c + m0 * ldc + n0, ldc, accumulate || k0 > 0);
         }
+        if (packed < blocks) {
+            int n0 = packed / k_blocks * NC, n = imin(NC, N - n0);
+            int k0 = packed % k_blocks * length, k = imin(length, K - k0);
+#pragma omp for schedule(dynamic)
+            for (int j = 0; j < n; j += NR)
+                pack_panels(b_panels[packed % 2] + (size_t)j * k, b + k0 * b_row + (n0 + j) * b_col, b_col, b_row,
+                            imin(NR, n - j), k, NR);
+        }
+    }
 #endif
 }
 
@@ -1491,7 +1504,7 @@ static void slstm_backward(const SlstmShape *s, const real *R, const SlstmSaved 
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// The model: one allocation each for parameters, gradients, the two moments, activations and scratch
+// The model: one allocation for parameters, gradients and the two moments, one for activations and scratch
 
 typedef struct {
     real *u, *stats, *gate_up, *act;
@@ -2360,6 +2373,11 @@ static void cpu_update(const UpdateConfig *u) {
 // ----------------------------------------------------------------------------------------------------------------
 // Memory: every buffer is taken from one arena, first with no memory behind it to learn the size, then for real
 
+// Elements left free between buffers. Most sizes are multiples of large powers of two, so that without the gap all that
+// a loop reads and writes at a time would fall into the same set of the L2 cache, where fills and write-backs wait for
+// each other: AdamW, on weights, gradients and moments, then takes three times as long.
+enum { STAGGER = 65 * 64 / (int)sizeof(real) };
+
 typedef struct {
     real *base;
     size_t used;
@@ -2367,7 +2385,7 @@ typedef struct {
 
 static real *take(Arena *a, size_t count) {
     real *p = a->base ? a->base + a->used : NULL;
-    a->used += (count + 15) / 16 * 16;
+    a->used += (count + 15) / 16 * 16 + STAGGER;
     return p;
 }
 
@@ -2506,15 +2524,16 @@ static void cpu_build(const ModelConfig *config, const TensorTable *table, const
     m->shards = shards_make(table->total, comm.size, comm.rank);
     m->own_moments = run->zero && comm.size > 1;
     size_t padded = shards_padded(&m->shards), moments = m->own_moments ? shards_owned(&m->shards) : padded;
+    size_t all = padded + (run->training ? padded + 2 * moments : 0);
     fprintf(run->training ? stdout : stderr, "memory      weights%s %.1f MiB, activations %.1f MiB, states %.1f MiB\n",
             run->training ? ", gradients and moments" : "",
-            (double)(padded + (run->training ? padded + 2 * moments : 0)) / mib, (double)arena.used / mib,
-            (double)states / mib);
-    m->params = (real *)xcalloc(padded, sizeof(real));
+            (double)all / mib, (double)arena.used / mib, (double)states / mib);
+    Arena weights = {(real *)xcalloc(all + 4 * (STAGGER + 16), sizeof(real)), 0};
+    m->params = take(&weights, padded);
     if (run->training) {
-        m->grads = (real *)xcalloc(padded, sizeof(real));
-        m->m = (real *)xcalloc(moments, sizeof(real));
-        m->v = (real *)xcalloc(moments, sizeof(real));
+        m->grads = take(&weights, padded);
+        m->m = take(&weights, moments);
+        m->v = take(&weights, moments);
     }
     m->stored = (real *)xcalloc(states, sizeof(real));
     m->state_in = m->stored + (size_t)run->num_state_rows * m->states.total;

@@ -145,9 +145,9 @@ static __global__ void __launch_bounds__(N *N)
     add_partials_kernel(float *dst, const float *partial, int parts, size_t width) {
     add_partials_block<N>(dst, partial, parts, width);
 }
-MAYBE_UNUSED
+template <int N = 32>
 static void add_partials(float *dst, const float *partial, int parts, size_t width, cudaStream_t stream) {
-    add_partials_kernel<32><<<ceil_div(width, 32), dim3(32, 32), 0, stream>>>(dst, partial, parts, width);
+    add_partials_kernel<N><<<ceil_div(width, N), dim3(N, N), 0, stream>>>(dst, partial, parts, width);
     LAUNCH_CHECK();
 }
 

@@ -22,6 +22,8 @@
 #ifndef XLSTMC_MLSTM_CUH
 #define XLSTMC_MLSTM_CUH
 
+#include <initializer_list>
+
 #include "mlstm_gates.cuh"
 #include "mlstm_scan.cuh"
 #include "mlstm_segments.cuh"
@@ -48,10 +50,10 @@ __device__ inline unsigned tile_at(unsigned r, unsigned c) {
 
 template <int BYTES>
 __device__ inline void copy_async(void *shared, const void *global, bool valid) {  // zeros if not valid
-    unsigned dst = (unsigned)__cvta_generic_to_shared(shared);
+    unsigned dst = (unsigned)__cvta_generic_to_shared(shared), size = valid ? BYTES : 0;
     if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(global), "r"(valid ? 16 : 0));
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(global), "r"(valid ? 4 : 0));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(global), "r"(size));
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(global), "n"(BYTES), "r"(size));
 }
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
@@ -59,16 +61,34 @@ __device__ inline void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
 }
 
-// tile[ROWS, COLS] = src[rows, cols] with row stride ld, zeros beyond. aligned: everything is a multiple of 16 bytes.
-template <typename F, int ROWS, int COLS>
-__device__ inline void load_tile(F *tile, const F *src, size_t ld, int rows, int cols, bool aligned) {
-    constexpr int V = VEC<F>, PIECES = 64 / V, STEP = MLSTM_THREADS / PIECES;
-    if (!aligned) {
-#pragma unroll 1  // for rare shapes: unrolled, the loads would take registers from the sums of all
-        for (int i = threadIdx.x; i < ROWS * COLS; i += MLSTM_THREADS) {
-            int r = i / COLS, c = i % COLS;
-            tile[tile_at<F, ROWS>(r, c)] = r < rows && c < cols ? src[(size_t)r * ld + c] : from_float<F>(0.0f);
+// load_tile in copies of fewer bytes; 2: of odd rows in bf16, which no copy takes
+template <typename F, int ROWS, int COLS, int BYTES>
+__device__ inline void load_tile_in(F *tile, const F *src, size_t ld, int rows, int cols) {
+    constexpr int V = BYTES == 2 ? VEC<F> : BYTES / (int)sizeof(F);
+#pragma unroll 1  // what is unrolled here takes registers from the sums
+    for (int i = threadIdx.x; i < ROWS * COLS / V; i += MLSTM_THREADS) {
+        const int r = i / (COLS / V), c = i % (COLS / V) * V;
+        const bool valid = r < rows && c < cols;
+        const F *from = valid ? src + (size_t)r * ld + c : src;
+        F *to = tile + tile_at<F, ROWS>(r, c);
+        if constexpr (BYTES > 2) copy_async<BYTES>(to, from, valid);
+        else {
+            Vec<F> v;
+#pragma unroll
+            for (int k = 0; k < V; k++) v.x[k] = valid && c + k < cols ? from[k] : from_float<F>(0.0f);
+            store_vec(to, v);
         }
+    }
+}
+
+// tile[ROWS, COLS] = src[rows, cols] with row stride ld, zeros beyond. align: bytes of which everything is a multiple.
+template <typename F, int ROWS, int COLS>
+__device__ inline void load_tile(F *tile, const F *src, size_t ld, int rows, int cols, int align) {
+    constexpr int V = VEC<F>, PIECES = 64 / V, STEP = MLSTM_THREADS / PIECES;
+    if (align < 16) {
+        if (align == 8) load_tile_in<F, ROWS, COLS, 8>(tile, src, ld, rows, cols);
+        else if (align == 4) load_tile_in<F, ROWS, COLS, 4>(tile, src, ld, rows, cols);
+        else if constexpr (sizeof(F) == 2) load_tile_in<F, ROWS, COLS, 2>(tile, src, ld, rows, cols);
         return;
     }
     // A thread takes pieces below each other, in every panel the same: one address, to which constants are added.
@@ -199,9 +219,9 @@ __device__ inline void store_two(F *p, float x, float y, int count, bool pair) {
 template <typename F>
 struct StatesArgs {
     MlstmShape s;
-    const F *x, *y;     // forward K, V; reverse Q, dH: [B, T, NH, dk], [B, T, NH, dv]
-    size_t ld_x, ld_y;  // row strides
-    bool aligned;
+    const F *x, *y;             // forward K, V; reverse Q, dH: [B, T, NH, dk], [B, T, NH, dv]
+    size_t ld_x, ld_y;          // row strides
+    int align;                  // see load_tile
     const float *scale;         // [B, NH, T] kscale or qscale
     const float *inv_den, *ds;  // [B, NH, T] reverse only
     const float *decay;         // [B, NH, NC]
@@ -270,8 +290,8 @@ template <typename F, int N, bool REVERSE>
 __device__ __forceinline__ void states_load(const StatesArgs<F> &p, const StatesBlock<F, N> &at, F *tile, float *scales,
                                             int t0) {
     int T = p.s.T;
-    load_tile<F, 64, 64>(tile, at.X + (size_t)t0 * p.ld_x, p.ld_x, T - t0, p.s.dk - at.a0, p.aligned);
-    load_tile<F, 64, N>(tile + 64 * 64, at.Y + (size_t)t0 * p.ld_y, p.ld_y, T - t0, p.s.dv - at.v0, p.aligned);
+    load_tile<F, 64, 64>(tile, at.X + (size_t)t0 * p.ld_x, p.ld_x, T - t0, p.s.dk - at.a0, p.align);
+    load_tile<F, 64, N>(tile + 64 * 64, at.Y + (size_t)t0 * p.ld_y, p.ld_y, T - t0, p.s.dv - at.v0, p.align);
     if (threadIdx.x < (REVERSE ? 192 : 64)) {
         int which = threadIdx.x / 64, l = threadIdx.x % 64;
         const float *from = which == 0 ? p.scale : which == 1 ? p.inv_den : p.ds;
@@ -523,7 +543,7 @@ struct AttendArgs {
     MlstmShape s;
     const F *y, *z, *val;  // [B, T, NH, contracted], the same, [B, T, NH, out]
     size_t ld_y, ld_z, ld_val;
-    bool aligned;
+    int align;       // see load_tile
     const F *state;  // [B, NH, NC, dk, pitch]
     const float *n;  // [B, NH, NC, dk]
     size_t pitch;
@@ -622,17 +642,17 @@ __device__ __forceinline__ void attend_load(F *A, AttendStep step, const AttendA
     const size_t from = (size_t)at.head * at.contracted + k;                                // column of Y and Z
     F *B = A + 64 * 64;
     if (step.piece < at.K)
-        load_tile<F, 64, 64>(A, p.y + (at.token + at.row0) * p.ld_y + from, p.ld_y, at.T - at.row0, left, p.aligned);
+        load_tile<F, 64, 64>(A, p.y + (at.token + at.row0) * p.ld_y + from, p.ld_y, at.T - at.row0, left, p.align);
     if (step.key < 0) {
         const F *state = p.state + at.chunk * p.s.dk * p.pitch;
         if (at.TRANSPOSED)
-            load_tile<F, COLS, 64>(B, state + (size_t)at.col0 * p.pitch + k, p.pitch, at.cols, left, p.aligned);
-        else load_tile<F, 64, COLS>(B, state + (size_t)k * p.pitch + at.col0, p.pitch, left, at.cols, p.aligned);
+            load_tile<F, COLS, 64>(B, state + (size_t)at.col0 * p.pitch + k, p.pitch, at.cols, left, p.align);
+        else load_tile<F, 64, COLS>(B, state + (size_t)k * p.pitch + at.col0, p.pitch, left, at.cols, p.align);
     } else if (step.piece < at.K) {
-        load_tile<F, 64, 64>(B, p.z + (at.token + row0) * p.ld_z + from, p.ld_z, at.T - row0, left, p.aligned);
+        load_tile<F, 64, 64>(B, p.z + (at.token + row0) * p.ld_z + from, p.ld_z, at.T - row0, left, p.align);
     } else {
         const F *values = p.val + (at.token + row0) * p.ld_val + (size_t)at.head * at.out_width + at.col0;
-        load_tile<F, 64, COLS>(B, values, p.ld_val, at.T - row0, at.cols, p.aligned);
+        load_tile<F, 64, COLS>(B, values, p.ld_val, at.T - row0, at.cols, p.align);
     }
 }
 
@@ -717,10 +737,10 @@ __device__ __forceinline__ void attend_store(const float (&acc)[COLS / 16][4], f
             if (at.TRANSPOSED) {
                 if (border != 0 && count > 0) x += border * n[at.col0 + col];
                 if (border != 0 && count > 1) y += border * n[at.col0 + col + 1];
-                float2 with = load_two(dot + col, count, p.aligned);
+                float2 with = load_two(dot + col, count, p.align >= 4);
                 dot_sum[h] += with.x * x + with.y * y;
             }
-            store_two(out + col, x, y, count, p.aligned);
+            store_two(out + col, x, y, count, p.align >= 4);
         }
     }
 }
@@ -865,7 +885,6 @@ struct MlstmScratch {      // of backward
     float *q_dq, *k_dk;    // [column tiles][B, NH, T]
     float *anchor;         // [state tiles][B, NH, NC]
     float *segments;       // see StatesArgs; forward uses it, too
-    float *segments_back;  // of the scan
     float *anchor_start;   // of the scan: [tiles][B, NH]
     float *partial;        // sums of the bias gradient
     float *m_walk;         // [B, NH, NC + 1] scales of a segment alone (mlstm_pair_forward)
@@ -884,11 +903,13 @@ static int mlstm_dot_tiles(const MlstmShape *s) {
     return scan_slices(s, true) * scan_columns(scan_pad(s->dv, true), true) / 64;
 }
 
+// backward: false if no backward pass follows; the scan then keeps nothing of its states
 template <typename F>
-static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved) {
+static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved, bool backward = true) {
     memset((void *)saved, 0, sizeof *saved);
     mlstm_take_gates(a, s, &saved->gates);
     if (s->chunk == SCAN_CHUNK) {
+        if (!backward) return;
         saved->scan.snapshots = take<uint32_t>(a, scan_snapshot_words(s));
         saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * (mlstm_chunks(s) / SCAN_BORDER) * s->dk);
         return;
@@ -914,7 +935,6 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
         scratch->anchor = take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH * ceil_div(s->T, MLSTM_SPAN));
         scratch->anchor_start = take<float>(a, (size_t)scan_anchor_tiles(s) * s->B * s->NH);
         scratch->segments = take<float>(a, scan_segments_floats(s));
-        scratch->segments_back = take<float>(a, scan_segments_floats(s));
         return;
     }
     scratch->dC = take<F>(a, mlstm_states_elements(s));
@@ -925,10 +945,14 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     scratch->segments = take<float>(a, (size_t)(several + s->B * s->NH) * s->dk * (s->dv + 1));
 }
 
+// The most bytes, 16 at most, of which all addresses and lengths of rows are multiples
 template <typename F>
-static bool mlstm_aligned(const MlstmShape *s, const MlstmInput<F> *in) {
-    return vector_aligned(in->q, in->ld) && vector_aligned(in->k, in->ld) && vector_aligned(in->v, in->ld) &&
-           s->dk % VEC<F> == 0 && s->dv % VEC<F> == 0;
+static int mlstm_alignment(const MlstmShape *s, const MlstmInput<F> *in, std::initializer_list<const F *> others,
+                           size_t ld_others) {
+    uintptr_t bits = (uintptr_t)in->q | (uintptr_t)in->k | (uintptr_t)in->v |
+                     sizeof(F) * (in->ld | ld_others | (size_t)s->dk | (size_t)s->dv);
+    for (const F *p : others) bits |= (uintptr_t)p;
+    return bits % 16 == 0 ? 16 : (int)(bits & (~bits + 1));  // the lowest bit that is set
 }
 
 template <typename F>
@@ -937,10 +961,10 @@ static MlstmGateInput mlstm_gate_input(const MlstmInput<F> &in) {
 }
 
 template <typename F>
-static StatesArgs<F> mlstm_states_args(const MlstmShape &s, const MlstmInput<F> &in, bool aligned,
+static StatesArgs<F> mlstm_states_args(const MlstmShape &s, const MlstmInput<F> &in, int align,
                                        const MlstmGates &gates) {
     StatesArgs<F> p = {};
-    p.s = s, p.pitch = mlstm_pitch(&s), p.aligned = aligned;
+    p.s = s, p.pitch = mlstm_pitch(&s), p.align = align;
     p.x = in.k, p.ld_x = in.ld;
     p.y = in.v, p.ld_y = in.ld;
     p.scale = gates.kscale, p.decay = gates.decay;
@@ -952,7 +976,7 @@ template <typename F>
 static void mlstm_cell_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, bool walked, F *h,
                                const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
     size_t ld_h = (size_t)s.NH * s.dv;
-    bool aligned = mlstm_aligned(&s, &in) && vector_aligned(h, ld_h);
+    const int align = mlstm_alignment(&s, &in, {h}, ld_h);
     const float *m_walk = walked ? scratch->m_walk : NULL;
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
@@ -960,12 +984,12 @@ static void mlstm_cell_forward(MlstmShape s, MlstmInput<F> in, MlstmState initia
                                stream);
             return;
         }
-    StatesArgs<F> states = mlstm_states_args(s, in, aligned, saved->gates);
+    StatesArgs<F> states = mlstm_states_args(s, in, align, saved->gates);
     states.initial = initial, states.final = final;
     states.C = saved->C, states.n = saved->n;
     mlstm_states<F, false>(states, scratch->segments, walked, m_walk, saved->gates.m, stream);
     AttendArgs<F> attend = {};
-    attend.s = s, attend.pitch = mlstm_pitch(&s), attend.aligned = aligned;
+    attend.s = s, attend.pitch = mlstm_pitch(&s), attend.align = align;
     attend.gates = saved->gates, attend.doc_start = in.doc_start;
     attend.y = in.q, attend.ld_y = in.ld;
     attend.z = in.k, attend.ld_z = in.ld;
@@ -998,7 +1022,7 @@ static void mlstm_pair_forward(MlstmShape s, MlstmInput<F> in, MlstmState pair, 
             mlstm_scan_pair(s, in, pair, gates, saved->scan, scratch->segments, stream);
             return;
         }
-    StatesArgs<F> states = mlstm_states_args(s, in, mlstm_aligned(&s, &in), gates);
+    StatesArgs<F> states = mlstm_states_args(s, in, mlstm_alignment<F>(&s, &in, {}, 0), gates);
     mlstm_walk_segments<F, false>(states, scratch->segments, true, stream);
     mlstm_pair<false>(&s, pair, scratch->segments, gates.decay, states_segment_chunks<F, false>(&s), stream);
 }
@@ -1010,10 +1034,10 @@ static void mlstm_segment_forward(MlstmShape s, MlstmInput<F> in, MlstmState ini
 }
 
 template <typename F>
-static StatesArgs<F> mlstm_reverse_args(const MlstmShape &s, const MlstmInput<F> &in, bool aligned, const F *dh,
+static StatesArgs<F> mlstm_reverse_args(const MlstmShape &s, const MlstmInput<F> &in, int align, const F *dh,
                                         const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch) {
     StatesArgs<F> p = {};
-    p.s = s, p.pitch = mlstm_pitch(&s), p.aligned = aligned;
+    p.s = s, p.pitch = mlstm_pitch(&s), p.align = align;
     p.x = in.q, p.ld_x = in.ld;
     p.y = dh, p.ld_y = (size_t)s.NH * s.dv;
     p.scale = saved->gates.qscale, p.inv_den = scratch->inv_den, p.ds = scratch->ds;
@@ -1029,15 +1053,14 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
                                  const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, const MlstmSaved<F> *saved,
                                  const MlstmScratch<F> *scratch, cudaStream_t stream) {
     size_t ld_h = (size_t)s.NH * s.dv;
-    bool aligned = mlstm_aligned(&s, &in) && vector_aligned(dh, ld_h) && vector_aligned(dq, ld_grad) &&
-                   vector_aligned(dk, ld_grad) && vector_aligned(dv, ld_grad);
+    const int align = mlstm_alignment(&s, &in, {dh, (const F *)dq, (const F *)dk, (const F *)dv}, ld_h | ld_grad);
     const MlstmGates *gates = &saved->gates;
-    StatesArgs<F> states = mlstm_reverse_args(s, in, aligned, dh, saved, scratch);
+    StatesArgs<F> states = mlstm_reverse_args(s, in, align, dh, saved, scratch);
     states.initial = dfinal;
     mlstm_states<F, true>(states, scratch->segments, walked, NULL, NULL, stream);
 
     AttendArgs<F> attend = {};
-    attend.s = s, attend.pitch = mlstm_pitch(&s), attend.aligned = aligned;
+    attend.s = s, attend.pitch = mlstm_pitch(&s), attend.align = align;
     attend.gates = *gates, attend.doc_start = in.doc_start;
     attend.inv_den = scratch->inv_den, attend.ds = scratch->ds;
     attend.ld_out = ld_grad, attend.ld_dot = in.ld;
@@ -1065,8 +1088,8 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
 
 template <typename F>
 static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
-    return ScanScratch{scratch->inv_den, scratch->ds,           scratch->q_dq,     scratch->k_dk,
-                       scratch->anchor,  scratch->anchor_start, scratch->segments, scratch->segments_back};
+    return ScanScratch{scratch->inv_den, scratch->ds,           scratch->q_dq,    scratch->k_dk,
+                       scratch->anchor,  scratch->anchor_start, scratch->segments};
 }
 
 // The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,
@@ -1094,10 +1117,11 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
 // constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
-// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row; dgates [B, T, 2NH]: of the raw pre-activations.
-template <typename F>
+// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row; dgates [B, T, 2NH]: of the raw pre-activations, in F or
+// float.
+template <typename F, typename Gates>
 static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
-                           F *dq, F *dk, F *dv, size_t ld_grad, F *dgates, size_t ld_dgates, float *dbias,
+                           F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates, float *dbias,
                            const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
     const MlstmState none = {NULL, NULL, NULL, 0};
     mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->inv_den, scratch->ds, stream);
@@ -1115,8 +1139,8 @@ static void mlstm_pair_backward(MlstmShape s, MlstmInput<F> in, const F *dh, con
             mlstm_scan_backward_pair(s, in, dh, pair, saved->gates, saved->scan, mlstm_scan_scratch(scratch), stream);
             return;
         }
-    bool aligned = mlstm_aligned(&s, &in) && vector_aligned(dh, (size_t)s.NH * s.dv);
-    StatesArgs<F> states = mlstm_reverse_args(s, in, aligned, dh, saved, scratch);
+    const int align = mlstm_alignment(&s, &in, {dh}, (size_t)s.NH * s.dv);
+    StatesArgs<F> states = mlstm_reverse_args(s, in, align, dh, saved, scratch);
     mlstm_walk_segments<F, true>(states, scratch->segments, true, stream);
     mlstm_pair<true>(&s, pair, scratch->segments, saved->gates.decay, states_segment_chunks<F, true>(&s), stream);
 }

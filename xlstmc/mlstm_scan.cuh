@@ -1,4 +1,4 @@
-// mlstm_scan.cuh: the chunkwise mLSTM on Hopper, in bf16: one kernel, four uses (formulas: doc/math.md 3.4, 4).
+// mlstm_scan.cuh: the chunkwise mLSTM on Hopper, in bf16: one walk, four uses (formulas: doc/math.md 3.4, 4).
 //
 // The cell and its three gradients are the same computation: walk through the chunks of 64 tokens, forward or backward
 // in time, and for each, with rows X, Y [64, A] and Z [64, W] and a state M [A, W],
@@ -12,22 +12,26 @@
 //       dQ       dH    V     K    C^T          dv   dk             s D (inv_den_l dh.v + ds_l)
 //       dK       V     dH    Q    dC^T         dv   dk             s D (inv_den_l dh.v + ds_l)
 //
-// H and dQ walk forward, dV and dK backward. The state never leaves the multiprocessor. A block has three warpgroups
-// and holds a slice of W columns of one head's state, transposed, in the accumulators of two of them:
+// H and dQ walk forward, dV and dK backward. The state never leaves the multiprocessor. A block has four warpgroups and
+// holds a slice of W columns of one head's state, transposed, in the accumulators of two of them:
 //
-//   scores    X Y^T (64 x 64), weights, P in bf16 to shared memory; the normaliser n and its gradient
+//   scores    X Y^T (64 x 64), weights, P in bf16 to shared memory, a chunk ahead of the states
 //   state 0,1 out^T = M^T X^T with the accumulators themselves, rounded to bf16, as register operand; M^T += (scale *
 //             Z)^T Y, fed from registers too; out^T += Z^T P^T. Where W = 64 both share the rows and halve A, and the
 //             second adds its part of out through shared memory; else each has its own rows of M^T
+//   aux       a warp starts the copies of X, Y, Z by TMA; one computes the rows' scalars from the gates; two have the
+//             normaliser n and its gradient, by ordinary multiply-adds: small products of the tensor cores (mma.sync)
+//             would wait in line behind those of the states
 //
-// X, Y, Z come by TMA, two chunks ahead where they fit; results leave by TMA. The scores of the next chunk are made
-// while the states work on this one. Long sequences of few heads are cut into segments (grid.y), each of which needs
-// the state that enters it: mlstm_segments.cuh.
+// X and Y take turns in one ring of tiles, as many as fit; Z has its own, and H and dV write their result over Z, from
+// where TMA stores it. Long sequences of few heads are cut into segments (grid.y), whose entering states
+// mlstm_segments.cuh makes; dQ finds them among the snapshots of H.
 //
 // Cost of a chunk and slice, in cycles of the tensor cores (2,048 multiply-adds): 2 A for the scores, 2 A W / 64 for
 // the state's answer, 2 W for P Z, 2 A W / 64 for the update; 2,816 at A = 128, W = 256 and the other way round. Bytes:
 // every input and output once from memory where the slices of a head run side by side, and 4 A W / 128 a token for
-// snapshots.
+// snapshots. Registers of a thread: state 128 (M) + 32 (out) + operands, 208 in all; scores 64, aux 32. Shared memory:
+// up to 227 KB.
 #ifndef XLSTMC_MLSTM_SCAN_CUH
 #define XLSTMC_MLSTM_SCAN_CUH
 
@@ -36,31 +40,47 @@
 #include "mma.cuh"
 
 enum { SCAN_H, SCAN_DQ, SCAN_DK, SCAN_DV };
-enum { SCAN_THREADS = 384, SCAN_BORDER = MLSTM_SPAN / SCAN_CHUNK };  // chunks from one snapshot of C to the next
+enum { SCAN_STATE_REGISTERS = 208, SCAN_SCORES_REGISTERS = 64, SCAN_AUX_REGISTERS = 32 };
+enum { SCAN_THREADS = 512, SCAN_BORDER = MLSTM_SPAN / SCAN_CHUNK };  // chunks from one snapshot of C to the next
 
-template <int MODE_, int A_, int W_, bool LOCAL_>
+// A of a contracted width, and W that goes with it: the state of a slice fills the registers of two warpgroups
+__host__ __device__ constexpr int scan_pad(int width, bool transposed) {
+    return width <= 64 && !transposed ? 64
+           : width <= 128             ? 128
+           : width <= 192             ? 192
+           : width <= 256             ? 256
+           : width <= 384             ? 384
+                                      : 512;
+}
+__host__ __device__ constexpr int scan_columns(int A, bool transposed) {
+    return transposed ? (A == 128 || A >= 384 ? 64 : 128) : A == 128 ? 256 : 128;
+}
+
+template <int MODE_, int A_, int W_>
 struct Scan {
     static constexpr int MODE = MODE_, A = A_, W = W_;
-    static constexpr bool LOCAL = LOCAL_;                                   // the state alone, no output
     static constexpr bool REVERSE = MODE == SCAN_DK || MODE == SCAN_DV;     // in time
     static constexpr bool TRANSPOSED = MODE == SCAN_DQ || MODE == SCAN_DK;  // contracted dv, output dk
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
-    static constexpr int X_BYTES = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;  // of a tile of 64 tokens
-    static constexpr int STAGES = LOCAL || A * 2 + W <= 320 ? 3 : 2;        // what shared memory holds
-    static constexpr int X_STAGES = LOCAL ? 0 : A <= 384 ? STAGES : 1, YZ_STAGES = A <= 256 ? STAGES : 1;
-    static constexpr int X_AHEAD = X_STAGES > 1 ? X_STAGES - 1 : 1, YZ_AHEAD = YZ_STAGES > 1 ? YZ_STAGES - 1 : 1;
-    static constexpr int LIGHT_WARP = REVERSE ? 3 : 0;  // of the scores: its rows see the fewest columns; it also loads
-    // The normaliser: n = sum of scale y (H, and dn of a LOCAL walk back), or the slice's part of sum of scale z
-    static constexpr bool Y_VECTOR = MODE == SCAN_H || LOCAL, Z_VECTOR = TRANSPOSED;
-    static constexpr bool VECTOR = Y_VECTOR || Z_VECTOR;
-    static constexpr int V_COLS = Y_VECTOR ? A : W;  // a quarter of them for each warp of the scores
-    static constexpr int OUT_BYTES = LOCAL ? 0 : W * PANEL_ROW, P_BYTES = LOCAL ? 0 : PANEL_BYTES;
-    static constexpr int RED_BYTES = SPLIT && !LOCAL ? 64 * 64 * 4 : 0;
-    static constexpr int AT_YZ = X_STAGES * X_BYTES, AT_P = AT_YZ + YZ_STAGES * (X_BYTES + Z_BYTES),
-                         AT_OUT = AT_P + 2 * P_BYTES, AT_RED = AT_OUT + OUT_BYTES, AT_SHARED = AT_RED + RED_BYTES;
+    static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;     // X or Y, Z of 64 tokens
+    // The normaliser: n = sum of scale y (H), or the slice's part of n (dQ) or dn (dK) = sum of scale z
+    static constexpr bool VECTOR = MODE != SCAN_DV;
+    static constexpr int V_COLS = TRANSPOSED ? W : A;
+    static constexpr int SHARED = 227 * 1024;
+    static constexpr int Z_STAGES = !TRANSPOSED ? 3 : A > 384 ? 1 : 2;
+    static constexpr int OUT_BYTES = TRANSPOSED ? W * PANEL_ROW : 0;  // the operand of the row sums, then out
+    static constexpr int SCALARS = 11 * 1024;  // ScanShared
+    static constexpr int ROOM = SHARED - SCALARS - Z_STAGES * Z_BYTES - PANEL_BYTES - OUT_BYTES;
+    static constexpr int TILES = ROOM / TILE < 6 ? ROOM / TILE : 6;  // of X and Y
+    static constexpr int AT_Z = TILES * TILE, AT_P = AT_Z + Z_STAGES * Z_BYTES, AT_OUT = AT_P + PANEL_BYTES,
+                         AT_SHARED = AT_OUT + OUT_BYTES;
+    // Arrivals that free a tile, a stage of Z, P, the scalars of a chunk
+    static constexpr int TILE_USERS = MODE == SCAN_H ? 14 : 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 6 : 10,
+                         P_USERS = SPLIT ? 4 : 8, ROWS_USERS = VECTOR ? 14 : 12;
     static_assert(AW % 64 == 0 && BLOCKS * AW <= 256, "the state fits the registers");
+    static_assert(TILES >= 3, "X, Y and the next X fit");
 };
 
 struct ScanArgs {
@@ -70,10 +90,10 @@ struct ScanArgs {
     const float *inv_den, *ds;  // [B, NH, T], backward
     const int *doc_start;       // [B, T]
     MlstmState initial, final;  // of the whole sequence; C == NULL: zeros, not wanted
-    float *segments;            // [P][B][NH dk dv + NH dk] states entering each segment; NULL: one segment
-    int segment_chunks;
-    uint32_t *snapshots;  // C where a span begins, in the order of the threads' registers: H writes, dV reads
-    float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK reads
+    float *segments;            // states entering each segment (scan_segment_state); NULL: one segment, or dQ
+    int segment_chunks, slices;  // chunks a segment, slices a head
+    uint32_t *snapshots;  // C where a span begins, in the order of H's registers: H writes, dV and dQ read; NULL: no
+    float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK and dQ read
     float *anchor;        // [tiles][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     int anchor_tile;      // the first one of this kernel
     MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
@@ -81,47 +101,81 @@ struct ScanArgs {
     float *dot_out;       // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded
 };
 
-struct ScanRows {  // of the 64 tokens of a chunk
+struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
     // The weight of query l and key j is exp2f(u_j - r_l) times X Y^T, plus add_l for dQ and dK: the logarithms of s
     // and 1 / den are in r. A bf16 result does without the low halves of u and r: 1e-4 of the weight where gates are at
     // their caps for a whole chunk, else 1e-6.
-    float u[64], r[64], add[64], floor[64];
-    float factor[64], border[64], out_scale[64];  // of the row's part from the state, of n, of the sum (H)
-    float scale[64], n_scale[64];                 // of the row in the update of M, of n
-    int start[64];                                // of the document, counted from the chunk's first token
+    float u[64], r[64];
+    float factor[64];              // of the row's part from the state
+    float scale[64], n_scale[64];  // of the row in the update of M, of n
+    union {
+        float floor[64];  // H: of the denominator
+        float add[64];    // dQ, dK
+    };
+    union {
+        float out_scale[64];  // H: 1 / denominator, by the scores
+        float border[64];     // dQ, dK: of the row's part from n
+    };
+    int start[64];  // of the document, counted from the chunk's first token
+    float decay;
+    int documents;  // one begins within the chunk, behind its first token
 };
 
 template <class S>
-struct ScanShared {
+struct alignas(16) ScanShared {
     ScanRows rows[2];
-    float vector[3][S::V_COLS];        // n as it enters the chunk: of this one, and two more that others may still read
-    bf16 split[2][2][S::V_COLS];       // the same, high and low half
-    float dots[2][2][4][64], sums[8];  // of a state warpgroup, of even and odd chunks
-    uint64_t x_full[3], x_empty[3], yz_full[3], yz_empty[3], rows_full[2], p_full[2], p_empty[2], dot_full[2];
+    alignas(16) float vector[3][S::V_COLS];  // n as it enters this chunk and two more, which others may still read
+    float dots[S::TRANSPOSED ? (S::SPLIT ? 2 : 4) : 1][4][64];  // of a state warpgroup, of even and odd chunks
+    float sums[10];  // four of each state warpgroup, two of the normaliser's warps
+    uint64_t tile_full[6], tile_empty[6], z_full[3], z_empty[3], rows_full[2], rows_empty[2], n_full[2], n_done[2],
+        p_full, p_empty, dot_full[2];
 };
 
 template <class S>
 constexpr size_t scan_shared_bytes() {
-    return 1024 + S::AT_SHARED + sizeof(ScanShared<S>);
+    static_assert(sizeof(ScanShared<S>) <= S::SCALARS, "what SCALARS keeps free");
+    return S::AT_SHARED + sizeof(ScanShared<S>);
 }
 
 struct ScanPlace {  // what a block does
     int b, head, bh, slice, first_chunk, chunks, all_chunks;
-    bool last_segment;  // in the direction of the walk
+    bool first_segment, last_segment;  // in the direction of the walk
 };
 
 template <class S>
 __device__ __forceinline__ int scan_chunk(const ScanPlace &at, int it) {
     return S::REVERSE ? at.first_chunk + at.chunks - 1 - it : at.first_chunk + it;
 }
-// The barrier of a ring of `stages`: its slot and the parity of its phase for use number k
+// Waits until use k of a ring of `stages` is full, or until its place is free
 template <int STAGES>
-__device__ __forceinline__ unsigned scan_slot(const uint64_t *bars, int k) {
-    return shared_address(bars + k % (STAGES > 0 ? STAGES : 1));
+__device__ __forceinline__ void scan_wait_full(const uint64_t *full, int k) {
+    barrier_wait(shared_address(full + k % STAGES), k / STAGES & 1);
 }
 template <int STAGES>
-__device__ __forceinline__ int scan_parity(int k) {
-    return k / (STAGES > 0 ? STAGES : 1) & 1;
+__device__ __forceinline__ void scan_wait_empty(const uint64_t *empty, int k) {
+    barrier_wait(shared_address(empty + k % STAGES), (k / STAGES & 1) ^ 1);
+}
+template <int STAGES>
+__device__ __forceinline__ void scan_arrive(const uint64_t *bars, int k) {
+    barrier_arrive(shared_address(bars + k % STAGES));
+}
+// By all lanes of a warp that is done with something; counts once
+template <int STAGES>
+__device__ __forceinline__ void scan_warp_arrive(const uint64_t *bars, int k) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) scan_arrive<STAGES>(bars, k);
+}
+// Where tile k of the ring of X and Y is, and Z of the walk's chunk `it`, from the start of shared memory
+template <class S>
+__device__ __forceinline__ int scan_at_tile(int k) { return k % S::TILES * S::TILE; }
+template <class S>
+__device__ __forceinline__ int scan_at_z(int it) { return S::AT_Z + it % S::Z_STAGES * S::Z_BYTES; }
+
+// A tile that is none of this warp's business: all places of the ring count the same arrivals
+template <class S>
+__device__ __forceinline__ void scan_pass_tile(ScanShared<S> *sh, int k) {
+    scan_wait_full<S::TILES>(sh->tile_full, k);
+    scan_warp_arrive<S::TILES>(sh->tile_empty, k);
 }
 
 // Element (w, a) of M^T in a state of the whole model's layout, [dk, dv] a head
@@ -130,99 +184,246 @@ __device__ __forceinline__ float *scan_element(float *C, const MlstmShape &s, in
     return C + (S::TRANSPOSED ? w * s.dv + a : a * s.dv + w);
 }
 __device__ __forceinline__ MlstmState scan_segment_state(const ScanArgs &p, int segment) {
-    size_t matrices = (size_t)p.s.NH * p.s.dk * p.s.dv, record = matrices + (size_t)p.s.NH * p.s.dk;
+    const size_t matrices = (size_t)p.s.NH * p.s.dk * p.s.dv, record = matrices + (size_t)p.s.NH * p.s.dk;
     float *first = p.segments + segment * p.s.B * record;
     return MlstmState{first, first + matrices, NULL, record};
 }
 template <class S>
-__device__ __forceinline__ MlstmState scan_initial(const ScanArgs &p) {
-    if (S::LOCAL) return MlstmState{NULL, NULL, NULL, 0};
-    return p.segments ? scan_segment_state(p, blockIdx.y) : p.initial;
+__device__ __forceinline__ MlstmState scan_initial(const ScanArgs &p, const ScanPlace &at) {
+    if (p.segments) return scan_segment_state(p, blockIdx.y);
+    return at.first_segment ? p.initial : MlstmState{NULL, NULL, NULL, 0};
 }
 template <class S>
 __device__ __forceinline__ MlstmState scan_final(const ScanArgs &p, const ScanPlace &at) {
-    if (S::LOCAL) return scan_segment_state(p, blockIdx.y);
     return at.last_segment ? p.final : MlstmState{NULL, NULL, NULL, 0};
 }
 
-// ----------------------------------------------------------------------------------------------------------------
-// Loads
-
+// Snapshots are taken between spans. The one that belongs to chunk c, where the walk comes to it, or -1
+__device__ __forceinline__ int scan_borders(const ScanPlace &at) { return (at.all_chunks - 1) / SCAN_BORDER; }
 template <class S>
-__device__ __forceinline__ void scan_load_x(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
-                                            int it) {
-    if (S::X_STAGES == 0 || it >= at.chunks) return;
-    const unsigned full = scan_slot<S::X_STAGES>(sh->x_full, it),
-                   tile = base + it % (S::X_STAGES ? S::X_STAGES : 1) * S::X_BYTES;
-    barrier_wait(scan_slot<S::X_STAGES>(sh->x_empty, it), scan_parity<S::X_STAGES>(it) ^ 1);
-    barrier_arrive_expect(full, S::X_BYTES);
-    for (int k = 0; k < S::A / 64; k++)
-        tma_load(tile + k * PANEL_BYTES, &p.x, full, 64 * k, at.head, scan_chunk<S>(at, it) * SCAN_CHUNK, at.b);
+__device__ __forceinline__ int scan_border(const ScanPlace &at, int c) {
+    const int next = c + S::REVERSE, border = next / SCAN_BORDER - 1;
+    return next % SCAN_BORDER == 0 && border < scan_borders(at) ? border : -1;
+}
+// Tiles of the ring that chunk c takes: X, Y and, of dV between spans, the snapshot: one for 64 rows of M^T
+template <class S>
+__device__ __forceinline__ int scan_tiles(const ScanPlace &at, int c) {
+    return 2 + (S::MODE == SCAN_DV && scan_border<S>(at, c) >= 0 ? S::W / 64 : 0);
+}
+// A state warpgroup's part of it, in the order of its registers: H and dV
+template <class S>
+__device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const ScanPlace &at, int border, int wg) {
+    const size_t part = (((size_t)at.bh * scan_borders(at) + border) * p.slices + at.slice) * 2 + wg;
+    return p.snapshots + part * (S::BLOCKS * S::AW / 4 * 128);
 }
 
+// ----------------------------------------------------------------------------------------------------------------
+// The aux warpgroup: copies, the scalars of the rows, the normaliser
+
+// Two threads, since neither may wait for what the other waits for: X and Y, and Z. The operand of the row sums is the
+// states' own matter.
 template <class S>
-__device__ __forceinline__ void scan_load_yz(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
-                                             int it) {
-    if (it >= at.chunks) return;
-    const unsigned full = scan_slot<S::YZ_STAGES>(sh->yz_full, it);
-    const unsigned tile = base + S::AT_YZ + it % S::YZ_STAGES * (S::X_BYTES + S::Z_BYTES);
-    const int t0 = scan_chunk<S>(at, it) * SCAN_CHUNK;
-    barrier_wait(scan_slot<S::YZ_STAGES>(sh->yz_empty, it), scan_parity<S::YZ_STAGES>(it) ^ 1);
-    barrier_arrive_expect(full, S::X_BYTES + S::Z_BYTES);
-    for (int k = 0; k < S::A / 64; k++) tma_load(tile + k * PANEL_BYTES, &p.y, full, 64 * k, at.head, t0, at.b);
-    for (int k = 0; k < S::W / 64; k++)
-        tma_load(tile + S::X_BYTES + k * PANEL_BYTES, &p.z, full, at.slice * S::W + 64 * k, at.head, t0, at.b);
+__device__ __forceinline__ void scan_copy_tiles(const ScanArgs &p, const ScanPlace &at, unsigned base,
+                                                ScanShared<S> *sh) {
+    for (int it = 0, k = 0; it < at.chunks; it++) {
+        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
+        for (int i = 0; i < tiles; i++, k++) {
+            const unsigned full = shared_address(sh->tile_full + k % S::TILES), tile = base + scan_at_tile<S>(k);
+            scan_wait_empty<S::TILES>(sh->tile_empty, k);
+            barrier_arrive_expect(full, S::TILE);
+            for (int j = 0; i < 2 && j < S::A / 64; j++)
+                tma_load(tile + j * PANEL_BYTES, i ? &p.y : &p.x, full, 64 * j, at.head, c * SCAN_CHUNK, at.b);
+            if (i >= 2)
+                bulk_load(tile, (const char *)scan_snapshot<S>(p, at, scan_border<S>(at, c), 0) + (i - 2) * S::TILE,
+                          S::TILE, full);
+        }
+    }
+}
+template <class S>
+__device__ __forceinline__ void scan_copy_z(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh) {
+    for (int it = 0; it < at.chunks; it++) {
+        const int c = scan_chunk<S>(at, it);
+        const unsigned full = shared_address(sh->z_full + it % S::Z_STAGES);
+        scan_wait_empty<S::Z_STAGES>(sh->z_empty, it);
+        barrier_arrive_expect(full, S::Z_BYTES);
+        for (int i = 0; i < S::W / 64; i++)
+            tma_load(base + scan_at_z<S>(it) + i * PANEL_BYTES, &p.z, full, at.slice * S::W + 64 * i, at.head,
+                     c * SCAN_CHUNK, at.b);
+    }
+}
+
+// One warp: the scalars of the rows, two a lane. The next chunk's are loaded while the states work on this one.
+template <class S>
+__device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
+    const float log2_s = -0.5f * __log2f((float)p.s.dk);
+    const int lane = threadIdx.x % 32;
+    for (int it = 0; it < at.chunks; it++) {
+        const int c = scan_chunk<S>(at, it);
+        ScanRows *rows = &sh->rows[it % 2];
+        const float decay = p.gates.decay[(size_t)at.bh * at.all_chunks + c];
+        float2 u[2], r[2];
+        float q[2], k[2], ds[2], inv_den[2];  // H: floor in inv_den
+        int start[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int t = c * SCAN_CHUNK + lane + 32 * h;
+            const size_t gate = (size_t)at.bh * p.s.T + t;
+            u[h] = {-1e30f, 0}, r[h] = {1e30f, 0};  // beyond the end: no weight with any other token
+            q[h] = k[h] = ds[h] = 0, inv_den[h] = 1, start[h] = 0;
+            if (t >= p.s.T) continue;
+            u[h] = p.gates.u[gate], r[h] = p.gates.r[gate], q[h] = p.gates.qscale[gate], k[h] = p.gates.kscale[gate];
+            inv_den[h] = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
+            if (S::TRANSPOSED) ds[h] = p.ds[gate];
+            start[h] = p.doc_start[(size_t)at.b * p.s.T + t] - c * SCAN_CHUNK;
+        }
+        const int documents = __any_sync(0xffffffffu, start[0] > 0 || start[1] > 0);
+        scan_wait_empty<2>(sh->rows_empty, it);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int i = lane + 32 * h;
+            const float by = S::MODE == SCAN_H ? 1 : inv_den[h];
+            rows->u[i] = u[h].x + u[h].y;
+            rows->r[i] = r[h].x + r[h].y - log2_s - __log2f(by);
+            rows->factor[i] = S::REVERSE ? k[h] : q[h] * by;
+            rows->scale[i] = S::REVERSE ? q[h] * by : k[h];
+            rows->n_scale[i] = S::REVERSE ? q[h] * ds[h] : k[h];
+            if (S::MODE == SCAN_H) rows->floor[i] = inv_den[h];
+            if (S::TRANSPOSED) rows->add[i] = __fdividef(ds[h], by), rows->border[i] = S::REVERSE ? k[h] : q[h] * ds[h];
+            rows->start[i] = start[h];
+        }
+        if (lane == 0) rows->decay = decay, rows->documents = documents;
+        scan_warp_arrive<2>(sh->rows_full, it);
+    }
+}
+
+// next = decay n + sum over the rows of scale_r tile_r, by two warps: a panel each, two columns a lane. Rows come in
+// fours, the next four while these are added.
+template <class S>
+__device__ __forceinline__ void scan_add_rows(const unsigned char *tile, const ScanRows *rows, const float *n,
+                                              float *next) {
+    const int lane = threadIdx.x % 32;
+    for (int panel = threadIdx.x / 32 % 2; panel < S::V_COLS / 64; panel += 2) {
+        const unsigned char *from = tile + panel * PANEL_BYTES + lane % 4 * 4;
+        const int even = lane / 4 << 4, odd = even ^ 64;  // bytes of the piece in rows 8i, in rows 8i + 4
+        float2 sum[2] = {{0, 0}, {0, 0}};
+        unsigned x[2][4];
+        float4 by[2];
+        auto load = [&](int slot, int r) {
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                x[slot][k] = *(const unsigned *)(from + (r + k) * PANEL_ROW + ((slot ? odd : even) ^ k << 4));
+            by[slot] = *(const float4 *)&rows->n_scale[r];
+        };
+        auto add = [&](int slot) {
+            const float by4[4] = {by[slot].x, by[slot].y, by[slot].z, by[slot].w};
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const float2 two = unpack_two(x[slot][k]);
+                sum[k % 2].x += by4[k] * two.x, sum[k % 2].y += by4[k] * two.y;
+            }
+        };
+        load(0, 0);
+#pragma unroll 1
+        for (int r = 0; r < 64; r += 8) {
+            load(1, r + 4);
+            add(0);
+            load(0, r + 8 & 63);
+            add(1);
+        }
+        const int column = 64 * panel + 2 * lane;
+        const float2 before = *(const float2 *)&n[column];
+        *(float2 *)&next[column] = make_float2(rows->decay * before.x + (sum[0].x + sum[1].x),
+                                               rows->decay * before.y + (sum[0].y + sum[1].y));
+    }
+}
+
+// *to = the sum over WARPS warps of a barrier of their own; sums: a float each
+template <int WARPS>
+__device__ __forceinline__ void scan_store_sum(float *to, float sum, float *sums, int barrier) {
+    sum = warp_sum(sum);
+    named_barrier_sync(barrier, 32 * WARPS);  // the last ones have been read
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % WARPS] = sum;
+    named_barrier_sync(barrier, 32 * WARPS);
+    if (threadIdx.x % (32 * WARPS)) return;
+    sum = 0;
+    for (int k = 0; k < WARPS; k++) sum += sums[k];
+    *to = sum;
+}
+
+// n where the block begins: of column `column` of the vector
+template <class S>
+__device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPlace &at, int column) {
+    column += S::TRANSPOSED ? at.slice * S::W : 0;
+    if (column >= p.s.dk) return 0;
+    if (S::MODE == SCAN_DQ && !at.first_segment)
+        return p.n_snapshots[((size_t)at.bh * scan_borders(at) + at.first_chunk / SCAN_BORDER - 1) * p.s.dk + column];
+    const MlstmState initial = scan_initial<S>(p, at);
+    return initial.C ? initial.n[at.b * initial.row + (size_t)at.head * p.s.dk + column] : 0;
+}
+
+// Between spans: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
+template <class S>
+__device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh,
+                                              const float *vector, int c) {
+    const int border = scan_border<S>(at, c), spans = scan_borders(at) + 1, tid = threadIdx.x % 64;
+    if (border < 0 || S::MODE == SCAN_DQ || (S::MODE == SCAN_H && (at.slice || !p.n_snapshots))) return;
+    float *kept = p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, sum = 0;
+    if (S::MODE == SCAN_H) {
+        for (int k = tid; k < p.s.dk; k += 64) kept[k] = vector[k];
+        return;
+    }
+    for (int k = tid; k < S::W && at.slice * S::W + k < p.s.dk; k += 64) sum += vector[k] * kept[at.slice * S::W + k];
+    scan_store_sum<2>(&p.anchor[((size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh) * spans + border], sum,
+                      sh->sums + 8, 1);
+}
+
+// dK at the end of its walk: the same where the sequence begins
+template <class S>
+__device__ __forceinline__ void scan_start_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
+    if (S::MODE != SCAN_DK || !at.last_segment || !p.entering.C) return;
+    const float *n = p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk + at.slice * S::W;
+    float sum = 0;
+    for (int k = threadIdx.x % 64; k < S::W && at.slice * S::W + k < p.s.dk; k += 64)
+        sum += sh->vector[at.chunks % 3][k] * n[k];
+    scan_store_sum<2>(&p.anchor_start[(size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh], sum, sh->sums + 8, 1);
+}
+
+// Two warps: n from chunk to chunk
+template <class S>
+__device__ __forceinline__ void scan_normaliser(const ScanArgs &p, const ScanPlace &at, const unsigned char *smem,
+                                                ScanShared<S> *sh) {
+    const int tid = threadIdx.x % 64;
+    for (int k = tid; k < S::V_COLS; k += 64) sh->vector[0][k] = scan_entering_n<S>(p, at, k);
+    for (int it = 0; it < at.chunks; it++) {
+        const ScanRows *rows = &sh->rows[it % 2];
+        const float *n = sh->vector[it % 3];
+        named_barrier_sync(1, 64);                // n is complete
+        scan_wait_full<2>(sh->rows_full, it);     // not further ahead than the scalars, or a phase would be missed
+        scan_warp_arrive<2>(sh->n_full, it);
+        scan_border_n<S>(p, at, sh, n, scan_chunk<S>(at, it));
+        if (S::MODE == SCAN_H) {
+            scan_wait_full<S::TILES>(sh->tile_full, 2 * it + 1);
+            scan_add_rows<S>(smem + scan_at_tile<S>(2 * it + 1), rows, n, sh->vector[(it + 1) % 3]);
+            scan_pass_tile<S>(sh, 2 * it);
+            scan_warp_arrive<S::TILES>(sh->tile_empty, 2 * it + 1);
+        } else {
+            scan_wait_full<S::Z_STAGES>(sh->z_full, it);
+            scan_add_rows<S>(smem + scan_at_z<S>(it), rows, n, sh->vector[(it + 1) % 3]);
+            if (S::SPLIT) scan_warp_arrive<2>(sh->n_done, it);
+            scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
+        }
+        scan_warp_arrive<2>(sh->rows_empty, it);
+    }
+    named_barrier_sync(1, 64);
+    scan_start_n<S>(p, at, sh);
+    const MlstmState final = scan_final<S>(p, at);
+    if (S::MODE != SCAN_H || !final.C || at.slice) return;
+    for (int k = tid; k < p.s.dk; k += 64)
+        final.n[at.b * final.row + (size_t)at.head * p.s.dk + k] = sh->vector[at.chunks % 3][k];
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // The scores' warpgroup
-
-// Of token threadIdx % 64: the first 64 threads hold u and r, the others qscale, kscale, and all of them 1 / den (H:
-// the floor of the denominator) and ds. Loaded a chunk ahead, so nothing is computed from them before they are stored.
-struct ScanRowValues {
-    float2 first, second;
-    float inv_den, ds;
-    int start;
-};
-
-template <class S>
-__device__ __forceinline__ ScanRowValues scan_rows_load(const ScanArgs &p, const ScanPlace &at, int it) {
-    const int t = scan_chunk<S>(at, it) * SCAN_CHUNK + threadIdx.x % 64;
-    const size_t gate = (size_t)at.bh * p.s.T + t;
-    ScanRowValues x = {{0, 0}, {0, 0}, 1, 0, 0};
-    if (threadIdx.x < 64) x.first.x = -1e30f, x.second.x = 1e30f;  // beyond the end: no weight with any other token
-    if (it >= at.chunks || t >= p.s.T) return x;
-    if (threadIdx.x < 64) {
-        x.first = p.gates.u[gate], x.second = p.gates.r[gate];
-        x.start = p.doc_start[(size_t)at.b * p.s.T + t];
-    } else {
-        x.first.x = p.gates.qscale[gate], x.second.x = p.gates.kscale[gate];
-    }
-    x.inv_den = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
-    if (S::MODE != SCAN_H) x.ds = p.ds[gate];
-    return x;
-}
-
-// True in all threads if a document begins within chunk c, behind its first token. All 128 have stored.
-template <class S>
-__device__ __forceinline__ bool scan_rows_store(ScanRows *rows, const ScanRowValues &x, float log2_s, int c) {
-    const int i = threadIdx.x % 64, start = x.start - c * SCAN_CHUNK;
-    const float inv_den = S::MODE == SCAN_H ? 1 : x.inv_den;
-    if (threadIdx.x < 64) {
-        rows->u[i] = x.first.x + x.first.y;
-        rows->r[i] = x.second.x + x.second.y - log2_s - __log2f(inv_den);
-        rows->add[i] = __fdividef(x.ds, inv_den);
-        rows->start[i] = start;
-    } else {
-        const float qscale = x.first.x, kscale = x.second.x;
-        if (S::MODE == SCAN_H) rows->floor[i] = x.inv_den;
-        rows->factor[i] = S::REVERSE ? kscale : qscale * inv_den;
-        rows->border[i] = S::REVERSE ? kscale : qscale * x.ds;
-        rows->scale[i] = S::REVERSE ? qscale * inv_den : kscale;
-        rows->n_scale[i] = S::REVERSE ? qscale * x.ds : kscale;
-    }
-    return named_barrier_any(1, 128, threadIdx.x < 64 && start > 0);
-}
 
 // w[4j + 2h + e]: scores of rows i = 16 warp + g + 8h and columns k = 8j + 2t + e, to be weighted
 template <class S, bool DOCUMENTS>
@@ -264,235 +465,106 @@ __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *row
     }
 }
 
-// <x_i, n> of rows i = 16 warp + g and i + 8, in the lanes with t = 0: a product with the halves of n as columns 0 and
-// 1
+// <q, n> of rows 16 warp + lane / 4 and 8 further on, in all four lanes of a row: a lane has every fourth piece
 template <class S>
-__device__ __forceinline__ float2 scan_rows_dot_n(const unsigned char *x, const bf16 (*split)[S::V_COLS]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16 + lane % 16;
-    float sum[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains
-    const bf16 *half = split[g % 2] + 2 * t;
-#pragma unroll
-    for (int k = 0; k < S::A / 16; k++) {
-        unsigned a[4];
-        ldmatrix(a, (const bf16 *)(x + k / 4 * PANEL_BYTES + panel_piece(row, k % 4 * 2 + lane / 16)));
-        const unsigned b0 = *(const unsigned *)(half + 16 * k), b1 = *(const unsigned *)(half + 16 * k + 8);
-        mma(sum[k % 2], a, g < 2 ? b0 : 0, g < 2 ? b1 : 0);
+__device__ __forceinline__ float2 scan_rows_dot_n(const unsigned char *x, const float *n) {
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    float2 sum = {0, 0};
+#pragma unroll 1
+    for (int k = threadIdx.x % 4; k < S::A / 8; k += 4) {
+        const unsigned char *from = x + k / 8 * PANEL_BYTES + panel_piece(row, k % 8);
+        const uint4 a = *(const uint4 *)from, b = *(const uint4 *)(from + 8 * PANEL_ROW);
+        const float4 lo = *(const float4 *)&n[8 * k], hi = *(const float4 *)&n[8 * k + 4];
+        const float2 a0 = unpack_two(a.x), a1 = unpack_two(a.y), a2 = unpack_two(a.z), a3 = unpack_two(a.w);
+        const float2 b0 = unpack_two(b.x), b1 = unpack_two(b.y), b2 = unpack_two(b.z), b3 = unpack_two(b.w);
+        sum.x += (a0.x * lo.x + a0.y * lo.y + a1.x * lo.z + a1.y * lo.w) +
+                 (a2.x * hi.x + a2.y * hi.y + a3.x * hi.z + a3.y * hi.w);
+        sum.y += (b0.x * lo.x + b0.y * lo.y + b1.x * lo.z + b1.y * lo.w) +
+                 (b2.x * hi.x + b2.y * hi.y + b3.x * hi.z + b3.y * hi.w);
     }
-    return make_float2((sum[0][0] + sum[0][1]) + (sum[1][0] + sum[1][1]),
-                       (sum[0][2] + sum[0][3]) + (sum[1][2] + sum[1][3]));
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2) {
+        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
+        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
+    }
+    return sum;
 }
 
-// Column pair k of the thread, of those that a warp has: lanes 0 to 3 hold all
+// The denominators of H, for the state's warpgroups, and sig for backward. words: the weighted scores w in bf16. out is
+// a sum with the rounded weights, so it is divided by their sum: where one token outweighs all others, h is its v,
+// whatever the rounding, and the two parts of dh.v + ds cancel as they should.
 template <class S>
-__device__ __forceinline__ void scan_store_n(ScanShared<S> *sh, int it, int k, float x, float y) {
-    const int column = threadIdx.x / 32 * (S::V_COLS / 4) + 8 * k + 2 * (threadIdx.x % 32);
-    *(float2 *)&sh->vector[it % 3][column] = make_float2(x, y);
-    if (S::MODE != SCAN_H) return;
-    const unsigned high = pack_two(x, y);
-    const float2 rounded = unpack_two(high);
-    *(unsigned *)&sh->split[it % 2][0][column] = high;
-    *(unsigned *)&sh->split[it % 2][1][column] = pack_two(x - rounded.x, y - rounded.y);
-}
-
-// n of the next chunk: decay n + sum over this one's tokens of scale_r tile_r: a product with the halves of scale as
-// rows 0 and 1; warp w has a quarter of the columns
-template <class S>
-__device__ __forceinline__ void scan_update_n(ScanShared<S> *sh, int it, float decay, const unsigned char *tile,
-                                              const float *scale) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = threadIdx.x / 32 * (S::V_COLS / 4);
-    unsigned a[4][4];
+__device__ __forceinline__ void scan_denominators(const ScanArgs &p, const ScanPlace &at, const float (&w)[32],
+                                                  const unsigned (&words)[16], ScanRows *rows, float2 q_n, int c) {
 #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int h = 0; h < 2; h++) {
+        const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h, time = c * SCAN_CHUNK + row;
+        float sum = 0, rounded = 0;
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            a[k][r] = 0;
-            if (r % 2) continue;  // rows 8 to 15
-            const float2 x = *(const float2 *)(scale + 16 * k + 4 * r + 2 * t);
-            const unsigned high = pack_two(x.x, x.y);
-            const float2 rounded = unpack_two(high);
-            const unsigned low = pack_two(x.x - rounded.x, x.y - rounded.y);
-            a[k][r] = g == 0 ? high : g == 1 ? low : 0;
+        for (int j = 0; j < 8; j++) {
+            const float2 two = unpack_two(words[2 * j + h]);
+            sum += w[4 * j + 2 * h] + w[4 * j + 2 * h + 1], rounded += two.x + two.y;
         }
-    float sum[S::V_COLS / 32][4];
 #pragma unroll
-    for (int i = 0; i < S::V_COLS / 64; i++) {
-        const int piece = first / 8 + 2 * i + lane / 16;
-        const unsigned char *from = tile + piece / 8 * PANEL_BYTES;
-#pragma unroll
-        for (int e = 0; e < 4; e++) sum[2 * i][e] = sum[2 * i + 1][e] = 0;
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            unsigned b[4];
-            ldmatrix_trans(b, (const bf16 *)(from + panel_piece(16 * k + lane % 16, piece % 8)));
-            mma(sum[2 * i], a[k], b[0], b[1]);
-            mma(sum[2 * i + 1], a[k], b[2], b[3]);
+        for (int d = 1; d < 4; d *= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, d);
+            rounded += __shfl_xor_sync(0xffffffffu, rounded, d);
         }
-    }
-#pragma unroll
-    for (int i = 0; i < S::V_COLS / 32; i++) {
-        sum[i][0] += __shfl_down_sync(0xffffffffu, sum[i][0], 4);
-        sum[i][1] += __shfl_down_sync(0xffffffffu, sum[i][1], 4);
-    }
-    if (lane >= 4) return;
-#pragma unroll
-    for (int i = 0; i < S::V_COLS / 32; i++) {
-        const float2 n = *(const float2 *)&sh->vector[it % 3][first + 8 * i + 2 * lane];
-        scan_store_n<S>(sh, it + 1, i, n.x * decay + sum[i][0], n.y * decay + sum[i][1]);
-    }
-}
-
-// *to = the sum over a warpgroup; sums: 4 floats, barrier: the warpgroup's own
-__device__ __forceinline__ void scan_store_sum(float *to, float sum, float *sums, int barrier) {
-    sum = warp_sum(sum);
-    named_barrier_sync(barrier, 128);  // the last ones have been read
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % 4] = sum;
-    named_barrier_sync(barrier, 128);
-    if (threadIdx.x % 128 == 0) *to = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// Between spans: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
-template <class S>
-__device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh,
-                                              const float *vector, int c) {
-    const int border = (c + S::REVERSE) / SCAN_BORDER - 1, borders = (at.all_chunks - 1) / SCAN_BORDER;
-    if ((c + S::REVERSE) % SCAN_BORDER || border < 0 || border >= borders || S::LOCAL) return;
-    float *kept = p.n_snapshots + ((size_t)at.bh * borders + border) * p.s.dk;
-    if (S::MODE == SCAN_H && at.slice == 0)
-        for (int k = threadIdx.x; k < p.s.dk; k += 128) kept[k] = vector[k];
-    if (S::MODE != SCAN_DK) return;
-    float sum = 0;
-    for (int k = threadIdx.x; k < S::W && at.slice * S::W + k < p.s.dk; k += 128)
-        sum += vector[k] * kept[at.slice * S::W + k];
-    const int blocks = (at.all_chunks + SCAN_BORDER - 1) / SCAN_BORDER;
-    scan_store_sum(&p.anchor[((size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh) * blocks + border], sum, sh->sums,
-                   1);
-}
-
-// dK at the end of its walk: the same where the sequence begins
-template <class S>
-__device__ __forceinline__ void scan_start_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
-    if (S::MODE != SCAN_DK || !at.last_segment || !p.entering.C) return;
-    const float *n = p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk + at.slice * S::W;
-    float sum = 0;
-    named_barrier_sync(1, 128);
-    for (int k = threadIdx.x; k < S::W && at.slice * S::W + k < p.s.dk; k += 128)
-        sum += sh->vector[at.chunks % 3][k] * n[k];
-    scan_store_sum(&p.anchor_start[(size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh], sum, sh->sums, 1);
-}
-
-// Weights the scores of chunk c and hands P, and for H the scale of the rows, to the state's warpgroups. q_n: see
-// scan_rows_dot_n
-template <class S>
-__device__ __forceinline__ void scan_publish(const ScanArgs &p, float (&w)[32], ScanRows *rows, bool documents,
-                                             unsigned panel, float2 q_n, float (&sig)[2]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    if (documents) scan_weights<S, true>(w, rows);
-    else scan_weights<S, false>(w, rows);
-    if (S::MODE == SCAN_H)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int row = 16 * warp + g + 8 * h;
-            float sum = 0;
-#pragma unroll
-            for (int j = 0; j < 8; j++) sum += w[4 * j + 2 * h] + w[4 * j + 2 * h + 1];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (t) continue;
-            sig[h] = sum + rows->factor[row] * (h ? q_n.y : q_n.x);
-            rows->out_scale[row] =
-                p.s.sigmoid_gate ? 1 : __fdividef(1.0f, fmaxf(fabsf(sig[h]), rows->floor[row]) + p.s.eps);
-        }
-    const int row = 16 * warp + lane % 16;
-#pragma unroll
-    for (int j = 0; j < 8; j += 2)
-        matrices_store(panel + panel_piece(row, j + lane / 16), pack_two(w[4 * j], w[4 * j + 1]),
-                       pack_two(w[4 * j + 2], w[4 * j + 3]), pack_two(w[4 * j + 4], w[4 * j + 5]),
-                       pack_two(w[4 * j + 6], w[4 * j + 7]));
-    fence_async_proxy();
-}
-
-template <class S>
-__device__ __forceinline__ void scan_load_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
-    const MlstmState initial = scan_initial<S>(p);
-    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * (S::V_COLS / 4) + (S::Z_VECTOR ? at.slice * S::W : 0);
-    for (int k = 0; k < S::V_COLS / 32 && lane < 4; k++) {
-        const int column = first + 8 * k + 2 * lane;
-        const bool given = initial.C && column < p.s.dk;  // dk is even
-        const float *from = initial.n + at.b * initial.row + (size_t)at.head * p.s.dk + column;
-        scan_store_n<S>(sh, 0, k, given ? from[0] : 0, given ? from[1] : 0);
+        if (threadIdx.x % 4) continue;
+        const float from_n = rows->factor[row] * (h ? q_n.y : q_n.x);
+        const float denominator = fmaxf(fabsf(rounded + from_n), rows->floor[row]) + p.s.eps;
+        rows->out_scale[row] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, denominator);
+        if (at.slice == 0 && time < p.s.T) p.gates.sig[(size_t)at.bh * p.s.T + time] = sum + from_n;
     }
 }
 
 template <class S>
-__device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+__device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &at, const unsigned char *smem,
                                             ScanShared<S> *sh) {
-    const int tid = threadIdx.x, lane = tid % 32, NC = at.all_chunks;
     const unsigned base = shared_address(smem);
-    const float *decay = p.gates.decay + (size_t)at.bh * NC, log2_s = -0.5f * __log2f((float)p.s.dk);
-    if (S::VECTOR) scan_load_n<S>(p, at, sh);
-    const bool loads = tid == 32 * S::LIGHT_WARP;
-    for (int it = 0; loads && it < 2; it++) {
-        if (it < S::X_AHEAD) scan_load_x<S>(p, at, base, sh, it);
-        if (it < S::YZ_AHEAD) scan_load_yz<S>(p, at, base, sh, it);
-    }
-    __syncwarp();
-    ScanRowValues next = scan_rows_load<S>(p, at, 0);
-    for (int it = 0; it < at.chunks; it++) {
-        const int slot = it % 2, c = scan_chunk<S>(at, it);
-        const float keep = decay[c];
-        ScanRows *rows = &sh->rows[slot];
-        barrier_wait(scan_slot<2>(sh->p_empty, it), scan_parity<2>(it) ^ 1);
-        const bool documents = scan_rows_store<S>(rows, next, log2_s, c);
-        if (tid == 0) barrier_arrive(scan_slot<2>(sh->rows_full, it));
-        next = scan_rows_load<S>(p, at, it + 1);
-        if (S::VECTOR) scan_border_n<S>(p, at, sh, sh->vector[it % 3], c);
-
-        const unsigned yz = S::AT_YZ + it % S::YZ_STAGES * (S::X_BYTES + S::Z_BYTES);
-        if (!S::LOCAL) {
-            const unsigned x = it % (S::X_STAGES ? S::X_STAGES : 1) * S::X_BYTES;
-            float w[32];
-            float2 q_n = {0, 0};
-            float sig[2] = {0, 0};
-            barrier_wait(scan_slot<S::X_STAGES>(sh->x_full, it), scan_parity<S::X_STAGES>(it));
-            if (S::MODE == SCAN_H) q_n = scan_rows_dot_n<S>(smem + x, sh->split[slot]);
-            barrier_wait(scan_slot<S::YZ_STAGES>(sh->yz_full, it), scan_parity<S::YZ_STAGES>(it));
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+    for (int it = 0, k0 = 0; it < at.chunks; it++) {
+        ScanRows *rows = &sh->rows[it % 2];
+        const unsigned x = base + scan_at_tile<S>(k0), y = base + scan_at_tile<S>(k0 + 1), panel = base + S::AT_P;
+        float w[32];
+        scan_wait_full<S::TILES>(sh->tile_full, k0);
+        scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
 #pragma unroll
-            for (int k = 0; k < 32; k++) w[k] = 0;
-            wgmma_fence();
+        for (int k = 0; k < 32; k++) w[k] = 0;
+        wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < S::A / 16; k++) {
-                const unsigned at_k = k / 4 * PANEL_BYTES + k % 4 * 32;
-                wgmma_ss<0, 0>(w, wgmma_operand(base + x + at_k), wgmma_operand(base + yz + at_k), true);
-            }
-            wgmma_commit();
-            wgmma_wait<0>();
-            __syncwarp();
-            if (lane == 0) barrier_arrive(scan_slot<S::X_STAGES>(sh->x_empty, it));
-            scan_publish<S>(p, w, rows, documents, base + S::AT_P + slot * PANEL_BYTES, q_n, sig);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(scan_slot<2>(sh->p_full, it));
-            for (int h = 0; S::MODE == SCAN_H && h < 2; h++) {  // behind the fence, which would wait for it
-                const int time = c * SCAN_CHUNK + tid / 32 * 16 + lane / 4 + 8 * h;
-                if (at.slice == 0 && lane % 4 == 0 && time < p.s.T) p.gates.sig[(size_t)at.bh * p.s.T + time] = sig[h];
-            }
-        } else {
-            barrier_wait(scan_slot<S::YZ_STAGES>(sh->yz_full, it), scan_parity<S::YZ_STAGES>(it));
+        for (int k = 0; k < S::A / 16; k++) {
+            const unsigned at_k = k / 4 * PANEL_BYTES + k % 4 * 32;
+            wgmma_ss<0, 0>(w, wgmma_operand(x + at_k), wgmma_operand(y + at_k), true);
         }
-        if (S::VECTOR) scan_update_n<S>(sh, it, keep, smem + yz + (S::Y_VECTOR ? 0 : S::X_BYTES), rows->n_scale);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(scan_slot<S::YZ_STAGES>(sh->yz_empty, it));
-        if (loads) {  // as soon as the chunk that has the slot is done
-            scan_load_x<S>(p, at, base, sh, it + S::X_AHEAD);
-            scan_load_yz<S>(p, at, base, sh, it + S::YZ_AHEAD);
+        wgmma_commit();
+        float2 q_n = {0, 0};
+        if (S::MODE == SCAN_H) {
+            scan_wait_full<2>(sh->n_full, it);
+            q_n = scan_rows_dot_n<S>(smem + scan_at_tile<S>(k0), sh->vector[it % 3]);
         }
-        __syncwarp();
+        scan_wait_full<2>(sh->rows_full, it);
+        wgmma_wait<0>();
+        scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
+        scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
+        if (rows->documents) scan_weights<S, true>(w, rows);
+        else scan_weights<S, false>(w, rows);
+        unsigned words[16];
+#pragma unroll
+        for (int k = 0; k < 16; k++) words[k] = pack_two(w[2 * k], w[2 * k + 1]);
+        if (S::MODE == SCAN_H) scan_denominators<S>(p, at, w, words, rows, q_n, scan_chunk<S>(at, it));
+        scan_wait_empty<1>(&sh->p_empty, it);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2)
+            matrices_store(panel + panel_piece(row, j + lane / 16), words[2 * j], words[2 * j + 1], words[2 * j + 2],
+                           words[2 * j + 3]);
+        fence_async_proxy();
+        scan_warp_arrive<1>(&sh->p_full, it);
+        scan_warp_arrive<2>(sh->rows_empty, it);
+        const int tiles = scan_tiles<S>(at, scan_chunk<S>(at, it));
+        for (int k = 2; k < tiles; k++) scan_pass_tile<S>(sh, k0 + k);
+        k0 += tiles;
     }
-    scan_start_n<S>(p, at, sh);
-    const MlstmState final = scan_final<S>(p, at);
-    if (!final.C || !S::Y_VECTOR || at.slice) return;
-    named_barrier_sync(1, 128);
-    for (int k = tid; k < p.s.dk; k += 128)
-        final.n[at.b * final.row + (size_t)at.head * p.s.dk + k] = sh->vector[at.chunks % 3][k];
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -522,14 +594,48 @@ __device__ __forceinline__ void scan_each_element(const ScanArgs &p, const ScanP
         }
 }
 
+// C where a segment begins, for dQ, from the snapshots of H: where element (k, v) of C lies, in the order of the
+// registers of H (scan_border_state), counted from the head's snapshot
+__device__ __forceinline__ int scan_snapshot_place(int A, int wide, int k, int v) {
+    const int row = v & ((128 << wide) - 1), part = (v >> (7 + wide)) * 2 + (row >> (6 + wide));
+    const int word = (wide ? row / 64 % 2 * (A / 4) : 0) + k / 8 * 2 + row / 8 % 2;
+    const int thread = row / 16 % 4 * 32 + row % 8 * 4 + k % 8 / 2, words = (A / 4) << wide;
+    return ((part * words + word / 4 * 4) * 128 + thread * 4 + word % 4) * 2 + k % 2;
+}
+template <class S>
+__device__ __forceinline__ void scan_load_snapshot(const ScanArgs &p, const ScanPlace &at, int wg,
+                                                   float (&M)[S::BLOCKS][S::AW / 2]) {
+    const int A = scan_pad(p.s.dk, false), wide = A == 128;  // slices of H: 128 or 256 columns
+    const int border = at.first_chunk / SCAN_BORDER - 1, slices = (p.s.dv + (128 << wide) - 1) >> (7 + wide);
+    const bf16 *C = (const bf16 *)p.snapshots +
+                    ((size_t)at.bh * scan_borders(at) + border) * slices * (A * 128 << wide);
+#pragma unroll
+    for (int b = 0; b < S::BLOCKS; b++)
+#pragma unroll
+        for (int i = 0; i < S::AW / 2; i += 16) {  // 16 loads on their way at a time
+            bf16 x[16];
+#pragma unroll
+            for (int k = 0; k < 16; k++) {
+                const int w = scan_row<S>(at, wg, b) + (i + k) / 2 % 2 * 8;
+                const int a = (S::SPLIT ? wg * S::AW : 0) + (i + k) / 4 * 8 + threadIdx.x % 4 * 2 + k % 2;
+                const bool inside = w < p.s.dk && a < p.s.dv;
+                x[k] = C[inside ? scan_snapshot_place(A, wide, w, a) : 0];
+                if (!inside) x[k] = from_float<bf16>(0);
+            }
+#pragma unroll
+            for (int k = 0; k < 16; k++) M[b][i + k] = to_float(x[k]);
+        }
+}
+
 template <class S>
 __device__ __forceinline__ void scan_load_state(const ScanArgs &p, const ScanPlace &at, int wg,
                                                 float (&M)[S::BLOCKS][S::AW / 2]) {
-    const MlstmState initial = scan_initial<S>(p);
+    const MlstmState initial = scan_initial<S>(p, at);
 #pragma unroll
     for (int b = 0; b < S::BLOCKS; b++)
 #pragma unroll
         for (int i = 0; i < S::AW / 2; i++) M[b][i] = 0;
+    if (S::MODE == SCAN_DQ && !at.first_segment) scan_load_snapshot<S>(p, at, wg, M);
     if (!initial.C) return;
     float *C = initial.C + at.b * initial.row + (size_t)at.head * p.s.dk * p.s.dv;
     scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { x = *scan_element<S>(C, p.s, w, a); });
@@ -544,82 +650,81 @@ __device__ __forceinline__ void scan_store_state(const ScanArgs &p, const ScanPl
     scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { *scan_element<S>(C, p.s, w, a) = x; });
 }
 
-// Between spans: H keeps its registers in bf16; dV, whose registers lie the same way, adds <C, dC> of its part.
+// Between spans: H keeps its registers in bf16, a thread's words four by four.
 template <class S>
-__device__ __forceinline__ void scan_border_state(const ScanArgs &p, const ScanPlace &at, int wg, ScanShared<S> *sh,
-                                                  const float (&M)[S::BLOCKS][S::AW / 2], int c) {
-    const int border = (c + S::REVERSE) / SCAN_BORDER - 1, borders = (at.all_chunks - 1) / SCAN_BORDER;
-    if (S::TRANSPOSED || S::LOCAL || (c + S::REVERSE) % SCAN_BORDER || border < 0 || border >= borders) return;
-    constexpr int WORDS = S::BLOCKS * S::AW / 4;
-    const size_t part = (((size_t)at.bh * borders + border) * gridDim.x + at.slice) * 2 + wg;
-    uint32_t *kept = p.snapshots + part * WORDS * 128 + threadIdx.x % 128;
-    float sum = 0;
+__device__ __forceinline__ void scan_keep_state(const ScanArgs &p, const ScanPlace &at, int wg,
+                                                const float (&M)[S::BLOCKS][S::AW / 2], int c) {
+    if (S::MODE != SCAN_H || scan_border<S>(at, c) < 0 || !p.snapshots) return;
+    uint4 *kept = (uint4 *)scan_snapshot<S>(p, at, scan_border<S>(at, c), wg) + threadIdx.x % 128;
 #pragma unroll
     for (int b = 0; b < S::BLOCKS; b++)
 #pragma unroll
-        for (int i = 0; i < S::AW / 4; i++) {
-            uint32_t *word = kept + (b * (S::AW / 4) + i) * 128;
-            if (S::MODE == SCAN_H) {
-                *word = pack_two(M[b][2 * i], M[b][2 * i + 1]);
-            } else {
-                const float2 C = unpack_two(*word);
-                sum += C.x * M[b][2 * i] + C.y * M[b][2 * i + 1];
-            }
+        for (int k = 0; k < S::AW / 16; k++) {
+            const float *m = M[b] + 8 * k;
+            kept[(b * (S::AW / 16) + k) * 128] = make_uint4(pack_two(m[0], m[1]), pack_two(m[2], m[3]),
+                                                            pack_two(m[4], m[5]), pack_two(m[6], m[7]));
         }
-    if (S::MODE == SCAN_H) return;
-    const int blocks = (at.all_chunks + SCAN_BORDER - 1) / SCAN_BORDER;
-    scan_store_sum(&p.anchor[((size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh) * blocks + border], sum,
-                   sh->sums + 4 * wg, 2 + wg);
+}
+
+// dV, whose registers lie the same way: <C, dC> of block b, whose part of the snapshot is in tile k
+template <class S>
+__device__ __forceinline__ float scan_dot_snapshot(const float (&M)[S::AW / 2], const unsigned char *smem,
+                                                   ScanShared<S> *sh, int k) {
+    const uint4 *kept = (const uint4 *)(smem + scan_at_tile<S>(k)) + threadIdx.x % 128;
+    float sum[2] = {0, 0};
+    scan_wait_full<S::TILES>(sh->tile_full, k);
+#pragma unroll
+    for (int i = 0; i < S::AW / 16; i++) {
+        const uint4 words = kept[i * 128];
+        const float2 x = unpack_two(words.x), y = unpack_two(words.y), z = unpack_two(words.z), w = unpack_two(words.w);
+        const float *m = M + 8 * i;
+        sum[0] += x.x * m[0] + x.y * m[1] + y.x * m[2] + y.y * m[3];
+        sum[1] += z.x * m[4] + z.y * m[5] + w.x * m[6] + w.y * m[7];
+    }
+    scan_warp_arrive<S::TILES>(sh->tile_empty, k);
+    return sum[0] + sum[1];
+}
+
+template <class S>
+__device__ __forceinline__ void scan_store_border(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int wg,
+                                                  int k0, float sum, int c) {
+    for (int k = 0; k < S::BLOCKS; k++) scan_pass_tile<S>(sh, k0 + 2 + (1 - wg) * S::BLOCKS + k);  // the other's
+    const size_t tile = p.anchor_tile + 2 * at.slice + wg, spans = scan_borders(at) + 1;
+    scan_store_sum<4>(&p.anchor[(tile * gridDim.z + at.bh) * spans + scan_border<S>(at, c)], sum, sh->sums + 4 * wg,
+                      2 + wg);
 }
 
 // dV at the end of its walk: the same where the sequence begins
 template <class S>
 __device__ __forceinline__ void scan_start_state(const ScanArgs &p, const ScanPlace &at, int wg, ScanShared<S> *sh,
                                                  float (&M)[S::BLOCKS][S::AW / 2]) {
-    if (S::MODE != SCAN_DV || S::LOCAL || !at.last_segment || !p.entering.C) return;
+    if (S::MODE != SCAN_DV || !at.last_segment || !p.entering.C) return;
     float *C = p.entering.C + at.b * p.entering.row + (size_t)at.head * p.s.dk * p.s.dv, sum = 0;
     scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { sum += x * *scan_element<S>(C, p.s, w, a); });
-    scan_store_sum(&p.anchor_start[(size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh], sum,
-                   sh->sums + 4 * wg, 2 + wg);
+    scan_store_sum<4>(&p.anchor_start[(size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh], sum,
+                      sh->sums + 4 * wg, 2 + wg);
 }
 
-// out^T [64, 64 tokens] = factor * M^T X^T; M^T rounded to bf16, 32 columns at a time: registers are scarce
+// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, 32 columns at a time: registers are scarce
 template <class S>
-__device__ __forceinline__ void scan_ask_state(float (&out)[32], const float (&M)[S::AW / 2], unsigned x,
-                                               const float *factor) {
-    const int t = threadIdx.x % 4;
+__device__ __forceinline__ void scan_ask_state(float (&out)[32], const float (&M)[S::AW / 2], unsigned x) {
 #pragma unroll
-    for (int part = 0; part < S::AW / 32; part++) {
-        unsigned a[2][4];
+    for (int k = 0; k < S::AW / 16; k++) {
+        unsigned a[4];
 #pragma unroll
-        for (int k = 0; k < 2; k++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const int i = 16 * part + 8 * k + 2 * r;
-                a[k][r] = pack_two(M[i], M[i + 1]);
-            }
+        for (int r = 0; r < 4; r++) a[r] = pack_two(M[8 * k + 2 * r], M[8 * k + 2 * r + 1]);
         wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 2; k++)
-            wgmma_rs<0>(out, a[k], wgmma_operand(x + part / 2 * PANEL_BYTES + part % 2 * 64 + 32 * k), part + k > 0);
+        wgmma_rs<0>(out, a, wgmma_operand(x + k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
         wgmma_commit();
-        if (part) wgmma_wait<1>();
+        if (k) wgmma_wait<1>();
     }
     wgmma_wait<0>();
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const float2 by = *(const float2 *)&factor[8 * j + 2 * t];
-        out[4 * j] *= by.x, out[4 * j + 1] *= by.y, out[4 * j + 2] *= by.x, out[4 * j + 3] *= by.y;
-    }
 }
 
-// M^T = decay M^T + (scale Z)^T Y. z: the panel of these 64 rows of M^T
-template <class S>
-__device__ __forceinline__ void scan_update_state(float (&M)[S::AW / 2], float decay, const float *scale, unsigned z,
-                                                  unsigned y) {
+// (scale Z)^T as register operand: 64 columns of Z, which are rows of M^T. z: their panel
+__device__ __forceinline__ void scan_scale_rows(unsigned (&a)[4][4], unsigned z, const float *scale) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
     const unsigned from = z + panel_piece(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
-    unsigned a[4][4];
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         ldmatrix_trans(a[k], from + k * 2048);
@@ -630,33 +735,47 @@ __device__ __forceinline__ void scan_update_state(float (&M)[S::AW / 2], float d
             a[k][r] = pack_two(two.x * by.x, two.y * by.y);
         }
     }
-#pragma unroll
-    for (int i = 0; i < S::AW / 2; i++) M[i] *= decay;
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; k++) wgmma_rs<1>(M, a[k], wgmma_operand(y + k * 2048), true);
-    wgmma_commit();
 }
 
-// out += the other warpgroup's half of the contraction (W = 64)
+// M^T += a Y, 16 tokens. A product 256 columns wide would want more registers than a thread has at the start.
 template <class S>
-__device__ __forceinline__ void scan_add_halves(float (&out)[32], float *red, int wg, int it, int chunks) {
+__device__ __forceinline__ void scan_add_product(float (&M)[S::AW / 2], const unsigned (&a)[4], unsigned y) {
+    if constexpr (S::AW == 256) {
+        float(&left)[64] = *(float(*)[64])M, (&right)[64] = *(float(*)[64])(M + 64);
+        wgmma_rs<1>(left, a, wgmma_operand(y), true);
+        wgmma_rs<1>(right, a, wgmma_operand(y + 2 * PANEL_BYTES), true);
+    } else {
+        wgmma_rs<1>(M, a, wgmma_operand(y), true);
+    }
+}
+
+// out^T times a factor a token
+__device__ __forceinline__ void scan_scale_tokens(float (&out)[32], const float *factor) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 by = *(const float2 *)&factor[8 * j + 2 * (threadIdx.x % 4)];
+        out[4 * j] *= by.x, out[4 * j + 1] *= by.y, out[4 * j + 2] *= by.x, out[4 * j + 3] *= by.y;
+    }
+}
+
+// out += the other warpgroup's half of the contraction (W = 64), through the chunk's Z and P, which all are done with
+__device__ __forceinline__ void scan_add_halves(float (&out)[32], float *z, float *scores, int wg) {
     const int tid = threadIdx.x % 128;
     if (wg == 1) {
-        if (it > 0) named_barrier_sync(5, 256);  // the last one has been read
+        named_barrier_sync(4, 256);  // the first is done with them
 #pragma unroll
-        for (int i = 0; i < 32; i++) red[i * 128 + tid] = out[i];
-        named_barrier_arrive(4, 256);
+        for (int i = 0; i < 16; i++) z[i * 128 + tid] = out[i], scores[i * 128 + tid] = out[16 + i];
+        fence_async_proxy();
+        named_barrier_arrive(5, 256);
     } else {
-        named_barrier_sync(4, 256);
+        named_barrier_arrive(4, 256);
+        named_barrier_sync(5, 256);
 #pragma unroll
-        for (int i = 0; i < 32; i++) out[i] += red[i * 128 + tid];
-        if (it + 1 < chunks) named_barrier_arrive(5, 256);
+        for (int i = 0; i < 16; i++) out[i] += z[i * 128 + tid], out[16 + i] += scores[i * 128 + tid];
     }
 }
 
 // Row sums of out * dot over these 64 rows of out^T, for the 64 tokens; the dot operand lies where out will be stored
-template <class S>
 __device__ __forceinline__ void scan_row_dots(const float (&out)[32], unsigned panel, float (*sums)[64]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
     const unsigned piece = 2 * warp + lane / 8 % 2;
@@ -690,21 +809,17 @@ __device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPla
             (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
 }
 
-// Scales out^T, transposes it into its panel of shared memory and sends it off.
+// Finishes out^T, transposes it into its panel of shared memory and sends it off.
 template <class S>
 __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &at, float (&out)[32], unsigned panel,
                                             ScanShared<S> *sh, int wg, int b, int it) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4, c = scan_chunk<S>(at, it);
     const ScanRows *rows = &sh->rows[it % 2];
-    const bool elected = threadIdx.x % 128 == 0;
-    if (S::MODE == SCAN_H)
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 by = *(const float2 *)&rows->out_scale[8 * j + 2 * t];
-            out[4 * j] *= by.x, out[4 * j + 1] *= by.y, out[4 * j + 2] *= by.x, out[4 * j + 3] *= by.y;
-        }
+    float(*dots)[64] = sh->dots[S::SPLIT ? it % 2 : 2 * wg + it % 2];
+    if (S::MODE == SCAN_H) scan_scale_tokens(out, rows->out_scale);
     if (S::TRANSPOSED) {
         const int w = 16 * warp + lane / 4 + (S::SPLIT ? 0 : wg * 64);
+        scan_wait_full<2>(sh->n_full, it);
         const float n0 = sh->vector[it % 3][w], n1 = sh->vector[it % 3][w + 8];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
@@ -713,10 +828,9 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
             out[4 * j + 2] += by.x * n1, out[4 * j + 3] += by.y * n1;
         }
         barrier_wait(shared_address(sh->dot_full + wg), it & 1);
-        scan_row_dots<S>(out, panel, sh->dots[wg][it % 2]);
+        scan_row_dots(out, panel, dots);
     } else {
-        if (elected) tma_store_wait_read<S::BLOCKS - 1>();
-        named_barrier_sync(2 + wg, 128);
+        named_barrier_sync(2 + wg, 128);  // all are done with Z
     }
     const unsigned piece = 2 * warp + lane / 8 % 2;
 #pragma unroll
@@ -726,11 +840,10 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
                                   pack_two(out[4 * j + 4], out[4 * j + 5]), pack_two(out[4 * j + 6], out[4 * j + 7]));
     fence_async_proxy();
     named_barrier_sync(2 + wg, 128);
-    if (elected)
+    if (threadIdx.x % 128 == 0)
         tma_store(&p.out, panel, at.slice * S::W + (S::SPLIT ? 0 : (wg * S::BLOCKS + b) * 64), at.head, c * SCAN_CHUNK,
                   at.b);
-    if (S::TRANSPOSED)
-        scan_store_dots<S>(p, at, sh->dots[wg][it % 2], wg, c);  // behind the fence, which would wait for it
+    if (S::TRANSPOSED) scan_store_dots<S>(p, at, dots, wg, c);  // behind the fence, which would wait for it
 }
 
 // The operand of the row sums comes into the panel that out leaves from
@@ -747,67 +860,76 @@ __device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace
 // One chunk: of block b of 64 rows of M^T
 template <class S>
 __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
-                                          ScanShared<S> *sh, float (&M)[S::AW / 2], float decay, int wg, int b,
-                                          int it) {
+                                          ScanShared<S> *sh, float (&M)[S::AW / 2], int wg, int b, int it, int k0,
+                                          float *border) {
     const unsigned base = shared_address(smem), half = S::SPLIT ? wg * (S::AW / 64) * PANEL_BYTES : 0;
-    const unsigned yz = base + S::AT_YZ + it % S::YZ_STAGES * (S::X_BYTES + S::Z_BYTES);
-    const int rows_panel = S::SPLIT ? 0 : wg * S::BLOCKS + b;
-    const unsigned z = yz + S::X_BYTES + rows_panel * PANEL_BYTES, panel = base + S::AT_OUT + rows_panel * PANEL_BYTES;
+    const int block = S::SPLIT ? 0 : wg * S::BLOCKS + b;  // of 64 rows of the slice
+    const unsigned z = base + scan_at_z<S>(it) + block * PANEL_BYTES, y = base + scan_at_tile<S>(k0 + 1) + half;
     const ScanRows *rows = &sh->rows[it % 2];
-    const bool last = b == S::BLOCKS - 1, writes = !S::SPLIT || wg == 0;
+    const bool last = b == S::BLOCKS - 1;
     float out[32];
-    barrier_wait(scan_slot<2>(sh->rows_full, it), scan_parity<2>(it));
-    if (!S::LOCAL) {
-        barrier_wait(scan_slot<S::X_STAGES>(sh->x_full, it), scan_parity<S::X_STAGES>(it));
-        scan_ask_state<S>(out, M, base + it % (S::X_STAGES ? S::X_STAGES : 1) * S::X_BYTES + half, rows->factor);
-        if (last && threadIdx.x % 32 == 0) barrier_arrive(scan_slot<S::X_STAGES>(sh->x_empty, it));
-        __syncwarp();
-    }
-    barrier_wait(scan_slot<S::YZ_STAGES>(sh->yz_full, it), scan_parity<S::YZ_STAGES>(it));
-    scan_update_state<S>(M, decay, rows->scale, z, yz + half);
-    if (!S::LOCAL) {
-        constexpr int STEPS = S::SPLIT ? 2 : 4;  // of 16 tokens; two warpgroups of one output take half of them each
-        const int first = S::SPLIT ? wg * STEPS : 0;
-        const unsigned scores = base + S::AT_P + it % 2 * PANEL_BYTES;
-        barrier_wait(scan_slot<2>(sh->p_full, it), scan_parity<2>(it));
-        wgmma_fence();
+    unsigned a[4][4];
+    scan_wait_full<S::TILES>(sh->tile_full, k0);
+    scan_ask_state<S>(out, M, base + scan_at_tile<S>(k0) + half);
+    if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
+    if (border) *border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
+    scan_wait_full<S::Z_STAGES>(sh->z_full, it);
+    scan_scale_rows(a, z, rows->scale);
 #pragma unroll
-        for (int k = 0; k < STEPS; k++)
-            wgmma_ss<1, 0>(out, wgmma_operand(z + (first + k) * 2048), wgmma_operand(scores + 32 * (first + k)), true);
-        wgmma_commit();
+    for (int i = 0; i < S::AW / 2; i++) M[i] *= rows->decay;
+    scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; k++) scan_add_product<S>(M, a[k], y + k * 2048);
+    wgmma_commit();
+    scan_scale_tokens(out, rows->factor);
+    constexpr int STEPS = S::SPLIT ? 2 : 4;  // of 16 tokens; two warpgroups of one output take half of them each
+    const int first = S::SPLIT ? wg * STEPS : 0;
+    scan_wait_full<1>(&sh->p_full, it);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+        wgmma_ss<1, 0>(out, wgmma_operand(z + (first + k) * 2048), wgmma_operand(base + S::AT_P + 32 * (first + k)),
+                       true);
+    wgmma_commit();
+    if (!S::TRANSPOSED && b == 0 && it > 0 && threadIdx.x % 128 == 0) {
+        tma_store_wait_read<0>();  // the last chunk's results have left Z
+        scan_arrive<S::Z_STAGES>(sh->z_empty, it - 1);
     }
+    __syncwarp();
     wgmma_wait<0>();
-    if (last) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(scan_slot<S::YZ_STAGES>(sh->yz_empty, it));
+    if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
+    if (S::SPLIT) {
+        if (wg == 1) scan_wait_full<2>(sh->n_done, it);
+        scan_add_halves(out, (float *)(smem + scan_at_z<S>(it)), (float *)(smem + S::AT_P), wg);
     }
-    if (S::LOCAL) return;
-    if (S::SPLIT) scan_add_halves<S>(out, (float *)(smem + S::AT_RED), wg, it, at.chunks);
-    if (writes) scan_output<S>(p, at, out, panel, sh, wg, b, it);
+    if (S::SPLIT && wg == 1) return;
+    if (last) scan_warp_arrive<1>(&sh->p_empty, it);
+    if (S::TRANSPOSED) scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
+    scan_output<S>(p, at, out, S::TRANSPOSED ? base + S::AT_OUT + block * PANEL_BYTES : z, sh, wg, b, it);
 }
 
 template <class S>
 __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
     const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;  // known to be the same in the whole warp
-    const unsigned base = shared_address(smem);
     const bool elected = threadIdx.x % 128 == 0;
-    const float *decay = p.gates.decay + (size_t)at.bh * at.all_chunks;
     float M[S::BLOCKS][S::AW / 2];
     scan_load_state<S>(p, at, wg, M);
-    float next_decay = decay[scan_chunk<S>(at, 0)];
-    for (int it = 0; it < at.chunks; it++) {
-        const int c = scan_chunk<S>(at, it);
-        const float keep = next_decay;
-        if (it + 1 < at.chunks) next_decay = decay[scan_chunk<S>(at, it + 1)];
+    for (int it = 0, k0 = 0; it < at.chunks; it++) {
+        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
         if (S::TRANSPOSED && elected && (!S::SPLIT || wg == 0))
-            scan_load_dot<S>(p, at, base + S::AT_OUT + wg * PANEL_BYTES, sh, wg, it);
+            scan_load_dot<S>(p, at, shared_address(smem) + S::AT_OUT + wg * PANEL_BYTES, sh, wg, it);
         __syncwarp();
-        scan_border_state<S>(p, at, wg, sh, M, c);
+        scan_keep_state<S>(p, at, wg, M, c);
+        scan_wait_full<2>(sh->rows_full, it);
+        float border = 0;
 #pragma unroll
-        for (int b = 0; b < S::BLOCKS; b++) scan_step<S>(p, at, smem, sh, M[b], keep, wg, b, it);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(scan_slot<2>(sh->p_empty, it));
+        for (int b = 0; b < S::BLOCKS; b++)
+            scan_step<S>(p, at, smem, sh, M[b], wg, b, it, k0, tiles > 2 ? &border : NULL);
+        scan_warp_arrive<2>(sh->rows_empty, it);
+        if (tiles > 2) scan_store_border<S>(p, at, sh, wg, k0, border, c);
+        k0 += tiles;
     }
     scan_start_state<S>(p, at, wg, sh, M);
     scan_store_state<S>(p, at, wg, M);
@@ -815,47 +937,76 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// The kernel: a block a slice (x), segment (y) and head (z)
-
-enum { SCAN_SCORES_REGISTERS = 72, SCAN_STATE_REGISTERS = 216 };
+// The kernels: a block a slice (x), segment (y) and head (z)
 
 template <class S>
-static __global__ void __launch_bounds__(SCAN_THREADS, 1) mlstm_scan_kernel(const __grid_constant__ ScanArgs p) {
+__device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
+    for (int k = 0; k < S::TILES; k++) {
+        barrier_init(shared_address(sh->tile_full + k), 1);
+        barrier_init(shared_address(sh->tile_empty + k), S::TILE_USERS);
+    }
+    for (int k = 0; k < S::Z_STAGES; k++) {
+        barrier_init(shared_address(sh->z_full + k), 1);
+        barrier_init(shared_address(sh->z_empty + k), S::Z_USERS);
+    }
+    for (int k = 0; k < 2; k++) {
+        barrier_init(shared_address(sh->rows_full + k), 1);
+        barrier_init(shared_address(sh->rows_empty + k), S::ROWS_USERS);
+        barrier_init(shared_address(sh->n_full + k), 2);
+        barrier_init(shared_address(sh->n_done + k), 2);
+        barrier_init(shared_address(sh->dot_full + k), 1);
+    }
+    barrier_init(shared_address(&sh->p_full), 4);
+    barrier_init(shared_address(&sh->p_empty), S::P_USERS);
+    barrier_init_done();
+}
+
+template <class S>
+__device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
 #ifdef HOPPER_CODE
-    extern __shared__ unsigned char shared_raw[];
-    unsigned char *smem = shared_raw + (1024 - shared_address(shared_raw) % 1024) % 1024;
+    extern __shared__ __align__(1024) unsigned char scan_memory[];
+    unsigned char *smem = scan_memory;
     ScanShared<S> *sh = (ScanShared<S> *)(smem + S::AT_SHARED);
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     ScanPlace at;
     at.all_chunks = (p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK;
-    at.bh = blockIdx.z, at.b = at.bh / p.s.NH, at.head = at.bh % p.s.NH, at.slice = blockIdx.x;
+    at.bh = blockIdx.z, at.b = at.bh / p.s.NH, at.head = at.bh % p.s.NH, at.slice = slice;
     at.first_chunk = blockIdx.y * p.segment_chunks;
     at.chunks = min(p.segment_chunks, at.all_chunks - at.first_chunk);
+    at.first_segment = blockIdx.y == (S::REVERSE ? gridDim.y - 1 : 0);
     at.last_segment = blockIdx.y == (S::REVERSE ? 0 : gridDim.y - 1);
-    if (S::LOCAL && at.last_segment) return;  // nobody asks for what it adds
-    if (threadIdx.x == 0) {
-        for (int k = 0; k < 3; k++) {
-            barrier_init(shared_address(sh->x_full + k), 1);
-            barrier_init(shared_address(sh->yz_full + k), 1);
-            barrier_init(shared_address(sh->x_empty + k), 12);  // warps
-            barrier_init(shared_address(sh->yz_empty + k), 12);
-        }
-        for (int k = 0; k < 2; k++) {
-            barrier_init(shared_address(sh->rows_full + k), 1);
-            barrier_init(shared_address(sh->dot_full + k), 1);
-            barrier_init(shared_address(sh->p_full + k), 4);
-            barrier_init(shared_address(sh->p_empty + k), 8);
-        }
-        barrier_init_done();
-    }
+    if (threadIdx.x == 0) scan_barriers<S>(sh);
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_shrink<SCAN_SCORES_REGISTERS>();
         scan_scores<S>(p, at, smem, sh);
-    } else {
+    } else if (threadIdx.x < 384) {
         registers_grow<SCAN_STATE_REGISTERS>();
         scan_states<S>(p, at, smem, sh);
+    } else {
+        registers_shrink<SCAN_AUX_REGISTERS>();
+        if (warp == 12 && threadIdx.x % 32 == 0) scan_copy_tiles<S>(p, at, shared_address(smem), sh);
+        if (warp == 12 && threadIdx.x % 32 == 1) scan_copy_z<S>(p, at, shared_address(smem), sh);
+        if (warp == 13) scan_scalars<S>(p, at, sh);
+        if (warp >= 14 && S::VECTOR) scan_normaliser<S>(p, at, smem, sh);
     }
 #endif
+}
+
+template <class S>
+static __global__ void __launch_bounds__(SCAN_THREADS, 1) mlstm_fwd_scan_kernel(const __grid_constant__ ScanArgs p) {
+    scan_block<S>(p, blockIdx.x);
+}
+template <class S>
+static __global__ void __launch_bounds__(SCAN_THREADS, 1) mlstm_bwd_scan_kernel(const __grid_constant__ ScanArgs p) {
+    scan_block<S>(p, blockIdx.x);
+}
+// dV and dK of a head side by side: both walk back through Q, K and dH, so one finds in L2 what the other has fetched
+template <class V, class K>
+static __global__ void __launch_bounds__(SCAN_THREADS, 1)
+    mlstm_bwd_scan_pair_kernel(const __grid_constant__ ScanArgs v, const __grid_constant__ ScanArgs k) {
+    if (blockIdx.x < v.slices) scan_block<V>(v, blockIdx.x);
+    else scan_block<K>(k, blockIdx.x - v.slices);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -890,28 +1041,31 @@ static int mlstm_chunk(int dk, int dv, size_t ld) {
     return fits && scan_runs_here() ? SCAN_CHUNK : MLSTM_CHUNK;
 }
 
-// A of a contracted width, and W that goes with it: the state of a slice fills the registers of two warpgroups
-constexpr int scan_pad(int width, bool transposed) {
-    return width <= 64 && !transposed ? 64
-           : width <= 128             ? 128
-           : width <= 192             ? 192
-           : width <= 256             ? 256
-           : width <= 384             ? 384
-                                      : 512;
-}
-constexpr int scan_columns(int A, bool transposed) {
-    return transposed ? (A == 128 || A >= 384 ? 64 : 128) : A == 128 ? 256 : 128;
-}
 static int scan_slices(const MlstmShape *s, bool transposed) {
     return transposed ? ceil_div(s->dk, scan_columns(scan_pad(s->dv, true), true))
                       : ceil_div(s->dv, scan_columns(scan_pad(s->dk, false), false));
 }
 
-// Chunks a segment: as many segments as fill the multiprocessors where there are fewer blocks than half of them
+// Chunks a segment of H, dV and dK: as many segments as fill the multiprocessors where there are fewer blocks than half
+// of them, since each needs a pass over what comes before it
 static int scan_segment_chunks(const MlstmShape *s) {
     const int blocks = scan_slices(s, false) * s->B * s->NH, chunks = mlstm_chunks(s);
     const int segments = imin(SCAN_BLOCKS / blocks, chunks / 8);
     return ceil_div(chunks, segments > 1 ? segments : 1);
+}
+// Of dQ, whose segments begin with a snapshot of H: the number of rounds times the chunks of one, and twenty to start,
+// is least
+static int scan_dq_segment_chunks(const MlstmShape *s) {
+    const int slices = scan_slices(s, true), chunks = mlstm_chunks(s), blocks = slices * s->B * s->NH;
+    int best = chunks;
+    long long least = -1;
+    for (int segments = 1; segments <= imax(1, imin(32, chunks / 8)); segments++) {
+        const int length = ceil_div(ceil_div(chunks, segments), SCAN_BORDER) * SCAN_BORDER;
+        const long long rounds = ceil_div((size_t)blocks * ceil_div(chunks, length), SCAN_BLOCKS);
+        const long long cost = rounds * (length + 20);
+        if (least < 0 || cost < least) least = cost, best = length;
+    }
+    return best;
 }
 // Segments x sequences x heads x slices are at most SCAN_BLOCKS where there is more than one segment.
 static size_t scan_segments_floats(const MlstmShape *s) {
@@ -924,32 +1078,65 @@ static size_t scan_snapshot_words(const MlstmShape *s) {
 }
 static int scan_anchor_tiles(const MlstmShape *s) { return 2 * scan_slices(s, false) + scan_slices(s, true); }
 
-template <int MODE, int A, bool LOCAL>
-static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
-    constexpr bool TRANSPOSED = MODE == SCAN_DQ || MODE == SCAN_DK;
-    typedef Scan<MODE, A, scan_columns(A, TRANSPOSED), LOCAL> S;
-    constexpr size_t bytes = scan_shared_bytes<S>();
-    static_assert(bytes <= 227 * 1024, "shared memory of a block");
-    dim3 grid((unsigned)scan_slices(&p.s, TRANSPOSED), (unsigned)ceil_div(mlstm_chunks(&p.s), p.segment_chunks),
-              (unsigned)(p.s.B * p.s.NH));
-    CUDA_CHECK(cudaFuncSetAttribute(mlstm_scan_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    mlstm_scan_kernel<S><<<grid, SCAN_THREADS, bytes, stream>>>(p);
+constexpr bool scan_transposed(int mode) { return mode == SCAN_DQ || mode == SCAN_DK; }
+template <int MODE, int A>
+using ScanOf = Scan<MODE, A, scan_columns(A, scan_transposed(MODE))>;
+
+template <typename Kernel, typename... Args>
+static void scan_start(Kernel kernel, size_t bytes, int slices, const ScanArgs &p, cudaStream_t stream,
+                       const Args &...args) {
+    const dim3 grid((unsigned)slices, (unsigned)ceil_div(mlstm_chunks(&p.s), p.segment_chunks),
+                    (unsigned)(p.s.B * p.s.NH));
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    kernel<<<grid, SCAN_THREADS, bytes, stream>>>(args...);
     LAUNCH_CHECK();
 }
 
-template <int MODE, bool LOCAL>
-static void scan_run(const ScanArgs &p, cudaStream_t stream) {
-    constexpr bool TRANSPOSED = MODE == SCAN_DQ || MODE == SCAN_DK;
+template <int MODE, int A>
+static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
+    typedef ScanOf<MODE, A> S;
+    void (*kernel)(ScanArgs);
+    if constexpr (MODE == SCAN_H) kernel = mlstm_fwd_scan_kernel<S>;
+    else kernel = mlstm_bwd_scan_kernel<S>;
+    scan_start(kernel, scan_shared_bytes<S>(), p.slices, p, stream, p);
+}
+
+template <int MODE>
+static void scan_run(ScanArgs p, cudaStream_t stream) {
+    constexpr bool TRANSPOSED = scan_transposed(MODE);
     const int A = scan_pad(TRANSPOSED ? p.s.dv : p.s.dk, TRANSPOSED);
+    p.slices = scan_slices(&p.s, TRANSPOSED);
     if constexpr (TRANSPOSED) {
-        if (A == 384) return scan_launch<MODE, 384, LOCAL>(p, stream);
-        if (A == 512) return scan_launch<MODE, 512, LOCAL>(p, stream);
+        if (A == 384) return scan_launch<MODE, 384>(p, stream);
+        if (A == 512) return scan_launch<MODE, 512>(p, stream);
     } else if (A == 64) {
-        return scan_launch<MODE, 64, LOCAL>(p, stream);
+        return scan_launch<MODE, 64>(p, stream);
     }
-    if (A == 128) return scan_launch<MODE, 128, LOCAL>(p, stream);
-    if (A == 192) return scan_launch<MODE, 192, LOCAL>(p, stream);
-    scan_launch<MODE, 256, LOCAL>(p, stream);
+    if (A == 128) return scan_launch<MODE, 128>(p, stream);
+    if (A == 192) return scan_launch<MODE, 192>(p, stream);
+    scan_launch<MODE, 256>(p, stream);
+}
+
+template <int DK, int DV>
+static void scan_launch_pair(const ScanArgs &v, const ScanArgs &k, cudaStream_t stream) {
+    typedef ScanOf<SCAN_DV, DK> V;
+    typedef ScanOf<SCAN_DK, DV> K;
+    const size_t bytes = scan_shared_bytes<V>() > scan_shared_bytes<K>() ? scan_shared_bytes<V>()
+                                                                         : scan_shared_bytes<K>();
+    scan_start(mlstm_bwd_scan_pair_kernel<V, K>, bytes, v.slices + k.slices, v, stream, v, k);
+}
+
+// dV and dK: together where heads are 2 : 1, else one after the other
+static void scan_run_pair(ScanArgs v, ScanArgs k, cudaStream_t stream) {
+    const int dk = scan_pad(v.s.dk, false), dv = scan_pad(v.s.dv, true);
+    v.slices = scan_slices(&v.s, false), k.slices = scan_slices(&v.s, true);
+    if (dk == 64 && dv == 128) return scan_launch_pair<64, 128>(v, k, stream);
+    if (dk == 128 && dv == 192) return scan_launch_pair<128, 192>(v, k, stream);
+    if (dk == 128 && dv == 256) return scan_launch_pair<128, 256>(v, k, stream);
+    if (dk == 192 && dv == 384) return scan_launch_pair<192, 384>(v, k, stream);
+    if (dk == 256 && dv == 512) return scan_launch_pair<256, 512>(v, k, stream);
+    scan_run<SCAN_DV>(v, stream);
+    scan_run<SCAN_DK>(k, stream);
 }
 
 // What each segment adds to the states; p as for the scan itself. all: the last one, too, even if it is the only one
@@ -964,9 +1151,8 @@ static void scan_walk_segments(ScanArgs *p, float *segments, bool all, cudaStrea
 
 // The states that enter the segments, if there are several. walked: scan_walk_segments has been here; m_walk: with
 // these scales, if not with those of the states
-template <int MODE>
+template <bool REVERSE>
 static void scan_segments(ScanArgs *p, float *segments, bool walked, const float *m_walk, cudaStream_t stream) {
-    constexpr bool REVERSE = MODE == SCAN_DV;
     const MlstmShape *s = &p->s;
     if (!walked) scan_walk_segments<REVERSE>(p, segments, false, stream);
     p->segment_chunks = scan_segment_chunks(s);
@@ -977,7 +1163,7 @@ static void scan_segments(ScanArgs *p, float *segments, bool walked, const float
                             stream);
 }
 
-typedef struct {          // what H leaves for dV and dK
+typedef struct {          // what H leaves for the backward pass; NULL: there will be none
     uint32_t *snapshots;  // [scan_snapshot_words]
     float *n_snapshots;   // [B, NH, borders, dk]
 } ScanSaved;
@@ -1006,8 +1192,8 @@ static void mlstm_scan_forward(const MlstmShape &s, const MlstmInput<bf16> &in, 
     p.initial = initial, p.final = final;
     scan_forward_maps(&p, in);
     p.out = head_tensor_map(h, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
-    scan_segments<SCAN_H>(&p, segments, walked, m_walk, stream);
-    scan_run<SCAN_H, false>(p, stream);
+    scan_segments<false>(&p, segments, walked, m_walk, stream);
+    scan_run<SCAN_H>(p, stream);
 }
 
 // The pair of this rank's tokens: all but m and G. gates: of the segment alone
@@ -1024,7 +1210,7 @@ typedef struct {                // of the backward pass
     float *q_dq, *k_dk;         // [ceil(dk / 64)][B, NH, T]
     float *anchor;              // [scan_anchor_tiles][B, NH, spans]
     float *anchor_start;        // [scan_anchor_tiles][B, NH]
-    float *segments, *segments_back;
+    float *segments;            // [scan_segments_floats]
 } ScanScratch;
 
 static ScanArgs scan_backward_args(const MlstmShape &s, const MlstmInput<bf16> &in, const bf16 *dh,
@@ -1042,8 +1228,8 @@ static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16>
                                      const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch,
                                      cudaStream_t stream) {
     ScanArgs p = scan_backward_args(s, in, dh, gates, saved, scratch);
-    scan_walk_segments<true>(&p, scratch.segments_back, true, stream);
-    mlstm_pair<true>(&s, pair, scratch.segments_back, gates.decay, p.segment_chunks, stream);
+    scan_walk_segments<true>(&p, scratch.segments, true, stream);
+    mlstm_pair<true>(&s, pair, scratch.segments, gates.decay, p.segment_chunks, stream);
 }
 
 // dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_backward. dfinal: gradient of the states that leave,
@@ -1058,20 +1244,18 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
     p.entering = initial, p.anchor_start = scratch.anchor_start;
     p.initial = dfinal;
     p.out = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
-    scan_segments<SCAN_DV>(&p, scratch.segments_back, walked, NULL, stream);
-    scan_run<SCAN_DV, false>(p, stream);
-
+    scan_segments<true>(&p, scratch.segments, walked, NULL, stream);
+    const ScanArgs for_dv = p;
     p.x = v_map, p.y = dh_map, p.z = q_map, p.dot = k_map;
     p.out = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
     p.anchor_tile = 2 * scan_slices(&s, false), p.dot_out = scratch.k_dk;
-    scan_run<SCAN_DK, false>(p, stream);
+    scan_run_pair(for_dv, p, stream);
 
-    p.x = k_map, p.y = k_map, p.z = v_map, p.initial = initial;  // what each segment adds to C, once more
-    scan_segments<SCAN_H>(&p, scratch.segments, false, NULL, stream);
     p.x = dh_map, p.y = v_map, p.z = k_map, p.dot = q_map;
     p.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
+    p.initial = initial, p.segments = NULL, p.segment_chunks = scan_dq_segment_chunks(&s);
     p.dot_out = scratch.q_dq;
-    scan_run<SCAN_DQ, false>(p, stream);
+    scan_run<SCAN_DQ>(p, stream);
 }
 
 #endif

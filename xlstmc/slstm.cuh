@@ -11,6 +11,8 @@
 // The buffer has two halves for even and odd steps. That is enough: a block sends step s + 1 only after it received all
 // of step s, which every peer sent only after it had received all of step s - 1, whose half is now overwritten.
 // Numbers count from 1 in each launch, from a buffer of zeros. All blocks must run at once: launches are cooperative.
+// Everything else that threads of a block share (y_all, products, dr_all, bias sums) is handed over by __syncthreads.
+// racecheck looks for barriers only, so it reports every word of a team of one block, whose buffer is in shared memory.
 //
 // Bytes a token and unit: forward 4 F in, 6 F out; backward 6 F in, 4 F out (F = 2 or 4). The kernels are
 // bound by the latency of a step, not by these.

@@ -58,7 +58,8 @@ static int mlstm_check(const MlstmProblem *p) {
         (size_t)p->B * p->NH > MAX_HEADS || !(p->eps >= 0) || !(p->gate_cap >= 0))
         return XLSTM_BAD_SHAPE;
     const size_t row = (size_t)p->NH * imax(p->dk, p->dv);
-    return p->ld < row || p->ld_grad < row || p->ld_gates < 2 * (size_t)p->NH ? XLSTM_BAD_STRIDE : XLSTM_OK;
+    const bool wide_enough = p->ld >= row && (!p->ld_grad || p->ld_grad >= row) && p->ld_gates >= 2 * (size_t)p->NH;
+    return wide_enough ? XLSTM_OK : XLSTM_BAD_STRIDE;
 }
 
 template <typename F>
@@ -77,10 +78,10 @@ struct MlstmWorkspace {
 };
 
 template <typename F>
-static MlstmWorkspace<F> mlstm_lay_out(const MlstmShape *s, const void *saved, void *scratch) {
+static MlstmWorkspace<F> mlstm_lay_out(const MlstmShape *s, bool backward, const void *saved, void *scratch) {
     MlstmWorkspace<F> w;
     Arena a = {(char *)saved, 0}, b = {(char *)scratch, 0};
-    mlstm_take_saved(&a, s, &w.saved);
+    mlstm_take_saved(&a, s, &w.saved, backward);
     mlstm_take_scratch(&b, s, &w.scratch);
     w.dh_dot_h = take<float>(&b, (size_t)s->B * s->T * s->NH);
     w.saved_bytes = a.used, w.scratch_bytes = b.used;
@@ -94,7 +95,7 @@ int mlstm_workspace(const MlstmProblem *p, size_t *saved_bytes, size_t *scratch_
     return with_format(p->format, [&](auto zero) {
         typedef decltype(zero) F;
         const MlstmShape s = mlstm_shape<F>(p);
-        const MlstmWorkspace<F> w = mlstm_lay_out<F>(&s, NULL, NULL);
+        const MlstmWorkspace<F> w = mlstm_lay_out<F>(&s, p->ld_grad > 0, NULL, NULL);
         *saved_bytes = w.saved_bytes, *scratch_bytes = w.scratch_bytes;
     });
 }
@@ -106,7 +107,7 @@ static int mlstm_check_inputs(const MlstmProblem *p, const MlstmTensors *x, cons
     if (!x || !x->q || !x->k || !x->v || !x->gates || !x->bias || !x->doc_start || !saved || !scratch)
         return XLSTM_NULL_POINTER;
     return is_aligned(saved, WORKSPACE_ALIGNMENT) && is_aligned(scratch, WORKSPACE_ALIGNMENT) ? XLSTM_OK
-                                                                                             : XLSTM_BAD_ALIGNMENT;
+                                                                                              : XLSTM_BAD_ALIGNMENT;
 }
 
 template <typename F>
@@ -139,7 +140,7 @@ int mlstm_forward(const MlstmProblem *p, const MlstmTensors *x, void *saved, voi
             error = XLSTM_BAD_ALIGNMENT;
             return;
         }
-        const MlstmWorkspace<F> w = mlstm_lay_out<F>(&s, saved, scratch);
+        const MlstmWorkspace<F> w = mlstm_lay_out<F>(&s, p->ld_grad > 0, saved, scratch);
         mlstm_forward<F>(s, mlstm_input<F>(p, x), mlstm_state(&s, x->initial), mlstm_state(&s, x->final), (F *)x->h,
                          &w.saved, &w.scratch, (cudaStream_t)stream);
     });
@@ -178,21 +179,21 @@ int mlstm_backward(const MlstmProblem *p, const MlstmTensors *x, const void *sav
     const bool make_dot = !x->dh_dot_h && !p->sigmoid_gate;
     if (!x->grad_h || !x->grad_q || !x->grad_k || !x->grad_v || !x->grad_gates || !x->grad_bias || (make_dot && !x->h))
         return XLSTM_NULL_POINTER;
-    if (p->ld_grad_gates < 2 * (size_t)p->NH) return XLSTM_BAD_STRIDE;
+    if (!p->ld_grad || p->ld_grad_gates < 2 * (size_t)p->NH) return XLSTM_BAD_STRIDE;
     const int failed = with_format(p->format, [&](auto zero) {
         typedef decltype(zero) F;
         const MlstmShape s = mlstm_shape<F>(p);
         if (!mlstm_pointers_aligned<F>(&s, {x->q, x->k, x->v, x->grad_h, x->grad_q, x->grad_k, x->grad_v}) ||
-            !is_aligned(x->grad_gates, sizeof(F)) || (make_dot && !is_aligned(x->h, sizeof(F)))) {
+            !is_aligned(x->grad_gates, sizeof(float)) || (make_dot && !is_aligned(x->h, sizeof(F)))) {
             error = XLSTM_BAD_ALIGNMENT;
             return;
         }
-        const MlstmWorkspace<F> w = mlstm_lay_out<F>(&s, saved, scratch);
+        const MlstmWorkspace<F> w = mlstm_lay_out<F>(&s, p->ld_grad > 0, saved, scratch);
         const F *grad_h = (const F *)x->grad_h;
         if (make_dot) mlstm_bwd_dot<F>(w.dh_dot_h, grad_h, (const F *)x->h, &s, (cudaStream_t)stream);
         mlstm_backward<F>(s, mlstm_input<F>(p, x), mlstm_state(&s, x->initial), grad_h,
                           x->dh_dot_h ? x->dh_dot_h : w.dh_dot_h, (F *)x->grad_q, (F *)x->grad_k, (F *)x->grad_v,
-                          p->ld_grad, (F *)x->grad_gates, p->ld_grad_gates, x->grad_bias, &w.saved, &w.scratch,
+                          p->ld_grad, x->grad_gates, p->ld_grad_gates, x->grad_bias, &w.saved, &w.scratch,
                           (cudaStream_t)stream);
     });
     return failed ? failed : error;
@@ -260,7 +261,7 @@ static int slstm_check_inputs(const SlstmProblem *p, const SlstmTensors *x, cons
         if (!is_aligned(tensor, clusters ? 16 : element)) return XLSTM_BAD_ALIGNMENT;
     if (!is_aligned(x->R, element)) return XLSTM_BAD_ALIGNMENT;
     return is_aligned(saved, WORKSPACE_ALIGNMENT) && is_aligned(scratch, WORKSPACE_ALIGNMENT) ? XLSTM_OK
-                                                                                             : XLSTM_BAD_ALIGNMENT;
+                                                                                              : XLSTM_BAD_ALIGNMENT;
 }
 
 int slstm_forward(const SlstmProblem *p, const SlstmTensors *x, void *saved, void *scratch, void *stream) {

@@ -47,33 +47,33 @@ XLSTM_API const char *xlstm_error(int error);
 // mLSTM
 
 typedef struct {
-    int format;            // F: of q, k, v, h and all gradients but grad_bias
+    int format;            // F: of q, k, v, h and their gradients
     int B, T, NH, dk, dv;  // sequences, tokens each, heads, width of a head's q and k, of its v and h
     int sigmoid_gate;      // 0: exponential input gate, h is normalised; 1: sigmoid input gate, h is not
     float eps;             // added to the normaliser
     float gate_cap;        // c: a gate is c tanh((gates + bias) / c); 0: gates + bias
     size_t ld;             // of q, k and v, at least NH * dk and NH * dv: three parts of one matrix, as a rule
     size_t ld_gates;       // at least 2 NH
-    size_t ld_grad;        // of grad_q, grad_k and grad_v, as ld; without a backward call: ld
+    size_t ld_grad;        // of grad_q, grad_k and grad_v, as ld; 0: no backward call follows, less is saved
     size_t ld_grad_gates;  // at least 2 NH; without a backward call: anything
 } MlstmProblem;
 
 // F pointers are aligned to an element, to 16 bytes where format, dk, dv, ld and ld_grad allow the kernels for Hopper:
 // bf16, multiples of 8, dk <= 256, dv <= 512. Any 16-byte-aligned F pointers are right everywhere.
 typedef struct {
-    const void *q, *k, *v;   // F [B, T, NH, dk], the same, [B, T, NH, dv]; token stride ld
-    const float *gates;      // [B, T, 2 NH], stride ld_gates: pre-activations, input gates of all heads, forget gates
-    const float *bias;       // [2 NH] added to them
-    const int *doc_start;    // [B, T] where the token's document begins in its sequence; negative: before it
-    const float *initial;    // [B, NH dk dv + NH dk + NH]: C [NH, dk, dv], n [NH, dk], m [NH]; NULL: zeros
-    float *final;            // the same after the last token; NULL: not wanted. Apart from `initial`
-    void *h;                 // F [B, T, NH, dv]
-    const void *grad_h;      // F [B, T, NH, dv]
-    const float *dh_dot_h;   // [B, T, NH] the sums of grad_h * h over dv; NULL: computed from h
-    void *grad_q, *grad_k;   // F [B, T, NH, dk], stride ld_grad
-    void *grad_v;            // F [B, T, NH, dv], stride ld_grad
-    void *grad_gates;        // F [B, T, 2 NH], stride ld_grad_gates: of the pre-activations
-    float *grad_bias;        // [2 NH]; the gradient is added to it
+    const void *q, *k, *v;  // F [B, T, NH, dk], the same, [B, T, NH, dv]; token stride ld
+    const float *gates;     // [B, T, 2 NH], stride ld_gates: pre-activations, input gates of all heads, forget gates
+    const float *bias;      // [2 NH] added to them
+    const int *doc_start;   // [B, T] where the token's document begins in its sequence; negative: before it
+    const float *initial;   // [B, NH dk dv + NH dk + NH]: C [NH, dk, dv], n [NH, dk], m [NH]; NULL: zeros
+    float *final;           // the same after the last token; NULL: not wanted. Apart from `initial`
+    void *h;                // F [B, T, NH, dv]
+    const void *grad_h;     // F [B, T, NH, dv]
+    const float *dh_dot_h;  // [B, T, NH] the sums of grad_h * h over dv; NULL: computed from h
+    void *grad_q, *grad_k;  // F [B, T, NH, dk], stride ld_grad
+    void *grad_v;           // F [B, T, NH, dv], stride ld_grad
+    float *grad_gates;      // [B, T, 2 NH], stride ld_grad_gates: of the pre-activations
+    float *grad_bias;       // [2 NH]; the gradient is added to it
 } MlstmTensors;
 
 // Bytes of `saved` and `scratch` for the calls below, in host memory.

@@ -5,28 +5,33 @@ Contenders, all bf16 (gates fp32), all in one process a shape and in turns: this
 input gate; mlstm_kernels' "xl_chunk", chunk 128 (the largest whose gradients are right), exponential and sigmoid gate;
 causal attention of the same model width NH * dv with heads of 128: PyTorch's FlashAttention-2 and cuDNN.
 
-First, errors: on small shapes, for random, saturated (+-15) and long-memory (forget gates around 6) gates, the relative
-L2 distance to an fp64 reference of h and the gradients of q, k, v and both gates. The authors' kernels take the
-normaliser for a constant, so their gradients are compared with those of a reference that does so, too. And on every
-shape that is timed, the distance of our h and dv to theirs.
-
-Then times, with an empty L2 cache before every run, medians and the 10-90 % range, the clock of the multiprocessors
-beside them, by two protocols:
+Times: an empty L2 cache before every run, medians and the 10-90 % range, the clock of the multiprocessors beside them,
+by two protocols:
   kernels   all buffers preallocated, explicit gradient of h, no autograd in the forward pass; a CUDA graph of the calls
             is replayed, so no side waits for Python ("eager" where a graph could not be captured). Our backward pass
             makes the row sums <dh, h> itself; "dh.h given" is handed them, as by the head norm in the trainer
-  theirs    as mlstm_kernels' benchmarks measure: autograd, gates in bf16, loss = sum of h, gradients accumulated,
-            memory given back to the driver after every run, so that it is allocated anew
+  theirs    (--theirs) as mlstm_kernels' benchmarks measure: autograd, loss = sum of h, gradients accumulated, memory
+            given back to the driver after every run, so that it is allocated anew. Their gates are bf16; here they stay
+            fp32: with bf16 ones Triton 3.6 aborts while it compiles xl_chunk's forward kernel (an assertion of LLVM's
+            SLPVectorizer). That also ends the authors' model, whose autocast hands these kernels bf16 gates
+
+Errors (--errors, instead of times): on small shapes, for random, saturated (+-15) and long-memory (forget gates around
+6) gates, the relative L2 distance of h and of the gradients of q, k, v and both gates to an fp64 reference, ours and
+the authors'. Their kernels take the normaliser for a constant, which is the gradient of another function; so their
+distance to a reference that does the same stands behind, in brackets. On every shape that is timed, the distance of our
+h and dv to theirs.
 
 Every shape is a process of its own, and all of them compile at once; then one after another measures. A contender that
 fails or aborts is left out on that shape.
 
     pip install torch mlstm_kernels einops              (or PYTHONPATH=FOLDER with the sources of mlstm_kernels, einops)
     make build/libxlstm_kernels.so && python3 dev/bench/bench_mlstm.py --out out/bench_mlstm
-    python3 dev/bench/bench_mlstm.py --shapes 32,8,2048,256,512 1,8,65536,256,512 --no-check
+    python3 dev/bench/bench_mlstm.py --rows 1 4 32,8,2048,256,512 --quick
+    python3 dev/bench/bench_mlstm.py --rows length      # 65,536 tokens in sequences of 2,048 to 65,536
+    python3 dev/bench/bench_mlstm.py --errors
 
-Writes bench_mlstm.md and bench_mlstm.svg (time a token against T, a curve a kernel) to the folder --out. Exit code 1 if
-an error of ours is larger than theirs, or one of our calls failed.
+Writes bench_mlstm.md and bench_mlstm.svg (time a token against T, a curve a kernel), or bench_mlstm_errors.md, to the
+folder --out. Exit code 1 if an error of ours is larger than theirs, or one of our calls failed.
 """
 import argparse
 import ctypes
@@ -44,18 +49,24 @@ import time
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 SHAPES = ["1,8,65536,256,512", "2,8,8192,256,512", "8,8,2048,256,512", "32,4,2048,128,256", "4,4,16384,128,256",
           "16,4,2048,192,384", "16,12,2048,64,128", "16,6,4096,64,128"]
+LENGTH = ["32,8,2048,256,512", "8,8,8192,256,512", "2,8,32768,256,512", "1,8,65536,256,512", "32,4,2048,128,256",
+          "8,4,8192,128,256", "4,4,16384,128,256", "1,4,65536,128,256"]                             # --rows length
 CHECKED = ["2,2,512,64,128", "1,2,2048,192,384", "1,2,2048,256,512", "1,1,8192,256,512", "1,1,65536,128,256"]
 GATES = ["random", "saturated", "long memory"]
 OURS, OURS_SIG, OURS_DOT = "xlstm.c exp", "xlstm.c sig", "xlstm.c exp, dh.h given"
 PEER, PEER_SIG = "xl_chunk exp", "xl_chunk sig"
 FA2, CUDNN = "FlashAttention-2", "cuDNN attention"
 CONTENDERS = [OURS, PEER, OURS_SIG, PEER_SIG, OURS_DOT, FA2, CUDNN]
+QUICK = [OURS, PEER]
 ATTENTION_WIDTH = 128                                                       # of a head
 EPS = 1e-6
 DEVICE = "cuda"
-L2_BYTES = 256 << 20                                                        # cleared before every run
-KERNEL_RUNS, KERNEL_MS = 50, 250                                            # runs of a call: so many, in so much time,
-THEIR_RUNS, THEIR_MS, LEAST_RUNS = 20, 200, 3                               # but at least three
+L2_BYTES = 256 << 20                                                        # cleared before every run, and so many
+AHEAD = 10                                                                  # times before every turn
+KERNEL_RUNS, KERNEL_MS = 50, 200                                            # runs of a call: so many, in so much time,
+QUICK_RUNS, THEIR_RUNS, THEIR_MS, LEAST_RUNS = 15, 15, 200, 3               # but at least three
+BANDWIDTH = 3.0e12                                                          # of a device copy: bytes read and written
+GPU_GIB = 70                                                                # of memory while shapes are prepared
 SILENCE = 240                                                               # seconds; then a child hangs
 WORSE = 1.05                                                                # an error so many times theirs is worse
 MESSAGE = "@ "                                                              # begins a line from child to parent
@@ -108,7 +119,7 @@ class Inputs:
 
     mean is that of the elements of q and k. With 0 the normaliser is a sum of both signs that now and then comes out
     near zero, and such rows, where any rounding is the whole result, are most of any distance. Errors are compared
-    with 1."""
+    with 1 where there is a normaliser."""
 
     def __init__(self, shape, gates="random", mean=0):
         import torch
@@ -143,7 +154,7 @@ class Ours:
         self.grad_bias = torch.zeros(2 * x.NH, device=DEVICE)
         self.doc_start = torch.full((x.B, x.T), -1 << 30, dtype=torch.int32, device=DEVICE)
         self.h, self.grad_rows = torch.empty_like(x.dh_rows), torch.empty_like(x.rows)
-        self.grad_gates = torch.empty(x.B, x.T, 2 * x.NH, dtype=torch.bfloat16, device=DEVICE)
+        self.grad_gates = torch.empty(x.B, x.T, 2 * x.NH, device=DEVICE)
         self.saved, self.scratch = library.workspace(self.problem)
         self.dot = None
         self.tensors = self.pointers(x.rows, x.gates, self.h, x.dh_rows, self.grad_rows, self.grad_gates)
@@ -191,7 +202,7 @@ class Ours:
         class Cell(torch.autograd.Function):
             @staticmethod
             def forward(ctx, rows, gates):
-                h, gates = torch.empty_like(ours.x.dh_rows), gates.float()
+                h = torch.empty_like(ours.x.dh_rows)
                 saved, scratch = (torch.empty_like(y) for y in (ours.saved, ours.scratch))
                 ours.run("mlstm_forward", ours.pointers(rows, gates, h, None, None, None), saved, scratch)
                 ctx.save_for_backward(rows, gates, h, saved)
@@ -200,11 +211,11 @@ class Ours:
             @staticmethod
             def backward(ctx, dh):
                 rows, gates, h, saved = ctx.saved_tensors
-                grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(gates, dtype=torch.bfloat16)
+                grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(ours.grad_gates)
                 tensors = ours.pointers(rows, gates, h, dh.contiguous(), grad_rows, grad_gates)
                 ours.run("mlstm_backward", tensors, saved, torch.empty_like(ours.scratch))
                 return grad_rows, grad_gates
-        return Cell.apply, [self.x.rows.clone(), self.x.gates.bfloat16()]
+        return Cell.apply, [self.x.rows, self.x.gates]
 
 
 class Torch:
@@ -227,8 +238,7 @@ class Torch:
     results = both
 
     def autograd(self):
-        import torch
-        return self.function, [y.detach().to(torch.bfloat16) for y in self.inputs]
+        return self.function, self.inputs
 
 
 def official(x, sigmoid):
@@ -305,24 +315,29 @@ def distances(results, expected):
     return [float((y.double() - z).norm() / z.norm()) for y, z in zip(results, expected)]
 
 
-def check_shape(shape, library, names, say):
-    """[(gates, contender, six errors or None, what failed)]"""
+def check_shape(shape, library, names, sibling, say):
+    """[(gates, sigmoid, {contender: errors or None}, {contender: what failed})]; a contender's errors are six, and six
+    more, to a reference with a constant normaliser, where that is what its gradients are of."""
     rows = []
     for gates in GATES:
-        x = Inputs(shape, gates, mean=1)
         for ours, peer, sigmoid in ((OURS, PEER, False), (OURS_SIG, PEER_SIG, True)):
-            expected = None
+            x = Inputs(shape, gates, mean=0 if sigmoid else 1)
+            errors, failed = {ours: None, peer: None}, {}
+            true = reference(x, sigmoid, False)
             for name in (ours, peer):
                 if name not in names:
-                    rows.append((gates, name, None, "aborted"))
+                    failed[name] = "aborted"
                     continue
                 say("doing", name)
-                if expected is None or (name == peer and not sigmoid):
-                    expected = reference(x, sigmoid, name == peer)
+                wait_for(sibling, name)
                 try:
-                    rows.append((gates, name, distances(make_contender(name, x, library).results(), expected), ""))
+                    results = make_contender(name, x, library).results()
+                    errors[name] = distances(results, true)
+                    if name == peer and not sigmoid:
+                        errors[name] += distances(results, reference(x, sigmoid, True))
                 except Exception as error:                  # whatever a peer raises concerns only that peer
-                    rows.append((gates, name, None, describe(error)))
+                    failed[name] = describe(error)
+            rows.append((gates, sigmoid, errors, failed))
     return rows
 
 
@@ -377,6 +392,8 @@ class Stopwatch:
             counts[key] = max(LEAST_RUNS, min(runs, int(total_ms / max(begin.elapsed_time(end), 1e-3))))
         say("doing", "turns")
         for run in range(max(counts.values(), default=0)):
+            for _ in range(AHEAD):                          # else the first one's time holds the wait for its launch
+                self.l2.zero_()
             for key, work in works.items():
                 if run < counts[key]:
                     pending[key].append(self.record(work))
@@ -404,12 +421,26 @@ def summary(times):
     return [statistics.median(times), times[int(0.1 * (n - 1) + 0.5)], times[int(0.9 * (n - 1) + 0.5)], n]
 
 
-def prepare_shape(x, library, names, failures, say):
+def start_sibling(options, names):
+    """A process that compiles PEER_SIG for this shape meanwhile, into the caches of Triton and torch.compile."""
+    if PEER_SIG not in names:
+        return None
+    command = [sys.executable, os.path.abspath(__file__), "--library", options.library, "--shape", options.shape]
+    return subprocess.Popen(command + ["--compile"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(sibling, name):
+    if sibling and name == PEER_SIG:
+        sibling.wait()
+
+
+def prepare_shape(x, library, names, sibling, failures, say):
     """Runs everything once, which compiles it, and compares ours with the official kernels on the way."""
     import torch
     compared = {}
-    for name in names:
+    for name in sorted(names, key=lambda name: name == PEER_SIG):           # that one last
         say("doing", name)
+        wait_for(sibling, name)
         try:
             results = make_contender(name, x, library).results()
             if not all(torch.isfinite(y).all() for y in results):
@@ -427,44 +458,28 @@ def prepare_shape(x, library, names, failures, say):
     return differences
 
 
-def time_shape(x, library, names, failures, say):
+def time_shape(x, library, names, options, failures, say):
     """{protocol: {contender: {"fwd" | "fwd+bwd": summary}}}, and the contenders that ran without a graph"""
-    import torch
-    watch, eager = Stopwatch(), set()
-    contenders, works = {}, {"kernels": {}, "theirs": {}}
+    watch, eager, contenders, works = Stopwatch(), set(), {}, {}
     for name in names:
         say("doing", name)
         try:
             contender = make_contender(name, x, library)
-            for key, work in (("fwd", contender.forward), ("fwd+bwd", contender.both)):
-                works["kernels"][name, key], captured = capture(work)
-                if not captured:
-                    eager.add(name)
-            contenders[name] = contender
+            graphs = {(name, key): capture(work) for key, work in
+                      (("fwd", contender.forward), ("fwd+bwd", contender.both))}
         except Exception as error:
             failures[name] = describe(error)
-            works["kernels"] = {key: work for key, work in works["kernels"].items() if key[0] != name}
-    times = {"kernels": watch.measure(works["kernels"], KERNEL_RUNS, KERNEL_MS, say)}
-    works["kernels"].clear()                                                # and the graphs' memory
-    gc.collect()
-    torch.cuda.empty_cache()
-    gc.freeze()                                                             # so that gc.collect() takes no time
-    for name, contender in contenders.items():
-        if name == OURS_DOT:
             continue
-        say("doing", name)
-        try:
-            for key, backward in (("fwd", False), ("fwd+bwd", True)):
-                works["theirs"][name, key] = their_work(contender, backward)
-                works["theirs"][name, key]()
-        except Exception as error:
-            failures[name + ", their protocol"] = describe(error)
-            works["theirs"] = {key: work for key, work in works["theirs"].items() if key[0] != name}
-
-    def give_back():
-        gc.collect()
-        torch.cuda.empty_cache()
-    times["theirs"] = watch.measure(works["theirs"], THEIR_RUNS, THEIR_MS, say, give_back)
+        contenders[name] = contender
+        works.update({key: work for key, (work, _) in graphs.items()})
+        if not all(captured for _, captured in graphs.values()):
+            eager.add(name)
+    runs = QUICK_RUNS if options.quick else KERNEL_RUNS
+    times = {"kernels": watch.measure(works, runs, KERNEL_MS, say)}
+    works.clear()                                                           # and the graphs' memory
+    if options.theirs:
+        contenders.pop(OURS_DOT, None)
+        times["theirs"] = time_their_way(contenders, watch, failures, say)
     table = {protocol: {} for protocol in times}
     for protocol, measured in times.items():
         for (name, key), values in measured.items():
@@ -472,15 +487,40 @@ def time_shape(x, library, names, failures, say):
     return table, sorted(eager)
 
 
+def time_their_way(contenders, watch, failures, say):
+    """The second protocol"""
+    import torch
+
+    def give_back():
+        gc.collect()
+        torch.cuda.empty_cache()
+    give_back()
+    gc.freeze()                                                             # so that gc.collect() takes no time
+    works = {}
+    for name, contender in contenders.items():
+        say("doing", name)
+        try:
+            pair = {(name, key): their_work(contender, key == "fwd+bwd") for key in ("fwd", "fwd+bwd")}
+            for work in pair.values():
+                work()
+            works.update(pair)
+        except Exception as error:
+            failures[name + ", their protocol"] = describe(error)
+    return watch.measure(works, THEIR_RUNS, THEIR_MS, say, give_back)
+
+
 def child(options):
     """One shape: prepares, says so, waits for its turn on the GPU, measures. Or: one shape's errors."""
     def say(kind, value):
         print(MESSAGE + json.dumps([kind, value]), flush=True)
     say("doing", "PyTorch")
+    names = [name for name in (QUICK if options.quick else CONTENDERS) if name not in options.without]
+    sibling = None if options.compile else start_sibling(options, names)
     import torch
     shape = tuple(map(int, options.shape.split(",")))
     torch.zeros(1, device=DEVICE)
-    names = [name for name in CONTENDERS if name not in options.without]
+    if options.compile:
+        return official(Inputs(shape), True).results()
     failures = {name: "aborted" for name in options.without}
     library = None
     try:
@@ -489,14 +529,14 @@ def child(options):
         failures.update({name: describe(error) for name in (OURS, OURS_SIG, OURS_DOT)})
         names = [name for name in names if name not in failures]
     if options.errors:
-        return say("result", check_shape(shape, library, names, say))
-    differences = prepare_shape(Inputs(shape, mean=1), library, names, failures, say)
+        return say("result", check_shape(shape, library, names, sibling, say))
+    differences = prepare_shape(Inputs(shape, mean=1), library, names, sibling, failures, say)
     gc.collect()
     torch.cuda.empty_cache()
     say("ready", None)
     sys.stdin.readline()
     names = [name for name in names if name not in failures]
-    table, eager = time_shape(Inputs(shape), library, names, failures, say)
+    table, eager = time_shape(Inputs(shape), library, names, options, failures, say)
     say("result", {"times": table, "eager": eager, "failures": failures, "differences": differences})
 
 
@@ -506,11 +546,13 @@ def child(options):
 class Child:
     """A process for one shape. If it aborts or hangs, what it was doing is to blame; a new one starts without that."""
 
-    def __init__(self, options, shape, errors=False):
+    def __init__(self, options, shape):
         self.shape, self.without = shape, []
-        self.command = [sys.executable, os.path.abspath(__file__), "--library", options.library, "--shape", shape] + \
-                       (["--errors"] if errors else [])
-        self.start()
+        self.command = [sys.executable, os.path.abspath(__file__), "--library", options.library, "--shape", shape]
+        self.command += [f"--{flag}" for flag in ("errors", "quick", "theirs") if getattr(options, flag)]
+        B, NH, T, dk, dv = map(int, shape.split(","))
+        # of GPU memory at most, roughly: the states of the authors' kernels in fp32, and the tensors of one contender
+        self.gib = B * NH * T * (dk * dv // 13 + 24 * (dk + dv)) / 2 ** 30
 
     def start(self):
         environment = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1")   # the children are parallel enough
@@ -538,10 +580,14 @@ class Child:
         self.ended.set()
         self.ready.set()
 
+    def happened(self, event, seconds=0):
+        if time.monotonic() - self.heard > SILENCE:
+            self.process.kill()
+        return event.wait(seconds)
+
     def wait(self, event):
-        while not event.wait(1):
-            if time.monotonic() - self.heard > SILENCE:
-                self.process.kill()
+        while not self.happened(event, 1):
+            pass
 
     def revive(self):
         """False if the child has died of something else than a contender."""
@@ -570,6 +616,19 @@ class Child:
             self.wait(self.ended)
             if self.result is not None or not self.revive():
                 return self.result
+
+
+def prepare_all(children):
+    """Starts the children, as many at once as fit into the GPU's memory, until each is ready."""
+    waiting, running = list(children), []
+    while waiting or running:
+        while waiting and (not running or sum(c.gib for c in running) + waiting[0].gib <= GPU_GIB):
+            running.append(waiting.pop(0))
+            running[-1].start()
+        for c in [c for c in running if c.happened(c.ready)]:
+            c.prepare()
+            running.remove(c)
+        time.sleep(0.1)
 
 
 class Clocks:
@@ -603,61 +662,80 @@ class Clocks:
 
 
 def error_table(results):
-    """(lines of Markdown, whether ours is worse anywhere)"""
-    lines = ["| B,NH,T,dk,dv | input gate | gates | h | dq | dk | dv | di | df | worse |", "|" + "---|" * 10]
+    """(lines of Markdown, whether ours is worse anywhere). The last column: in what ours is worse than theirs, both to
+    the true gradients; then in what worse than theirs to their own reference."""
+    lines = ["| B,NH,T,dk,dv | input gate | gates | h | dq | dk | dv | di | df | worse; than theirs to their own |",
+             "|" + "---|" * 10]
     bad = False
     for shape, rows in results:
         if rows is None:
             lines.append(f"| {shape} | failed |" + " |" * 8)
             bad = True
             continue
-        for at in range(0, len(rows), 2):
-            (gates, ours, mine, mine_failed), (_, _, theirs, their_failure) = rows[at], rows[at + 1]
+        for gates, sigmoid, errors, failed in rows:
+            ours, peer = (OURS_SIG, PEER_SIG) if sigmoid else (OURS, PEER)
+            mine, theirs = errors[ours], errors[peer]
+
+            def worse_than(other):
+                names = ("h", "dq", "dk", "dv", "di", "df")
+                return ", ".join(name for name, a, b in zip(names, mine, other) if not a <= WORSE * b)  # also if NaN
             if mine is None:
-                cells, worse = [mine_failed] + [""] * 5, "failed"
+                cells, verdict = [failed[ours]] + [""] * 5, "failed"
+                bad = True
+            elif theirs is None:
+                cells, verdict = [f"{a:.1e} / -" for a in mine], f"theirs: {failed[peer]}"
+                bad |= not all(map(math.isfinite, mine))
             else:
-                cells = [f"{a:.1e} / " + ("-" if theirs is None else f"{b:.1e}")
-                         for a, b in zip(mine, theirs or mine)]
-                worse = ", ".join(name for name, a, b in zip(("h", "dq", "dk", "dv", "di", "df"), mine, theirs or mine)
-                                  if not a <= WORSE * b)                    # also if one is not a number
-                worse = worse or ("no" if theirs else f"theirs: {their_failure}")
-                bad |= not all(math.isfinite(a) for a in mine)
-            bad |= worse != "no" and not worse.startswith("theirs")
-            gate = "exponential" if ours == OURS else "sigmoid"
-            lines.append("| " + " | ".join([shape, gate, gates, *cells, worse]) + " |")
+                cells, own = [f"{a:.1e} / {b:.1e}" for a, b in zip(mine, theirs)], theirs[6:]
+                cells = [f"{cell} ({c:.1e})" for cell, c in zip(cells, own)] if own else cells
+                verdict = (worse_than(theirs) or "no") + (f"; {worse_than(own) or 'no'}" if own else "")
+                bad |= worse_than(theirs) != ""
+            lines.append("| " + " | ".join([shape, "sigmoid" if sigmoid else "exponential", gates, *cells, verdict]) +
+                         " |")
     return lines, bad
 
 
-def ratio(times, name, other, key):
-    """How many times faster `name` is than `other`"""
-    a, b = times.get(name, {}).get(key), times.get(other, {}).get(key)
-    return f"{b[0] / a[0]:.2f}" if a and b else "-"
+def floor_ms(shape):
+    """(forward, forward + backward): every input and output moved once"""
+    B, NH, T, dk, dv = map(int, shape.split(","))
+    bytes_of_qkvh = 2 * B * NH * T * (2 * dk + 2 * dv)
+    backward = bytes_of_qkvh + 2 * B * NH * T * (2 * dk + dv)               # q, k, v, dh; dq, dk, dv
+    return [1e3 * b / BANDWIDTH for b in (bytes_of_qkvh, bytes_of_qkvh + backward)]
 
 
-def ratio_table(results, protocol):
-    against = [(OURS, PEER), (OURS_DOT, PEER), (OURS_SIG, PEER), (OURS_SIG, PEER_SIG), (OURS, FA2), (OURS, CUDNN)]
-    against = [pair for pair in against if protocol == "kernels" or pair[0] != OURS_DOT]
-    lines = ["| B,NH,T,dk,dv | " + " | ".join(f"{a} / {b}" for a, b in against) + " |",
-             "|---|" + "---|" * len(against)]
+def summary_table(results, protocol, names):
+    """A row a shape: medians of all, and how many times faster we are than the authors' exponential gate"""
+    lines = ["| B, NH, T, dk/dv | floor | " + " | ".join([PEER, OURS, "**ratio**"] + names) + " |",
+             "|---|" + "---|" * (4 + len(names))]
     for shape, result, _ in results:
-        times = result["times"][protocol] if result else {}
-        pairs = [" / ".join(ratio(times, a, b, key) for key in ("fwd", "fwd+bwd")) for a, b in against]
-        lines.append(f"| {shape} | " + " | ".join(pairs) + " |")
+        B, NH, T, dk, dv = shape.split(",")
+        times = result["times"].get(protocol, {}) if result else {}
+
+        def pair(name):
+            values = [times.get(name, {}).get(key) for key in ("fwd", "fwd+bwd")]
+            return " / ".join(f"{v[0]:.3f}" if v else "-" for v in values)
+        ratios = []
+        for key in ("fwd", "fwd+bwd"):
+            a, b = times.get(OURS, {}).get(key), times.get(PEER, {}).get(key)
+            ratios.append(f"{b[0] / a[0]:.2f}" if a and b else "-")
+        floor = " / ".join(f"{ms:.3f}" for ms in floor_ms(shape))
+        cells = [f"{B}, {NH}, {T}, {dk}/{dv}", floor, pair(PEER), pair(OURS), f"**{' / '.join(ratios)}**"]
+        cells += [pair(name) for name in names]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def time_table(results):
-    lines = ["| B,NH,T,dk,dv | contender | kernels: fwd | fwd+bwd | their protocol: fwd | fwd+bwd |", "|" + "---|" * 6]
+def time_table(results, names):
+    lines = ["| B,NH,T,dk,dv | contender | fwd | fwd+bwd |", "|" + "---|" * 4]
     for shape, result, _ in results:
         if not result:
-            lines.append(f"| {shape} | failed |" + " |" * 4)
+            lines.append(f"| {shape} | failed |" + " |" * 2)
             continue
-        for name in CONTENDERS:
+        for name in names:
             cells = []
-            for protocol in ("kernels", "theirs"):
-                for key in ("fwd", "fwd+bwd"):
-                    values = result["times"][protocol].get(name, {}).get(key)
-                    cells.append("{0:.3f} ({1:.3f} - {2:.3f})".format(*values) if values else "-")
+            for key in ("fwd", "fwd+bwd"):
+                values = result["times"]["kernels"].get(name, {}).get(key)
+                cells.append("{0:.3f} ({1:.3f} - {2:.3f}, {3})".format(*values) if values else "-")
             why = result["failures"].get(name) or result["failures"].get(name + ", their protocol")
             label = name + (", eager" if name in result["eager"] else "") + (f": {why}" if why else "")
             lines.append("| " + " | ".join([shape, label, *cells]) + " |")
@@ -678,7 +756,7 @@ def panel(at, title, curves):
     low, high = (f(math.log10(y) for _, y in points) for f in (min, max))
     low_T, high_T = (low_T - 0.5, high_T + 0.5) if high_T - low_T < 1 else (low_T, high_T)
     low, high = low - 0.05, high + 0.05
-    left, top, width, height = at[0] + MARGIN, at[1] + 30, PANEL[0] - MARGIN - 20, PANEL[1] - 70
+    left, top, width, height = at[0] + MARGIN, at[1] + 30, PANEL[0] - MARGIN - 25, PANEL[1] - 70
 
     def X(T):
         return left + (math.log2(T) - low_T) / (high_T - low_T) * width
@@ -707,13 +785,14 @@ def plot(results):
     for shape, result, _ in results:
         B, NH, T, dk, dv = map(int, shape.split(","))
         for name, times in (result["times"]["kernels"] if result else {}).items():
-            for key, values in times.items():
+            for key, values in times.items() if name != OURS_DOT else ():
                 curve = groups.setdefault((NH, dk, dv), {}).setdefault(key, {}).setdefault(name, [])
                 curve.append((T, values[0] * 1e6 / (B * T)))
     rows = [(heads, passes) for heads, passes in groups.items()             # curves rather than points, if there are
             if max(len({T for T, _ in curve}) for curves in passes.values() for curve in curves.values()) > 1]
     rows = rows or list(groups.items())
-    height = PANEL[1] * len(rows) + 30 + 20 * len(CONTENDERS)
+    names = [name for name in CONTENDERS if any(name in curves for _, passes in rows for curves in passes.values())]
+    height = PANEL[1] * len(rows) + 20 + 20 * ((len(names) + 1) // 2)
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * PANEL[0]} {height}" font-family="sans-serif" '
            'font-size="12">', '<rect width="100%" height="100%" fill="white"/>']
     for row, ((NH, dk, dv), passes) in enumerate(rows):
@@ -722,75 +801,104 @@ def plot(results):
                 curves = {name: sorted(curve) for name, curve in passes[key].items()}
                 title = f"{NH} heads of {dk}/{dv}, {key}: ns a token against T"
                 svg += panel((column * PANEL[0], row * PANEL[1]), title, curves)
-    for k, name in enumerate(CONTENDERS):
-        y = PANEL[1] * len(rows) + 20 + 20 * k
-        svg.append(f'<rect x="{MARGIN}" y="{y - 5}" width="24" height="3" fill="{COLORS[name]}"/>')
-        svg.append(f'<text x="{MARGIN + 32}" y="{y}">{name}</text>')
+    for k, name in enumerate(names):
+        x, y = MARGIN + k % 2 * PANEL[0], PANEL[1] * len(rows) + 20 + 20 * (k // 2)
+        svg.append(f'<rect x="{x}" y="{y - 5}" width="24" height="3" fill="{COLORS[name]}"/>')
+        svg.append(f'<text x="{x + 32}" y="{y}">{name}</text>')
     return "\n".join(svg + ["</svg>"]) + "\n"
 
 
 def parse():
     parser = argparse.ArgumentParser(description="the mLSTM cell on one GPU against the authors' kernels and attention")
-    parser.add_argument("--shapes", nargs="+", metavar="B,NH,T,dk,dv", default=SHAPES,
-                        help=f"default: {' '.join(SHAPES)}")
-    parser.add_argument("--no-check", action="store_true", help="without the errors against fp64")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", default=[f"1-{len(SHAPES)}"],
+                        help=f"B,NH,T,dk,dv, or 1 to {len(SHAPES)} or a range of them: {' '.join(SHAPES)}; or length: "
+                             f"{' '.join(LENGTH)}. Default: 1-{len(SHAPES)}")
+    parser.add_argument("--quick", action="store_true",
+                        help=f"exponential gates alone, ours and the authors', at most {QUICK_RUNS} runs")
+    parser.add_argument("--theirs", action="store_true", help="the protocol of mlstm_kernels, too")
+    parser.add_argument("--errors", action="store_true", help="no times: errors against fp64, on shapes of their own")
     parser.add_argument("--out", metavar="DIR", default=os.path.join(ROOT, "build"),
-                        help="folder for bench_mlstm.md and bench_mlstm.svg, default build")
-    parser.add_argument("--library", default=os.path.join(ROOT, "build", "libxlstm_kernels.so"))
-    for internal in ("--shape", "--without"):                               # of a child
-        parser.add_argument(internal, action="append" if internal == "--without" else "store", default=[],
-                            help=argparse.SUPPRESS)
-    parser.add_argument("--errors", action="store_true", help=argparse.SUPPRESS)
+                        help="folder for what is written, default build")
+    parser.add_argument("--library", metavar="PATH", default=os.path.join(ROOT, "build", "libxlstm_kernels.so"))
+    parser.add_argument("--shape", help=argparse.SUPPRESS)                  # these three: of a child
+    parser.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for text in options.shapes:
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){4}", text):
-            parser.error(f"--shapes: {text} is not B,NH,T,dk,dv")
+    options.shapes = []
+    for row in options.rows:
+        numbers = re.fullmatch(r"([1-9]\d*)(?:-(\d+))?", row)
+        if numbers and int(numbers[1]) <= int(numbers[2] or numbers[1]) <= len(SHAPES):
+            options.shapes += SHAPES[int(numbers[1]) - 1:int(numbers[2] or numbers[1])]
+        elif row == "length":
+            options.shapes += LENGTH
+        elif re.fullmatch(r"[1-9]\d*(,[1-9]\d*){4}", row):
+            options.shapes.append(row)
+        else:
+            parser.error(f"--rows: {row} is none of 1 to {len(SHAPES)}, a range of them, length, B,NH,T,dk,dv")
+    options.shapes = list(dict.fromkeys(options.shapes))
     if not os.path.exists(options.library):
         sys.exit(f"{options.library} is not there: run make build/libxlstm_kernels.so")
     return options
+
+
+def write(folder, name, text):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def report_errors(options):
+    begin = time.monotonic()
+    children = [Child(options, shape) for shape in CHECKED]
+    for c in children:
+        c.start()
+    table, bad = error_table([(c.shape, c.measure()) for c in children])
+    lines = ["Relative L2 distance to fp64: ours / xl_chunk (xl_chunk to a reference with a constant normaliser)", ""]
+    lines += [*table, "", f"{time.monotonic() - begin:.0f} s"]
+    print("\n".join(lines))
+    write(options.out, "bench_mlstm_errors.md", "\n".join(lines) + "\n")
+    return bad
+
+
+def report_times(options):
+    begin, clocks = time.monotonic(), Clocks()
+    children = [Child(options, shape) for shape in options.shapes]
+    prepare_all(children)                                   # nobody compiles any more when the first measures
+    prepared, results = time.monotonic() - begin, []
+    for c in children:
+        at = time.monotonic()
+        results.append((c.shape, c.measure(), clocks.since(at)))
+    clocks.end()
+    names = QUICK if options.quick else CONTENDERS
+    others = [name for name in names if name not in QUICK]
+    lines = ["ms, forward / forward and backward, medians; floor: every input and output once at 3.0 TB/s", ""]
+    lines += summary_table(results, "kernels", others) + [""]
+    if options.theirs:
+        lines += ["The same by the protocol of mlstm_kernels (gates fp32):", ""]
+        lines += summary_table(results, "theirs", [name for name in others if name != OURS_DOT]) + [""]
+    bad = False
+    for shape, result, clock in results:
+        differences = {name: " / ".join(f"{d:.1e}" for d in values)
+                       for name, values in (result["differences"] if result else {}).items()}
+        lines.append(f"{shape}: clock {clock} MHz; distance to xl_chunk, h / dv: " +
+                     (", ".join(f"{name} {text}" for name, text in differences.items()) or "not known") + "  ")
+        for name, why in sorted(result["failures"].items()) if result else []:
+            lines.append(f"{shape}: {name} failed: {why}  ")
+        bad |= not result or any(name in result["failures"] for name in (OURS, OURS_SIG, OURS_DOT))
+    lines += ["", f"{time.monotonic() - begin:.0f} s, of which {prepared:.0f} s to compile and check"]
+    print("\n".join(lines))
+    spread = ["", "ms, median (10 % - 90 %, runs):", "", *time_table(results, names)]
+    write(options.out, "bench_mlstm.md", "\n".join(lines + spread) + "\n")
+    if any(result for _, result, _ in results):
+        write(options.out, "bench_mlstm.svg", plot(results))
+    return bad
 
 
 def main():
     options = parse()
     if options.shape:
         return child(options)
-    begin = time.monotonic()
     os.makedirs(options.out, exist_ok=True)
-    clocks = Clocks()
-    checks = [] if options.no_check else [Child(options, shape, errors=True) for shape in CHECKED]
-    children = [Child(options, shape) for shape in options.shapes]
-    checked = [(c.shape, c.measure()) for c in checks]
-    lines, bad = [], False
-    if checked:
-        lines = ["Relative L2 distance to fp64, ours / xl_chunk:", ""]
-        table, bad = error_table(checked)
-        lines += table + [""]
-        print("\n".join(lines), flush=True)
-    for c in children:
-        c.prepare()                                         # nobody compiles or checks any more when the first measures
-    prepared, results = time.monotonic() - begin, []
-    for c in children:
-        at = time.monotonic()
-        results.append((c.shape, c.measure(), clocks.since(at)))
-        print(f"{c.shape}: {time.monotonic() - at:.1f} s", file=sys.stderr)
-    clocks.end()
-    report = ["How many times faster, forward / forward + backward, kernels only:", ""]
-    report += ratio_table(results, "kernels") + ["", "The same by the protocol of mlstm_kernels:", ""]
-    report += ratio_table(results, "theirs") + ["", "ms, median (10 % - 90 %):", ""] + time_table(results) + [""]
-    for shape, result, clock in results:
-        differences = {name: " / ".join(f"{d:.1e}" for d in values)
-                       for name, values in (result["differences"] if result else {}).items()}
-        report.append(f"{shape}: clock {clock} MHz; distance to xl_chunk, h / dv: " +
-                      (", ".join(f"{name} {text}" for name, text in differences.items()) or "not known") + "  ")
-        bad |= not result or any(name in result["failures"] for name in (OURS, OURS_SIG, OURS_DOT))
-    report += ["", f"{time.monotonic() - begin:.0f} s, of which {prepared:.0f} s to compile and check"]
-    print("\n".join(report))
-    with open(os.path.join(options.out, "bench_mlstm.md"), "w", encoding="utf-8") as file:
-        file.write("\n".join(lines + report) + "\n")
-    if any(result for _, result, _ in results):
-        with open(os.path.join(options.out, "bench_mlstm.svg"), "w", encoding="utf-8") as file:
-            file.write(plot(results))
-    sys.exit(1 if bad else 0)
+    sys.exit(1 if (report_errors if options.errors else report_times)(options) else 0)
 
 
 if __name__ == "__main__":

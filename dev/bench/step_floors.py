@@ -61,7 +61,7 @@ def floors(case):
 
     def scan(count):                            # reading and changing the state, and a tile of 64 keys twice
         return cells * max(count / BYTES_PER_S, (4 * dk * dv + 2 * SCAN_CHUNK * (dk + dv)) / CUBLAS_FLOPS)
-    snapshot = dk * dv / 256
+    snapshot = dk * dv / 64
     inside = 2 * dk * dv + 1.5 * MLSTM_CHUNK * (dk + dv)    # FLOP of a row: the state, and 1.5 tiles of 64 keys
     return [
         ("matrix products (cuBLASLt)", r"gemm|nvjet|cutlass|splitK|xmma|cublas",
@@ -72,11 +72,10 @@ def floors(case):
         ("mLSTM attend dQ", r"mlstm_bwd_attend_kernel<\w+, 1,", cell(6 * dk + 4 * dv + state, inside)),
         ("mLSTM attend dK", r"mlstm_bwd_attend_kernel<\w+, 2,", cell(6 * dk + 4 * dv + state, inside)),
         ("mLSTM attend dV", r"mlstm_bwd_attend_kernel<\w+, 3,", cell(4 * (dk + dv) + state, inside)),
-        # the kernels of mlstm_scan.cuh: no states, but C in bf16 every 512 tokens, written by H and read by dV
-        ("mLSTM scan H", r"mlstm_scan_kernel<Scan<0,.*false>", scan(4 * (dk + dv) + snapshot)),
-        ("mLSTM scan dQ", r"mlstm_scan_kernel<Scan<1,.*false>", scan(6 * dk + 4 * dv)),
-        ("mLSTM scan dK", r"mlstm_scan_kernel<Scan<2,.*false>", scan(6 * dk + 4 * dv)),
-        ("mLSTM scan dV", r"mlstm_scan_kernel<Scan<3,.*false>", scan(4 * (dk + dv) + snapshot)),
+        # the kernels of mlstm_scan.cuh: no states, but C in bf16 every 128 tokens, written by H and read by dV
+        ("mLSTM scan H", r"mlstm_fwd_scan_kernel", scan(4 * (dk + dv) + snapshot)),
+        ("mLSTM scan dQ", r"mlstm_bwd_scan_kernel<Scan<1,", scan(6 * dk + 4 * dv)),
+        ("mLSTM scan dV and dK", r"mlstm_bwd_scan_pair_kernel", scan(6 * (dk + dv) + snapshot)),
         # summary 8, tokens 36, factors of the rows 20, gradient 32
         ("mLSTM gates, all kernels", r"mlstm_(fwd|bwd)_(gate|row_factors)", cell(96)),
         ("mLSTM segments of long sequences", r"_segment_kernel|_enter_kernel", None),

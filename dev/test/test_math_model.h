@@ -31,9 +31,9 @@ static void print_to_null(int on) {  // build() prints its memory plan, which sa
 static void free_model(void) {
     if (!model.params) return;
     free(model.acts[0].u);  // the first buffer of the arena
-    void *all[] = {model.x, model.acts,   model.params,  model.grads, model.m,
-                   model.v, model.stored, model.history, model.resets};
-    for (int k = 0; k < 9; k++) free(all[k]);
+    // gradients and moments lie behind the parameters
+    void *all[] = {model.x, model.acts, model.params, model.stored, model.history, model.resets};
+    for (int k = 0; k < 6; k++) free(all[k]);
     table_free(&model.table);
     table_free(&model.states);
     memset(&model, 0, sizeof model);
