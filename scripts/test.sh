@@ -59,19 +59,17 @@ if [ "$FAILED" = 0 ]; then
     for script in dev/test/*.sh; do run "${script##*/}" bash "$script"; done
 fi
 
-# The trainer was built above for all chips (no GPU is needed for that, only nvcc); the GPU's tests and benchmarks are
-# compiled for one of them, without linking; of the ladders, which hold little beside kernels that are compiled there,
-# only syntax and types are checked. The library is built for Hopper, to see what its kernels need.
+# The trainer was built above for all chips (no GPU is needed for that, only nvcc); the GPU's tests, benchmarks and the
+# library of kernels are compiled for one of them, without linking; of the ladders, which hold little beside kernels that are compiled there,
+# only syntax and types are checked.
 NVCC=$(make -s print-nvcc)
 if [ -n "$NVCC" ]; then
-    for file in test_xlstm.cu dev/bench/*.cu; do
+    for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu; do
         compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 -cuda "$file" -o /dev/null
     done
     for file in dev/cuda/*.cu; do
         compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 -fdevice-syntax-only -c "$file" -o /dev/null
     done
-    compiles "libxlstm_kernels.so" make KERNELS_SM=90a build/libxlstm_kernels.so
-    run "kernel_resources.sh" bash dev/test/cuda/kernel_resources.sh
 fi
 
 echo "all tests in $((SECONDS - START)) s"

@@ -1094,9 +1094,9 @@ static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
 
 // The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,
 // of a segment, whose pair mlstm_pair_backward has made; C == NULL: none comes in
-template <typename F>
+template <typename F, typename Gates>
 static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, MlstmState dfinal,
-                                const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, F *dgates, size_t ld_dgates,
+                                const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates,
                                 float *dbias, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
                                 cudaStream_t stream) {
     bool scanned = false, segment = dfinal.C != NULL;

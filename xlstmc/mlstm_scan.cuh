@@ -417,8 +417,7 @@ __device__ __forceinline__ void scan_normaliser(const ScanArgs &p, const ScanPla
     named_barrier_sync(1, 64);
     scan_start_n<S>(p, at, sh);
     const MlstmState final = scan_final<S>(p, at);
-    if (S::MODE != SCAN_H || !final.C || at.slice) return;
-    for (int k = tid; k < p.s.dk; k += 64)
+    for (int k = tid; S::MODE == SCAN_H && final.C && !at.slice && k < p.s.dk; k += 64)
         final.n[at.b * final.row + (size_t)at.head * p.s.dk + k] = sh->vector[at.chunks % 3][k];
 }
 
