@@ -60,8 +60,8 @@ if [ "$FAILED" = 0 ]; then
 fi
 
 # The trainer was built above for all chips (no GPU is needed for that, only nvcc); the GPU's tests, benchmarks and the
-# library of kernels are compiled for one of them, without linking; of the ladders, which hold little beside kernels that are compiled there,
-# only syntax and types are checked.
+# library of kernels are compiled for one of them, without linking. Of the ladders, which hold little beside kernels that
+# are compiled there, only syntax and types are checked.
 NVCC=$(make -s print-nvcc)
 if [ -n "$NVCC" ]; then
     for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu; do

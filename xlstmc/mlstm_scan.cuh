@@ -1125,10 +1125,22 @@ static void scan_launch_pair(const ScanArgs &v, const ScanArgs &k, cudaStream_t 
     scan_start(mlstm_bwd_scan_pair_kernel<V, K>, bytes, v.slices + k.slices, v, stream, v, k);
 }
 
-// dV and dK: together where heads are 2 : 1, else one after the other
+// Together dV and dK take fewer rounds of the multiprocessors, or as many and all of them are busy anyway
+static bool scan_pair_pays(const ScanArgs &v, const ScanArgs &k) {
+    const size_t heads = (size_t)v.s.B * v.s.NH * ceil_div(mlstm_chunks(&v.s), v.segment_chunks);
+    const size_t of_v = heads * v.slices, of_k = heads * k.slices, left = (of_v - 1) % SCAN_BLOCKS + 1;
+    const int apart = ceil_div(of_v, SCAN_BLOCKS) + ceil_div(of_k, SCAN_BLOCKS);
+    return ceil_div(of_v + of_k, SCAN_BLOCKS) < apart || 10 * left > 9 * SCAN_BLOCKS;
+}
+
+// dV and dK: together where heads are 2 : 1 and it pays, else one after the other
 static void scan_run_pair(ScanArgs v, ScanArgs k, cudaStream_t stream) {
     const int dk = scan_pad(v.s.dk, false), dv = scan_pad(v.s.dv, true);
     v.slices = scan_slices(&v.s, false), k.slices = scan_slices(&v.s, true);
+    if (!scan_pair_pays(v, k)) {
+        scan_run<SCAN_DV>(v, stream);
+        return scan_run<SCAN_DK>(k, stream);
+    }
     if (dk == 64 && dv == 128) return scan_launch_pair<64, 128>(v, k, stream);
     if (dk == 128 && dv == 192) return scan_launch_pair<128, 192>(v, k, stream);
     if (dk == 128 && dv == 256) return scan_launch_pair<128, 256>(v, k, stream);
