@@ -2374,8 +2374,8 @@ static void cpu_update(const UpdateConfig *u) {
 // Memory: every buffer is taken from one arena, first with no memory behind it to learn the size, then for real
 
 // Elements left free between buffers. Most sizes are multiples of large powers of two, so that without the gap all that
-// a loop reads and writes at a time would fall into the same set of the L2 cache, where fills and write-backs wait for
-// each other: AdamW, on weights, gradients and moments, then takes three times as long.
+// a loop reads and writes at a time would lie at the same place of its page. AdamW, on weights, gradients and moments,
+// then takes three times as long, probably since all four fall into the same sets of the caches.
 enum { STAGGER = 65 * 64 / (int)sizeof(real) };
 
 typedef struct {

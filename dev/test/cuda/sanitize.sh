@@ -10,8 +10,8 @@
 #              sLSTM heads that one block holds (slstm_block): it exchanges outputs with itself through words in shared
 #              memory that carry the number of their step, and the reader waits for that. The barriers of these kernels
 #              are those of slstm_team, where the words are in global memory
-#   initcheck  what TMA writes counts as never written, also by the kernels of cuBLASLt. So whole training steps are
-#              checked where no product can use TMA: in fp32, and in bf16 with odd widths
+#   initcheck  what TMA writes counts as never written, also by the kernels of cuBLASLt. So a whole training step is
+#              checked in fp32 alone, whose products do not use it. In bf16 the model tests fill all memory with NaN
 #
 # Prints what failed and, last, "N passed, N failed".
 set -u
@@ -56,9 +56,7 @@ run "racecheck: mLSTM" "${RACECHECK[@]}" -- "$TESTS" mlstm_cell small
 run "racecheck: sLSTM" "${RACECHECK[@]}" -- "$TESTS" slstm_team small
 head -c 3000 "$ROOT/README.md" >text.txt
 STEP=(--blocks "mlstm,mlstm_v1,slstm" --train text.txt --batch 2 --seq-len 150 --steps 1 --reset-docs --eot 10)
-ODD=(--dim 33 --heads 1 --ffn 21 --vocab 257)
 run "initcheck: a step, fp32" "${INITCHECK[@]}" -- "$TRAIN" "${STEP[@]}" --dim 48 --heads 2 --precision fp32 --out fp32
-run "initcheck: a step, bf16" "${INITCHECK[@]}" -- "$TRAIN" "${STEP[@]}" "${ODD[@]}" --out bf16
 
 echo "sanitize: $PASSED passed, $FAILED failed"
 [ "$FAILED" = 0 ]
