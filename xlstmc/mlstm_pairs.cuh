@@ -35,8 +35,8 @@ static dim3 mlstm_element_grid(const MlstmShape *s) {
 // of a forward pair are the gates' (mlstm_gate_values); keep of a backward one is the product of all decays.
 
 template <bool REVERSE>
-static __global__ void mlstm_pair_kernel(MlstmShape s, MlstmState pair, const float *segments, const float *decay,
-                                         int num_segments, int segment_chunks) {
+__device__ __forceinline__ void pair_elements(const MlstmShape &s, const MlstmState &pair, const float *segments,
+                                              const float *decay, int num_segments, int segment_chunks) {
     extern __shared__ float kept[];  // [num_segments] how much of the state survives each of the parts
     const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, NC = (s.T + s.chunk - 1) / s.chunk;
     enter_kept(kept, decay + (size_t)bh * NC, NC, num_segments, segment_chunks);
@@ -59,19 +59,30 @@ static __global__ void mlstm_pair_kernel(MlstmShape s, MlstmState pair, const fl
     *mlstm_state_element(s, pair, b, head, i) = state;
 }
 
+static __global__ void mlstm_fwd_pair_kernel(MlstmShape s, MlstmState pair, const float *segments, const float *decay,
+                                             int num_segments, int segment_chunks) {
+    pair_elements<false>(s, pair, segments, decay, num_segments, segment_chunks);
+}
+static __global__ void mlstm_bwd_pair_kernel(MlstmShape s, MlstmState pair, const float *segments, const float *decay,
+                                             int num_segments, int segment_chunks) {
+    pair_elements<true>(s, pair, segments, decay, num_segments, segment_chunks);
+}
+
 template <bool REVERSE>
 static void mlstm_pair(const MlstmShape *s, MlstmState pair, const float *segments, const float *decay,
                        int segment_chunks, cudaStream_t stream) {
     int count = ceil_div(mlstm_chunks(s), segment_chunks);
-    mlstm_pair_kernel<REVERSE><<<mlstm_element_grid(s), 256, count * sizeof(float), stream>>>(*s, pair, segments, decay,
-                                                                                              count, segment_chunks);
+    auto kernel = REVERSE ? mlstm_bwd_pair_kernel : mlstm_fwd_pair_kernel;
+    kernel<<<mlstm_element_grid(s), 256, count * sizeof(float), stream>>>(*s, pair, segments, decay, count,
+                                                                          segment_chunks);
     LAUNCH_CHECK();
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // Folds
 
-static __global__ void mlstm_fold_kernel(MlstmShape s, MlstmState enter, MlstmState first, float *pairs, int count) {
+static __global__ void mlstm_fwd_fold_kernel(MlstmShape s, MlstmState enter, MlstmState first, float *pairs,
+                                             int count) {
     extern __shared__ float factors[];  // [count][2] of what is there already, and of the pair
     const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH;
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, record = s.NH * ((size_t)s.dk * s.dv + s.dk + 2);
@@ -99,12 +110,12 @@ static __global__ void mlstm_fold_kernel(MlstmShape s, MlstmState enter, MlstmSt
 MAYBE_UNUSED
 static void mlstm_fold(const MlstmShape *s, MlstmState enter, MlstmState first, float *pairs, int count,
                        cudaStream_t stream) {
-    mlstm_fold_kernel<<<mlstm_element_grid(s), 256, 2 * (size_t)count * sizeof(float), stream>>>(*s, enter, first,
-                                                                                                 pairs, count);
+    mlstm_fwd_fold_kernel<<<mlstm_element_grid(s), 256, 2 * (size_t)count * sizeof(float), stream>>>(
+        *s, enter, first, pairs, count);
     LAUNCH_CHECK();
 }
 
-static __global__ void mlstm_fold_backward_kernel(MlstmShape s, MlstmState dfinal, float *pairs, int count) {
+static __global__ void mlstm_bwd_fold_kernel(MlstmShape s, MlstmState dfinal, float *pairs, int count) {
     const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH;
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, record = s.NH * ((size_t)s.dk * s.dv + s.dk + 2);
     if (i >= (size_t)s.dk * s.dv + s.dk) return;
@@ -119,7 +130,7 @@ static __global__ void mlstm_fold_backward_kernel(MlstmShape s, MlstmState dfina
 // dfinal := the gradient of the states that leave a segment, from the pairs of the `count` segments behind it
 MAYBE_UNUSED
 static void mlstm_fold_backward(const MlstmShape *s, MlstmState dfinal, float *pairs, int count, cudaStream_t stream) {
-    mlstm_fold_backward_kernel<<<mlstm_element_grid(s), 256, 0, stream>>>(*s, dfinal, pairs, count);
+    mlstm_bwd_fold_kernel<<<mlstm_element_grid(s), 256, 0, stream>>>(*s, dfinal, pairs, count);
     LAUNCH_CHECK();
 }
 
@@ -127,7 +138,7 @@ static void mlstm_fold_backward(const MlstmShape *s, MlstmState dfinal, float *p
 // tail [B, NH] = <C, dC> + <n, dn> of the states that leave: what the later tokens' sums of <q, dq> - <k, dk> amount to
 
 static __global__ void __launch_bounds__(1024)
-    mlstm_tail_kernel(MlstmShape s, float *tail, MlstmState final, MlstmState dfinal) {
+    mlstm_bwd_tail_kernel(MlstmShape s, float *tail, MlstmState final, MlstmState dfinal) {
     const int b = blockIdx.x / s.NH, head = blockIdx.x % s.NH;
     const size_t matrix = (size_t)s.dk * s.dv;
     const float *C = mlstm_state_element(s, final, b, head, 0), *dC = mlstm_state_element(s, dfinal, b, head, 0);
@@ -142,7 +153,7 @@ static __global__ void __launch_bounds__(1024)
 }
 MAYBE_UNUSED
 static void mlstm_tail(const MlstmShape *s, float *tail, MlstmState final, MlstmState dfinal, cudaStream_t stream) {
-    mlstm_tail_kernel<<<s->B * s->NH, 1024, 0, stream>>>(*s, tail, final, dfinal);
+    mlstm_bwd_tail_kernel<<<s->B * s->NH, 1024, 0, stream>>>(*s, tail, final, dfinal);
     LAUNCH_CHECK();
 }
 

@@ -368,13 +368,14 @@ __device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace
     const int border = scan_border<S>(at, c), spans = scan_borders(at) + 1, tid = threadIdx.x % 64;
     if (border < 0 || S::MODE == SCAN_DQ || (S::MODE == SCAN_H && (at.slice || !p.n_snapshots))) return;
     float *kept = p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, sum = 0;
-    if (S::MODE == SCAN_H) {
+    if constexpr (S::MODE == SCAN_H) {
         for (int k = tid; k < p.s.dk; k += 64) kept[k] = vector[k];
-        return;
+    } else {
+        for (int k = tid; k < S::W && at.slice * S::W + k < p.s.dk; k += 64)
+            sum += vector[k] * kept[at.slice * S::W + k];
+        scan_store_sum<2>(&p.anchor[((size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh) * spans + border], sum,
+                          sh->sums + 8, 1);
     }
-    for (int k = tid; k < S::W && at.slice * S::W + k < p.s.dk; k += 64) sum += vector[k] * kept[at.slice * S::W + k];
-    scan_store_sum<2>(&p.anchor[((size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh) * spans + border], sum,
-                      sh->sums + 8, 1);
 }
 
 // dK at the end of its walk: the same where the sequence begins
