@@ -59,17 +59,13 @@ if [ "$FAILED" = 0 ]; then
     for script in dev/test/*.sh; do run "${script##*/}" bash "$script"; done
 fi
 
-# The trainer was built above for all chips (no GPU is needed for that, only nvcc). The GPU's tests and the library of
-# kernels are compiled for one of them, without linking; of benchmarks and ladders, which hold little beside kernels that
-# are compiled there, only syntax and types are checked, where nvcc can do that.
+# The trainer, which holds every kernel, was built above for all chips (no GPU is needed for that, only nvcc). Of the
+# GPU's tests, the library of kernels, benchmarks and ladders, syntax and types are checked, if nvcc can do that alone.
 NVCC=$(make -s print-nvcc)
 if [ -n "$NVCC" ]; then
     CHECK=(-cuda)
     "$NVCC" --help | grep -q fdevice-syntax-only && CHECK=(-fdevice-syntax-only -c)
-    for file in test_xlstm.cu xlstmc/xlstm_kernels.cu; do
-        compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 -cuda "$file" -o /dev/null
-    done
-    for file in dev/bench/*.cu dev/cuda/*.cu; do
+    for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu dev/cuda/*.cu; do
         compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 "${CHECK[@]}" "$file" -o /dev/null
     done
 fi
