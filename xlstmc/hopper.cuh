@@ -57,17 +57,6 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same; true in all of them if `mine` is in any
-__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine) {
-    unsigned any;
-    asm volatile(
-        "{\n .reg .pred p, q;\n setp.ne.u32 p, %3, 0;\n bar.red.or.pred q, %1, %2, p;\n selp.u32 %0, 1, 0, q;\n}\n"
-        : "=r"(any)
-        : "r"(id), "r"(threads), "r"((unsigned)mine)
-        : "memory");
-    return any;
-}
-
 // Ordinary stores to shared memory become visible to TMA and wgmma; by each thread that stored.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -2,7 +2,8 @@
 // judged). state_tracking_gpu.py runs it for all and makes a table and a plot.
 //
 //   make build/state_tracking_gpu
-//   build/state_tracking_gpu TASK BLOCKS SEED STEPS LR SOLVED WIDTH HEADS BATCH    e.g. s5 'slstm*2' 1 3000 5e-3 0.3 64 2 64
+//   build/state_tracking_gpu TASK BLOCKS SEED STEPS LR SOLVED WIDTH HEADS BATCH
+//   build/state_tracking_gpu s5 'slstm*2' 1 3000 5e-3 0.3 64 2 64
 //
 // The last line: the length that was reached in training, then the share of right answers at positions 1 to 256.
 

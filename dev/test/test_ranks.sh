@@ -169,17 +169,6 @@ fi
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks that die or hang: all others end in time, and say who, where, when and in which call
 
-gone() { # gone SECONDS PID...: no process of these is left after so many seconds
-    local end=$((SECONDS + $1)) pid alive
-    shift
-    while alive=0; for pid; do kill -0 "$pid" 2>/dev/null && alive=1; done; [ $alive = 1 ]; do
-        if [ $SECONDS -gt $end ]; then
-            echo "still there: $(ps -o pid=,stat=,args= -p "$(echo "$*" | tr ' ' ,)")"
-            return 1
-        fi
-        sleep 0.05
-    done
-}
 strike() { # strike SIGNAL NUMBER: sends it to one of 4 ranks at some time
     local job code=0 pids victim n=$2 done_steps
     rm -rf struck

@@ -158,17 +158,6 @@ fi
 # ---------------------------------------------------------------------------------------------------------------------
 # A rank that dies or hangs: the other ends in time, and says who, where, when and in which call
 
-gone() { # gone SECONDS PID...: no process of these is left after so many seconds
-    local end=$((SECONDS + $1)) pid alive
-    shift
-    while alive=0; for pid; do kill -0 "$pid" 2>/dev/null && alive=1; done; [ $alive = 1 ]; do
-        if [ $SECONDS -gt $end ]; then
-            echo "still there: $(ps -o pid=,stat=,args= -p "$(echo "$*" | tr ' ' ,)")"
-            return 1
-        fi
-        sleep 0.05
-    done
-}
 strike() { # strike SIGNAL NUMBER: sends it to one of 2 ranks at some time
     local job code=0 pids victim n=$2 sp=$(($2 % 2 + 1)) start
     rm -rf struck
