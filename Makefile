@@ -224,6 +224,7 @@ endif
 test-gpu: all $(BUILD)/test_xlstm_cu $(BUILD)/compare
 	$(BUILD)/test_xlstm_cu
 	bash dev/test/cuda/gpu_runs.sh
+	PROGRAM=./train_xlstmcu bash dev/test/bad_input.sh
 	bash dev/test/cuda/gpu_ranks.sh
 
 tests: all $(addprefix $(BUILD)/,$(TESTS) $(HELPERS))

@@ -64,11 +64,11 @@ static void test_matmul_format(void) {
         char what[96];
         for (size_t i = 0; i < nw; i++) want_dw[i] *= 2;
         format_into(what, sizeof what, "matmul %s %d x %d x %d, out", format_name<F>(), rows, N, K);
-        check_close(what, to_host(out, no), want, no, tolerance<F>(1e-6, 5e-3));
+        check_close(what, to_host(out, no), want, no, tolerance<F>(6e-7, 5e-3));
         format_into(what, sizeof what, "matmul %s %d x %d x %d, dx", format_name<F>(), rows, N, K);
         check_close(what, to_host(gx, nx), want_dx, nx, tolerance<F>(1e-6, 5e-3));
         format_into(what, sizeof what, "matmul %s %d x %d x %d, dw", format_name<F>(), rows, N, K);
-        check_close(what, to_host(gw, nw), want_dw, nw, 1e-6);
+        check_close(what, to_host(gw, nw), want_dw, nw, tolerance<F>(2e-7, 3.5e-7));
     }
 }
 
@@ -135,11 +135,14 @@ static ModelConfig case_config(const ModelCase *c) {
     return config;
 }
 
-static Pair build_pair(const ModelCase *c, int in_bf16) {
+// calm: no gradient is a sum that all but cancels. Otherwise the norm of each head takes back what a common shift of the
+// input gates does to h, and divisors may come near to zero. A seed for the weights; 0: not calm
+static Pair build_pair(const ModelCase *c, int in_bf16, int calm) {
     Pair p;
     memset(&p, 0, sizeof p);
     release_models();
     p.config = case_config(c);
+    if (calm) p.config.eps = 0.5, p.config.norm_eps = 0.1;
     p.table = model_table(&p.config);
     p.states = model_state_table(&p.config);
     RunConfig run = {c->B, c->T, c->states ? c->B : 0, 1, c->recompute, in_bf16, 4, 64};
@@ -154,12 +157,12 @@ static Pair build_pair(const ModelCase *c, int in_bf16) {
         p.values[side] = (float *)xcalloc(p.largest, sizeof(float));
     }
     for (int k = 0; k < p.table.num_tensors; k++) {  // zeros would hide errors: noise on everything
-        tensor_init(&p.config, &p.table, k, 7, p.values[0]);
+        tensor_init(&p.config, &p.table, k, calm ? calm : 7, p.values[0]);
         for (size_t i = 0; i < p.table.tensors[k].count; i++) {
             p.values[0][i] += 0.05f * (float)rng_normal(8, RNG_TEST, (uint64_t)k, i);
-            // Open input gates. Not in bf16 and not for a single token: once they are open, |q.n| cancels in the
-            // denominator (or with the numerator) and makes rounding larger without limit.
-            if (p.table.tensors[k].init == INIT_IGATE_10 && !in_bf16 && c->T > 1) p.values[0][i] += 9;
+            // Open input gates. If not calm, not in bf16 and not for a single token: once they are open, |q.n| cancels in
+            // the denominator (or with the numerator) and makes rounding larger without limit.
+            if (p.table.tensors[k].init == INIT_IGATE_10 && (calm || (!in_bf16 && c->T > 1))) p.values[0][i] += 9;
             if (in_bf16 && p.table.tensors[k].ndim > 1) p.values[0][i] = to_float(from_float<bf16>(p.values[0][i]));
         }
         for (int side = 0; side < 2; side++) p.backend[side]->write_tensor(KIND_WEIGHT, k, p.values[0]);
@@ -211,8 +214,8 @@ static void check_tensors(const Pair *p, const char *what, int kind, double floo
         const char *name = p->table.tensors[k].name;
         const int gate_bias = strstr(name, "gate") && strstr(name, ".bias");
         const double least = (gate_bias ? bias_floor : floor) * all;
-        if (size < least) error *= size > 0 ? size / least : 1 / least;
         if (!(error <= limit)) printf("     %-60s %.2e, norm %.1e of the whole\n", name, error, size / all);
+        if (size < least) error *= size > 0 ? size / least : 1 / least;
         if (!(error <= worst)) worst = error, at = k;
     }
     char line[200];
@@ -250,12 +253,12 @@ static void check_fewer_rows(const Pair *p, const char *label, double loss_limit
     check_values(label, "graph replays of fewer rows give the same bits", &equal, &one, 1, 0);
 }
 
-static void test_model_case(const ModelCase *c, int in_bf16) {
-    Pair p = build_pair(c, in_bf16);
+static void test_model_case(const ModelCase *c, int in_bf16, int calm) {
+    Pair p = build_pair(c, in_bf16, calm);
     char label[120], line[200];
     double limit = in_bf16 ? 3e-2 : 1e-4, scale = 1.0 / ((double)c->B * c->T);
-    format_into(label, sizeof label, "%s %s%s D%d V%d B%d T%d%s%s%s%s", in_bf16 ? "bf16" : "fp32", c->blocks,
-                c->sigmoid ? " sig" : "", c->D, c->V, c->B, c->T, c->resets ? " resets" : "",
+    format_into(label, sizeof label, "%s %s%s%s D%d V%d B%d T%d%s%s%s%s", in_bf16 ? "bf16" : "fp32",
+                calm ? "calm " : "", c->blocks, c->sigmoid ? " sig" : "", c->D, c->V, c->B, c->T, c->resets ? " resets" : "",
                 c->states ? " carried" : "", c->recompute ? " recompute" : "", c->tile ? " tiles" : "");
     for (int step = 0; step < (c->states ? 2 : 1); step++) {  // the second one starts from the states of the first
         float loss[2];
@@ -268,7 +271,8 @@ static void test_model_case(const ModelCase *c, int in_bf16) {
         check_values(label, "loss", &loss[1], &loss[0], 1, in_bf16 ? 5e-3 : 1e-5);
         check_values(label, "logits", p.logits[1], p.logits[0], p.num_logits, limit);
         format_into(line, sizeof line, "%s: gradients", label);
-        check_tensors(&p, line, KIND_GRAD, in_bf16 ? 2e-3 : 1e-3, in_bf16 ? 2e-2 : 1e-3, limit);
+        const double floor = calm ? 0 : in_bf16 ? 2e-3 : 1e-3, bias_floor = calm ? 0 : in_bf16 ? 2e-2 : 1e-3;
+        check_tensors(&p, line, KIND_GRAD, floor, bias_floor, limit);
     }
     for (int row = 0; c->states && row < c->B; row++) {
         for (int side = 0; side < 2; side++) p.backend[side]->read_state(row, p.values[side]);
@@ -313,12 +317,13 @@ static void test_model_case(const ModelCase *c, int in_bf16) {
                   in_bf16 ? 3e-2 : 1e-3);  // signs of tiny gradients decide at the first update
 }
 
-static void test_models(int in_bf16) {
+static void test_models(int in_bf16, int calm) {
     for (size_t k = 0; k < sizeof model_cases / sizeof model_cases[0]; k++)
-        if (!small_tests || &model_cases[k] == small_model_case) test_model_case(&model_cases[k], in_bf16);
+        if (!small_tests || &model_cases[k] == small_model_case) test_model_case(&model_cases[k], in_bf16, calm);
 }
-static void test_models_fp32(void) { test_models(0); }
-static void test_models_bf16(void) { test_models(1); }
+static void test_models_fp32(void) { test_models(0, 0); }
+static void test_models_bf16(void) { test_models(1, 0); }
+static void test_models_calm(void) { for (int s = 1; s < 9; s++) { printf("SEED %d\n", s); test_models(1, s);} }
 
 // ----------------------------------------------------------------------------------------------------------------
 // Memory that a run takes beyond its plan: code, graphs of as many shapes as are kept, what cuBLASLt and the driver
@@ -388,7 +393,8 @@ int main(int argc, char **argv) {
                  {"slstm_block", test_slstm_block},
                  {"slstm_team", test_slstm_team},
                  {"models_fp32", test_models_fp32},
-                 {"models_bf16", test_models_bf16}};
+                 {"models_bf16", test_models_bf16},
+                 {"models_calm", test_models_calm}};
     small_tests = argc > 1 && strcmp(argv[argc - 1], "small") == 0;
     use_bf16 = 0;
     choose_device();

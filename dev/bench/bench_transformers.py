@@ -3,7 +3,8 @@
 
 Forward way: a checkpoint directory of train_xlstmcu (all blocks `mlstm`, exponential gates) is loaded by
 AutoModelForCausalLM. No key may be missing or left over; loss, logits and gradients of one batch must be those of
-`--dump`; a greedy continuation must be that of `--generate`. Without --load a small model is trained for that first.
+`--dump`; a greedy continuation must be that of `--generate`. Without --load a small model is trained for that first,
+and saved with weights in float32 and in bf16, which transformers loads as float32.
 Backward way: a small random xLSTM of transformers is saved by save_pretrained and must give the same in `--dump`.
 
 transformers runs in float32, with the code in transformers itself also where the package `xlstm` is installed. What is
@@ -37,7 +38,7 @@ from transformers.models.xlstm.configuration_xlstm import xLSTMConfig
 from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM
 
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-LIMITS = {"fp32": {"loss": 1e-5, "logits": 2e-4, "gradients": 2e-3},        # relative L2, by --precision
+LIMITS = {"fp32": {"loss": 1e-5, "logits": 1e-4, "gradients": 1e-4},        # relative L2, by --precision
           "bf16": {"loss": 5e-3, "logits": 3e-2, "gradients": 1e-1}}
 TIES = {"fp32": 1e-3, "bf16": 1e-1}                                         # logits this close count as equal
 
@@ -163,24 +164,23 @@ def compare_continuation(options, model, directory, title):
 # ----------------------------------------------------------------------------------------------------------------------
 # The two directions
 # ----------------------------------------------------------------------------------------------------------------------
-def train_small(options, text, out):
+def train_small(options, text, out, dtype):
     """A checkpoint of a small model, trained until its greedy text has clear favourites."""
     run(options, "--blocks", "mlstm*3", "--dim", "256", "--heads", "4", "--vocab", "256", "--train", text, "--batch",
         "8", "--seq-len", "128", "--steps", str(options.steps), "--lr", "3e-3", "--warmup", "10", "--save-every", "0",
-        "--out", out)
+        "--save-dtype", dtype, "--out", out)
     return sorted(glob.glob(os.path.join(out, "step_*")))[-1]
 
 
-def ours_to_theirs(options, text, work):
-    directory = options.load or train_small(options, text, os.path.join(work, "run"))
+def ours_to_theirs(options, directory, text, what):
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     for kind, names in problems.items():
-        check(not names, f"into transformers: {len(names)} {kind.replace('_', ' ')}"
+        check(not names, f"{what}: {len(names)} {kind.replace('_', ' ')}"
               + (f": {' '.join(names[:6])}" if names else ""))
     model.to(options.device)
     size = sum(p.numel() for p in model.parameters())
-    title = f"into transformers ({size:,} parameters)"
+    title = f"{what} ({size:,} parameters)"
     compare_batch(options, model, directory, text, title)
     compare_continuation(options, model, directory, title)
 
@@ -221,7 +221,11 @@ def main():
         text = os.path.join(work, "batch.txt")          # the name decides how the program reads a file
         with open(options.train, "rb") as source, open(text, "wb") as copy:
             copy.write(source.read(1 << 20))
-        ours_to_theirs(options, text, work)
+        if options.load:
+            ours_to_theirs(options, options.load, text, "into transformers")
+        for dtype in () if options.load else ("fp32", "bf16"):
+            directory = train_small(options, text, os.path.join(work, dtype), dtype)
+            ours_to_theirs(options, directory, text, f"{dtype} weights into transformers")
         theirs_to_ours(options, text, work)
     print(f"{passed} passed, {failed} failed")
     sys.exit(1 if failed else 0)

@@ -75,6 +75,9 @@ def floors(case):
         # the kernels of mlstm_scan.cuh: no states, but C in bf16 every 128 tokens, written by H and read by dV
         ("mLSTM scan H", r"mlstm_fwd_scan_kernel", scan(4 * (dk + dv) + snapshot)),
         ("mLSTM scan dQ", r"mlstm_bwd_scan_kernel<Scan<1,", scan(6 * dk + 4 * dv)),
+        ("mLSTM scan dV", r"mlstm_bwd_scan_kernel<Scan<2,", scan(4 * (dk + dv) + snapshot)),
+        ("mLSTM scan dK", r"mlstm_bwd_scan_kernel<Scan<3,", scan(6 * dk + 4 * dv)),
+        # side by side: what one finds of the other's in L2 is moved once
         ("mLSTM scan dV and dK", r"mlstm_bwd_scan_pair_kernel", scan(6 * (dk + dv) + snapshot)),
         # summary 8, tokens 36, factors of the rows 20, gradient 32
         ("mLSTM gates, all kernels", r"mlstm_(fwd|bwd)_(gate|row_factors)", cell(96)),

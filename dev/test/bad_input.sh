@@ -3,6 +3,7 @@
 # the one line on stderr must name, and the command. Nothing may be written, overwritten or left behind.
 #
 #   bash dev/test/bad_input.sh        (make builds what it needs)
+#   PROGRAM=./train_xlstmcu bash dev/test/bad_input.sh        the CUDA trainer; needs a GPU
 #
 # Prints what failed and, last, "N passed, N failed".
 set -u
@@ -10,8 +11,9 @@ export LC_ALL=C
 unset OMP_NUM_THREADS
 cd "$(dirname "$0")/../.." || exit 1
 ROOT=$PWD
-make -s train_xlstm data/tokenize >/dev/null || { echo "0 passed, 1 failed"; exit 1; }
-TRAIN=$ROOT/train_xlstm
+PROGRAM=${PROGRAM:-./train_xlstm}
+make -s "${PROGRAM#./}" data/tokenize >/dev/null || { echo "0 passed, 1 failed"; exit 1; }
+TRAIN=$ROOT/${PROGRAM#./}
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/bad_input.XXXXXX")
 trap 'chmod -R u+w "$WORK"; rm -rf "$WORK"' EXIT
 mkdir "$WORK/here" && cd "$WORK/here" || exit 1
@@ -30,7 +32,7 @@ bad() { # bad CODE WORD FLAGS...: the trainer must end with CODE and one line th
     [ "$before" = "$(snapshot)" ] || why="$why; files have changed"
     [ -n "$why" ] || { PASSED=$((PASSED + 1)); return; }
     FAILED=$((FAILED + 1))
-    echo "FAILED: train_xlstm $*"
+    echo "FAILED: ${PROGRAM#./} $*"
     echo "    ${why#; }"
     head -c 600 ../err | sed 's/^/    /'
 }
@@ -98,7 +100,8 @@ bad 2 --schedule "${G[@]}" --schedule cos
 bad 2 --gate "${G[@]}" --gate tanh
 bad 2 --save-dtype "${G[@]}" --save-dtype fp16
 bad 2 --recompute "${G[@]}" --recompute all
-bad 2 --precision "${G[@]}" --precision bf16
+bad 2 --precision "${G[@]}" --precision fp8
+[ "$PROGRAM" != ./train_xlstm ] || bad 2 --precision "${G[@]}" --precision bf16
 bad 2 --sp "${G[@]}" --sp 2
 bad 2 mpirun "${G[@]}" --sp 2
 bad 2 --batch "${G[@]}" --batch 65536 --seq-len 65536

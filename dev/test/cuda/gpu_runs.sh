@@ -92,7 +92,12 @@ check "no GPU" says 2 'no GPU' env CUDA_VISIBLE_DEVICES= "$GPU" --train text.txt
 LARGE=(--blocks mlstm --train text.txt --seq-len 2 --steps 2) # 65535 sequences and heads, and one more
 check "as many sequences as a grid takes" quiet "$GPU" "${LARGE[@]}" --dim 60 --heads 15 --batch 4369
 check "more sequences than a grid takes" says 2 '--batch' "$GPU" "${LARGE[@]}" --dim 64 --heads 16 --batch 4096
-check "--precision fp8" says 2 '--precision' "$GPU" --train text.txt --precision fp8
+mkdir old # a driver of CUDA 11.4, as far as the CUDA runtime can see
+echo 'int cuDriverGetVersion(int *v) { return *v = 11040, 0; } int cuInit(unsigned f) { return f; }' >old/driver.c
+quiet "${CC:-cc}" -shared -fPIC old/driver.c -o old/libcuda.so.1
+check "driver too old" says 2 'driver is older' \
+    env LD_LIBRARY_PATH="$WORK/old:${LD_LIBRARY_PATH:-}" "$GPU" --train text.txt --steps 1
+check "--help" quiet "$GPU" --help
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The CPU's loss curve; from the CPU to the GPU and back

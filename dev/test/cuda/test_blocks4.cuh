@@ -45,13 +45,13 @@ static void test_blocks4_case(int rows, int I, int ld) {
         snprintf(what, sizeof what, "%s: %s", name, part);
         check_close(what, got, want, count, limit);
     };
-    double rounded = tolerance<F>(1e-5, 4e-3);
+    double rounded = tolerance<F>(1e-7, 4e-3);
     check("qkv", to_host(d_qkv, 3 * n), qkv, 3 * n, rounded);
     check("dca", to_host(d_dca, n), dca, n, rounded);
     check("dbranch", to_host(d_dbranch, wide), dbranch, wide, rounded);
-    check("dwq", to_host(d_dw[0], all), dw[0], all, 1e-5);
-    check("dwk", to_host(d_dw[1], all), dw[1], all, 1e-5);
-    check("dwv", to_host(d_dw[2], all), dw[2], all, 1e-5);
+    check("dwq", to_host(d_dw[0], all), dw[0], all, 6e-7);
+    check("dwk", to_host(d_dw[1], all), dw[1], all, 6e-7);
+    check("dwv", to_host(d_dw[2], all), dw[2], all, 6e-7);
 }
 
 static void test_blocks4(void) {

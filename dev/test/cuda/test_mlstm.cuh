@@ -184,15 +184,17 @@ static void mlstm_check(const MlstmLabel *l, const char *part, float *got, const
 }
 
 // C, n and m apart: they differ in size
+template <typename F>
 static void mlstm_check_states(const MlstmLabel *l, const MlstmCase *c, const MlstmHost *x, const float *got,
-                               const float *want, double limit) {
+                               const float *want) {
     const char *names[3] = {"C", "n", "m"};
+    const double limits[3] = {tolerance<F>(1.6e-6, 5e-3), 1.5e-6, 6e-7};
     const size_t at[4] = {0, x->Dk * c->dv, x->Dk * c->dv + x->Dk, x->state};
     for (int k = 0; k < 3; k++) {
         size_t count = at[k + 1] - at[k];
         float *expected = take_columns(want, x->state, at[k], count, c->B);
         mlstm_check(l, names[k], take_columns(got, x->state, at[k], count, c->B), expected, c->B * count,
-                    k == 0 ? limit : 1e-5);
+                    limits[k]);
         free(expected);
     }
 }
@@ -208,21 +210,20 @@ static int mlstm_test_remembers(const MlstmHost *x) {
 template <typename F>
 static void mlstm_check_all(const MlstmCase *c, const MlstmHost *x, const MlstmDevice<F> *d) {
     const MlstmLabel l = mlstm_test_label<F>(c, d->shape.chunk);
-    const double forward = tolerance<F>(1e-5, 1e-2), backward = tolerance<F>(5e-5, 1e-2),
-                 gates = tolerance<F>(5e-5, 3e-2);
+    const double gates = tolerance<F>(9e-6, 1e-2);
     float *states = to_host(d->states, c->B * x->state), *wide = to_host(d->wide, x->rows * x->ld);
     float *unwritten = fill_random(x->rows * x->ld, 13, 1);
     round_to<F>(unwritten, x->rows * x->ld);
-    mlstm_check(&l, "h", to_host(d->h, x->rows * x->Dv), x->out[OUT_H], x->rows * x->Dv, forward);
-    mlstm_check_states(&l, c, x, states, x->out[OUT_STATE], forward);
+    mlstm_check(&l, "h", to_host(d->h, x->rows * x->Dv), x->out[OUT_H], x->rows * x->Dv, tolerance<F>(4.5e-6, 9e-3));
+    mlstm_check_states<F>(&l, c, x, states, x->out[OUT_STATE]);
     const struct {
         const char *name;
         size_t at, count;
         const float *want;  // NULL: as it was
         double limit;
-    } parts[] = {{"dq", x->lead, x->Dk, x->out[OUT_DQ], backward},
-                 {"dk", x->lead + x->Dk, x->Dk, x->out[OUT_DK], backward},
-                 {"dv", x->lead + 2 * x->Dk, x->Dv, x->out[OUT_DV], backward},
+    } parts[] = {{"dq", x->lead, x->Dk, x->out[OUT_DQ], tolerance<F>(8e-6, 8e-3)},
+                 {"dk", x->lead + x->Dk, x->Dk, x->out[OUT_DK], tolerance<F>(8e-6, 8e-3)},
+                 {"dv", x->lead + 2 * x->Dk, x->Dv, x->out[OUT_DV], tolerance<F>(4.5e-6, 9e-3)},
                  {"dgates", x->at_gates, x->G, NULL, gates},
                  {"dgates, forget", x->at_gates + x->G / 2, x->G / 2, NULL, gates},
                  {"columns before", 0, x->lead, NULL, 0},
@@ -236,7 +237,8 @@ static void mlstm_check_all(const MlstmCase *c, const MlstmHost *x, const MlstmD
         mlstm_check(&l, p.name, got, p.want ? p.want : want, x->rows * p.count, p.limit);
         free(want);
     }
-    mlstm_check(&l, "dbias", to_host(d->dbias, x->G), x->out[OUT_DBIAS], x->G, gates);
+    // sums over all tokens, much of which cancels
+    mlstm_check(&l, "dbias", to_host(d->dbias, x->G), x->out[OUT_DBIAS], x->G, tolerance<F>(1e-5, 1.5e-2));
     free(states), free(wide), free(unwritten);
 }
 
@@ -300,10 +302,9 @@ static void test_mlstm_split(const MlstmCase *c, int first, int chunk) {
     MlstmLabel l = mlstm_test_label<F>(c, chunk);
     const size_t end = strlen(l.label);
     format_into(l.label + end, sizeof l.label - end, " cut at %d", first);
-    const double limit = tolerance<F>(1e-5, 1e-2);
     float *states = to_host(d.states, x.state);
-    mlstm_check(&l, "h", to_host(d.h, x.rows * x.Dv), x.out[OUT_H], x.rows * x.Dv, limit);
-    mlstm_check_states(&l, c, &x, states, x.out[OUT_STATE], limit);
+    mlstm_check(&l, "h", to_host(d.h, x.rows * x.Dv), x.out[OUT_H], x.rows * x.Dv, tolerance<F>(4.5e-6, 9e-3));
+    mlstm_check_states<F>(&l, c, &x, states, x.out[OUT_STATE]);
     free(states);
     CUDA_CHECK(cudaFree(between));
     mlstm_test_device_free(&d);
