@@ -187,7 +187,7 @@ static void check_flags(const Trainer *t) {
             "--sp %" PRId64
             " does not divide the number of ranks, %d; ranks come from mpirun, e.g. mpirun -np %" PRId64,
             f->sp, comm.size, f->sp);
-    if (f->seq_len < 3 * f->sp)
+    if (f->sp > 1 && f->seq_len < 3 * f->sp)
         die(EXIT_USAGE, "--seq-len %" PRId64 " is less than 3 tokens for each of --sp %" PRId64 " ranks", f->seq_len,
             f->sp);
     if (comm.size > 1 && !t->backend->reduce_grads)

@@ -58,6 +58,9 @@ for threads in 1 2; do
 done
 must "$TRAIN" "${TINY[@]}" --val val.txt --eval-every 1 --sample-every 1 --sample-len 9 --save-every 3 --out looked
 check "evaluation, samples and --save-every change no byte" same "$(step a1 8)" "$(step looked 8)"
+for length in 1 2; do # less than the convolution's window
+    check "sequences of $length" exits 0 "$TRAIN" "${TINY[@]}" --seq-len $length --out length$length
+done
 must "$TRAIN" "${TINY[@]}" --recompute block --out recomputed
 check "recomputation changes no byte" same "$(step a1 8)" "$(step recomputed 8)"
 must "$TRAIN" "${TINY[@]}" --seed 43 --out seed
