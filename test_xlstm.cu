@@ -271,7 +271,7 @@ static void test_model_case(const ModelCase *c, int in_bf16, int calm) {
         check_values(label, "loss", &loss[1], &loss[0], 1, in_bf16 ? 5e-3 : 1e-5);
         check_values(label, "logits", p.logits[1], p.logits[0], p.num_logits, limit);
         format_into(line, sizeof line, "%s: gradients", label);
-        const double floor = calm ? 1e-6 : in_bf16 ? 2e-3 : 1e-3, bias_floor = calm ? 1e-6 : in_bf16 ? 2e-2 : 1e-3;
+        const double floor = calm ? 1e-6 : in_bf16 ? 1.5e-3 : 1e-4, bias_floor = calm ? 1e-6 : in_bf16 ? 1.5e-2 : 1e-4;
         check_tensors(&p, line, KIND_GRAD, floor, bias_floor, limit);
     }
     for (int row = 0; c->states && row < c->B; row++) {

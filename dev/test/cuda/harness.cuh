@@ -82,7 +82,7 @@ static double check_close(const char *what, const float *got, const float *want,
     int good = relative <= tolerance;  // false for NaN
     if (good) tests_passed++;
     else tests_failed++;
-    printf("%s %-66s %.2e (at most %.0e)\n", good ? "  ok" : "FAIL", what, relative, tolerance);
+    printf("%s %-66s %.2e (at most %.1e)\n", good ? "  ok" : "FAIL", what, relative, tolerance);
     return relative;
 }
 
