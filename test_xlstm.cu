@@ -106,6 +106,8 @@ static const ModelCase model_cases[] = {
 };
 
 static const ModelCase *const small_model_case = &model_cases[7];  // all block types, documents, states carried on
+// Never calm: with open input gates its second mLSTM, behind an sLSTM and over 256 tokens, divides by what cancels.
+static const ModelCase *const restless_model_case = &model_cases[10];
 
 static void release_models(void) {  // device memory of the last case
     if (model_bf16.memory) CUDA_CHECK(cudaFree(model_bf16.memory));
@@ -319,8 +321,11 @@ static void test_model_case(const ModelCase *c, int in_bf16, int calm) {
 }
 
 static void test_models(int in_bf16, int calm) {
-    for (size_t k = 0; k < sizeof model_cases / sizeof model_cases[0]; k++)
-        if (!small_tests || &model_cases[k] == small_model_case) test_model_case(&model_cases[k], in_bf16, calm);
+    for (size_t k = 0; k < sizeof model_cases / sizeof model_cases[0]; k++) {
+        const ModelCase *c = &model_cases[k];
+        if (calm && c == restless_model_case) continue;
+        if (!small_tests || c == small_model_case) test_model_case(c, in_bf16, calm);
+    }
 }
 static void test_models_fp32(void) { test_models(0, 0); }
 static void test_models_bf16(void) { test_models(1, 0); }
