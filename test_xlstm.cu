@@ -137,9 +137,9 @@ static ModelConfig case_config(const ModelCase *c) {
     return config;
 }
 
-// calm: no gradient is a sum that all but cancels. Otherwise the norm of each head takes back what a common shift of the
-// input gates does to h, divisors come near to zero, and the bias of a gate, a few sums over all tokens, may come out
-// small by chance: so another seed, too.
+// calm: no gradient is a sum that all but cancels. Otherwise the norm of each head takes back what a common shift of
+// the input gates does to h, divisors come near to zero, and the bias of a gate, a few sums over all tokens, may come
+// out small by chance: so another seed, too.
 static Pair build_pair(const ModelCase *c, int in_bf16, int calm) {
     Pair p;
     memset(&p, 0, sizeof p);
@@ -163,8 +163,8 @@ static Pair build_pair(const ModelCase *c, int in_bf16, int calm) {
         tensor_init(&p.config, &p.table, k, calm ? 1 : 7, p.values[0]);
         for (size_t i = 0; i < p.table.tensors[k].count; i++) {
             p.values[0][i] += 0.05f * (float)rng_normal(8, RNG_TEST, (uint64_t)k, i);
-            // Open input gates. If not calm, not in bf16 and not for a single token: once they are open, |q.n| cancels in
-            // the denominator (or with the numerator) and makes rounding larger without limit.
+            // Open input gates. If not calm, not in bf16 and not for a single token: once they are open, |q.n| cancels
+            // in the denominator (or with the numerator) and makes rounding larger without limit.
             if (p.table.tensors[k].init == INIT_IGATE_10 && (calm || (!in_bf16 && c->T > 1))) p.values[0][i] += 9;
             if (in_bf16 && p.table.tensors[k].ndim > 1) p.values[0][i] = to_float(from_float<bf16>(p.values[0][i]));
         }
@@ -260,8 +260,9 @@ static void test_model_case(const ModelCase *c, int in_bf16, int calm) {
     Pair p = build_pair(c, in_bf16, calm);
     char label[120], line[200];
     double limit = in_bf16 ? 3e-2 : 1e-4, scale = 1.0 / ((double)c->B * c->T);
-    format_into(label, sizeof label, "%s %s%s%s D%d V%d B%d T%d%s%s%s%s", in_bf16 ? "bf16" : "fp32",
-                calm ? "calm " : "", c->blocks, c->sigmoid ? " sig" : "", c->D, c->V, c->B, c->T, c->resets ? " resets" : "",
+    format_into(label, sizeof label, "%s%s %s%s D%d V%d B%d T%d%s%s%s%s", in_bf16 ? "bf16" : "fp32",
+                calm ? " calm" : "", c->blocks, c->sigmoid ? " sig" : "", c->D, c->V, c->B, c->T,
+                c->resets ? " resets" : "",
                 c->states ? " carried" : "", c->recompute ? " recompute" : "", c->tile ? " tiles" : "");
     for (int step = 0; step < (c->states ? 2 : 1); step++) {  // the second one starts from the states of the first
         float loss[2];
