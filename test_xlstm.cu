@@ -106,8 +106,6 @@ static const ModelCase model_cases[] = {
 };
 
 static const ModelCase *const small_model_case = &model_cases[7];  // all block types, documents, states carried on
-// Never calm: with open input gates its second mLSTM, behind an sLSTM and over 256 tokens, divides by what cancels.
-static const ModelCase *const restless_model_case = &model_cases[10];
 
 static void release_models(void) {  // device memory of the last case
     if (model_bf16.memory) CUDA_CHECK(cudaFree(model_bf16.memory));
@@ -139,7 +137,7 @@ static ModelConfig case_config(const ModelCase *c) {
 
 // calm: no gradient is a sum that all but cancels. Otherwise the norm of each head takes back what a common shift of
 // the input gates does to h, divisors come near to zero, and the bias of a gate, a few sums over all tokens, may come
-// out small by chance: so another seed, too.
+// out small by chance: so the seed and how far the gates are open are chosen, too.
 static Pair build_pair(const ModelCase *c, int in_bf16, int calm) {
     Pair p;
     memset(&p, 0, sizeof p);
@@ -165,7 +163,8 @@ static Pair build_pair(const ModelCase *c, int in_bf16, int calm) {
             p.values[0][i] += 0.05f * (float)rng_normal(8, RNG_TEST, (uint64_t)k, i);
             // Open input gates. If not calm, not in bf16 and not for a single token: once they are open, |q.n| cancels
             // in the denominator (or with the numerator) and makes rounding larger without limit.
-            if (p.table.tensors[k].init == INIT_IGATE_10 && (calm || (!in_bf16 && c->T > 1))) p.values[0][i] += 9;
+            if (p.table.tensors[k].init == INIT_IGATE_10 && (calm || (!in_bf16 && c->T > 1)))
+                p.values[0][i] += calm && c->T < 2048 ? 6 : 9;
             if (in_bf16 && p.table.tensors[k].ndim > 1) p.values[0][i] = to_float(from_float<bf16>(p.values[0][i]));
         }
         for (int side = 0; side < 2; side++) p.backend[side]->write_tensor(KIND_WEIGHT, k, p.values[0]);
@@ -262,8 +261,8 @@ static void test_model_case(const ModelCase *c, int in_bf16, int calm) {
     double limit = in_bf16 ? 3e-2 : 1e-4, scale = 1.0 / ((double)c->B * c->T);
     format_into(label, sizeof label, "%s%s %s%s D%d V%d B%d T%d%s%s%s%s", in_bf16 ? "bf16" : "fp32",
                 calm ? " calm" : "", c->blocks, c->sigmoid ? " sig" : "", c->D, c->V, c->B, c->T,
-                c->resets ? " resets" : "",
-                c->states ? " carried" : "", c->recompute ? " recompute" : "", c->tile ? " tiles" : "");
+                c->resets ? " resets" : "", c->states ? " carried" : "", c->recompute ? " recompute" : "",
+                c->tile ? " tiles" : "");
     for (int step = 0; step < (c->states ? 2 : 1); step++) {  // the second one starts from the states of the first
         float loss[2];
         for (int side = 0; side < 2; side++) {
@@ -322,11 +321,8 @@ static void test_model_case(const ModelCase *c, int in_bf16, int calm) {
 }
 
 static void test_models(int in_bf16, int calm) {
-    for (size_t k = 0; k < sizeof model_cases / sizeof model_cases[0]; k++) {
-        const ModelCase *c = &model_cases[k];
-        if (calm && c == restless_model_case) continue;
-        if (!small_tests || c == small_model_case) test_model_case(c, in_bf16, calm);
-    }
+    for (size_t k = 0; k < sizeof model_cases / sizeof model_cases[0]; k++)
+        if (!small_tests || &model_cases[k] == small_model_case) test_model_case(&model_cases[k], in_bf16, calm);
 }
 static void test_models_fp32(void) { test_models(0, 0); }
 static void test_models_bf16(void) { test_models(1, 0); }
