@@ -164,6 +164,7 @@ __device__ __forceinline__ uint64_t wgmma_operand(unsigned address) {
 }
 
 // The lists of registers that the instruction's text needs
+#define WGMMA_NAMES_4 "{%0, %1, %2, %3}, "
 #define WGMMA_NAMES_32 \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
@@ -192,6 +193,7 @@ __device__ __forceinline__ uint64_t wgmma_operand(unsigned address) {
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define WGMMA_D32(i) WGMMA_D8(i), WGMMA_D8(i + 8), WGMMA_D8(i + 16), WGMMA_D8(i + 24)
+#define WGMMA_ACC_4 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define WGMMA_ACC_32 WGMMA_D32(0)
 #define WGMMA_ACC_64 WGMMA_D32(0), WGMMA_D32(32)
 #define WGMMA_ACC_96 WGMMA_D32(0), WGMMA_D32(32), WGMMA_D32(64)
@@ -214,6 +216,10 @@ __device__ __forceinline__ uint64_t wgmma_operand(unsigned address) {
 template <int TRANS_A, int TRANS_B>
 __device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, bool sum) {
     WGMMA_SS(64, 32, 32, 33, 34, 35, 36);
+}
+template <int TRANS_A, int TRANS_B>
+__device__ __forceinline__ void wgmma_ss(float (&d)[4], uint64_t a, uint64_t b, bool sum) {  // N = 8
+    WGMMA_SS(8, 4, 4, 5, 6, 7, 8);
 }
 // A in registers, as D lies: a[0] rows g, k 2t and 2t + 1; a[1] rows g + 8; a[2], a[3] the same with k + 8
 template <int TRANS_B, int COUNT>
@@ -249,6 +255,8 @@ __device__ __forceinline__ unsigned pack_two(float x, float y) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
     return *(unsigned *)&pair;
 }
-__device__ __forceinline__ float2 unpack_two(unsigned pair) { return __bfloat1622float2(*(__nv_bfloat162 *)&pair); }
+__device__ __forceinline__ float2 unpack_two(unsigned pair) {  // the lower half first
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
 
 #endif

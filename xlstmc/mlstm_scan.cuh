@@ -64,20 +64,23 @@ struct Scan {
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
+    static constexpr int AHEAD = BLOCKS == 2 ? 1 : AW > 192 ? 2 : 3;        // products on their way (scan_ask_state)
     static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;     // X or Y, Z of 64 tokens
     // The normaliser: n = sum of scale y (H), or the slice's part of n (dQ) or dn (dK) = sum of scale z
     static constexpr bool VECTOR = MODE != SCAN_DV;
-    static constexpr int V_COLS = TRANSPOSED ? W : A;
-    static constexpr int SHARED = 227 * 1024;
+    static constexpr int V_COLS = TRANSPOSED ? W : A, VECTORS = MODE == SCAN_H ? 2 : 3;
+    static constexpr int SHARED = 227 * 1024, MAX_TILES = 10;
     static constexpr int Z_STAGES = !TRANSPOSED ? 3 : A > 384 ? 1 : 2;
-    static constexpr int OUT_BYTES = TRANSPOSED ? W * PANEL_ROW : 0;  // the operand of the row sums, then out
-    static constexpr int SCALARS = 11 * 1024;  // ScanShared
-    static constexpr int ROOM = SHARED - SCALARS - Z_STAGES * Z_BYTES - PANEL_BYTES - OUT_BYTES;
-    static constexpr int TILES = ROOM / TILE < 6 ? ROOM / TILE : 6;  // of X and Y
+    // The operand of the row sums, a chunk ahead where there is room, then out; H: n as the operand of <q, n>
+    static constexpr int OUT_STAGES = !TRANSPOSED ? 0 : A > 384 ? 1 : 2;
+    static constexpr int OUT_BYTES = W * PANEL_ROW, N_BYTES = MODE == SCAN_H ? A / 64 * 1024 : 0;
+    static constexpr int SCALARS = MODE == SCAN_H ? 7 * 1024 : 11 * 1024;  // ScanShared
+    static constexpr int ROOM = SHARED - SCALARS - Z_STAGES * Z_BYTES - PANEL_BYTES - OUT_STAGES * OUT_BYTES - N_BYTES;
+    static constexpr int TILES = ROOM / TILE < MAX_TILES ? ROOM / TILE : MAX_TILES;  // of X and Y
     static constexpr int AT_Z = TILES * TILE, AT_P = AT_Z + Z_STAGES * Z_BYTES, AT_OUT = AT_P + PANEL_BYTES,
-                         AT_SHARED = AT_OUT + OUT_BYTES;
+                         AT_N = AT_OUT + OUT_STAGES * OUT_BYTES, AT_SHARED = AT_N + N_BYTES;
     // Arrivals that free a tile, a stage of Z, P, the scalars of a chunk
-    static constexpr int TILE_USERS = MODE == SCAN_H ? 14 : 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 6 : 10,
+    static constexpr int TILE_USERS = MODE == SCAN_H ? 14 : 12, N_USERS = MODE == SCAN_H ? 4 : 2, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 6 : 10,
                          P_USERS = SPLIT ? 4 : 8, ROWS_USERS = VECTOR ? 14 : 12;
     static_assert(AW % 64 == 0 && BLOCKS * AW <= 256, "the state fits the registers");
     static_assert(TILES >= 3, "X, Y and the next X fit");
@@ -124,11 +127,12 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
 template <class S>
 struct alignas(16) ScanShared {
     ScanRows rows[2];
-    alignas(16) float vector[3][S::V_COLS];  // n as it enters this chunk and two more, which others may still read
-    float dots[S::TRANSPOSED ? (S::SPLIT ? 2 : 4) : 1][4][64];  // of a state warpgroup, of even and odd chunks
+    // n as it enters this chunk and one or two more, which others may still read
+    alignas(16) float vector[S::VECTORS][S::V_COLS];
+    float dots[S::TRANSPOSED ? (S::SPLIT ? 2 : 4) : 1][S::TRANSPOSED ? 4 : 1][64];  // of a state warpgroup and chunk
     float sums[10];  // four of each state warpgroup, two of the normaliser's warps
-    uint64_t tile_full[6], tile_empty[6], z_full[3], z_empty[3], rows_full[2], rows_empty[2], n_full[2], n_done[2],
-        p_full, p_empty, dot_full[2];
+    uint64_t tile_full[S::TILES], tile_empty[S::TILES], z_full[3], z_empty[3], rows_full[2], rows_empty[2], n_full[2],
+        n_done[2], p_full, p_empty, dot_full[2][2];
 };
 
 template <class S>
@@ -296,44 +300,58 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
     }
 }
 
-// next = decay n + sum over the rows of scale_r tile_r, by two warps: a panel each, two columns a lane. Rows come in
-// fours, the next four while these are added.
-template <class S>
-__device__ __forceinline__ void scan_add_rows(const unsigned char *tile, const ScanRows *rows, const float *n,
-                                              float *next) {
+// The columns of n that a lane of the two warps has: two of the panel `panel`
+__device__ __forceinline__ int scan_vector_column(int panel) {
     const int lane = threadIdx.x % 32;
-    for (int panel = threadIdx.x / 32 % 2; panel < S::V_COLS / 64; panel += 2) {
-        const unsigned char *from = tile + panel * PANEL_BYTES + lane % 4 * 4;
-        const int even = lane / 4 << 4, odd = even ^ 64;  // bytes of the piece in rows 8i, in rows 8i + 4
-        float2 sum[2] = {{0, 0}, {0, 0}};
-        unsigned x[2][4];
-        float4 by[2];
-        auto load = [&](int slot, int r) {
+    return 64 * panel + lane % 8 * 8 + (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0);
+}
+// decay n + the sum over the rows of scale_r tile_r: two columns of a panel for each lane of a warp. Four rows at a time,
+// eight columns a lane; the next four are on their way while these are added.
+__device__ __forceinline__ float2 scan_add_rows(const unsigned char *panel, const ScanRows *rows, float2 before) {
+    const int lane = threadIdx.x % 32, first = lane / 8;
+    const unsigned char *even = panel + first * PANEL_ROW + ((lane % 8 ^ first) << 4);  // of rows 8i, else 8i + 4
+    const unsigned char *odd = panel + (first + 4) * PANEL_ROW + ((lane % 8 ^ first ^ 4) << 4);
+    float sum[8] = {0};
+    uint4 x[2];
+    float by[2];
+    auto load = [&](int slot, int r) {
+        x[slot] = *(const uint4 *)((slot ? odd : even) + r * PANEL_ROW);
+        by[slot] = rows->n_scale[r + 4 * slot + first];
+    };
+    auto add = [&](int slot) {
+        const unsigned words[4] = {x[slot].x, x[slot].y, x[slot].z, x[slot].w};
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                x[slot][k] = *(const unsigned *)(from + (r + k) * PANEL_ROW + ((slot ? odd : even) ^ k << 4));
-            by[slot] = *(const float4 *)&rows->n_scale[r];
-        };
-        auto add = [&](int slot) {
-            const float by4[4] = {by[slot].x, by[slot].y, by[slot].z, by[slot].w};
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const float2 two = unpack_two(x[slot][k]);
-                sum[k % 2].x += by4[k] * two.x, sum[k % 2].y += by4[k] * two.y;
-            }
-        };
-        load(0, 0);
-#pragma unroll 1
-        for (int r = 0; r < 64; r += 8) {
-            load(1, r + 4);
-            add(0);
-            load(0, r + 8 & 63);
-            add(1);
+        for (int k = 0; k < 4; k++) {
+            const float2 two = unpack_two(words[k]);
+            sum[2 * k] += by[slot] * two.x, sum[2 * k + 1] += by[slot] * two.y;
         }
-        const int column = 64 * panel + 2 * lane;
-        const float2 before = *(const float2 *)&n[column];
-        *(float2 *)&next[column] = make_float2(rows->decay * before.x + (sum[0].x + sum[1].x),
-                                               rows->decay * before.y + (sum[0].y + sum[1].y));
+    };
+    load(0, 0);
+#pragma unroll 1
+    for (int r = 0; r < 64; r += 8) {
+        load(1, r);
+        add(0);
+        load(0, r + 8 & 63);
+        add(1);
+    }
+#pragma unroll
+    for (int d = 16, half = 4; d >= 8; d /= 2, half /= 2)  // a lane keeps one half of its sums and gives the other
+#pragma unroll
+        for (int k = 0; k < half; k++) {
+            const float keep = lane & d ? sum[half + k] : sum[k], give = lane & d ? sum[k] : sum[half + k];
+            sum[k] = keep + __shfl_xor_sync(0xffffffffu, give, d);
+        }
+    return make_float2(rows->decay * before.x + sum[0], rows->decay * before.y + sum[1]);
+}
+// H: n as eight keys of an operand of wgmma: its first 24 bits in three of them, and zeros. Two columns.
+__device__ __forceinline__ void scan_publish_n(unsigned char *keys, int column, float2 n) {
+    unsigned char *to = keys + column / 64 * 1024 + column % 8 * 2;
+#pragma unroll
+    for (int part = 0; part < 3; part++) {
+        const unsigned words = pack_two(n.x, n.y);
+        const float2 taken = unpack_two(words);
+        *(unsigned *)(to + panel_piece(part, column % 64 / 8)) = words;
+        n.x -= taken.x, n.y -= taken.y;
     }
 }
 
@@ -385,31 +403,50 @@ __device__ __forceinline__ void scan_start_n(const ScanArgs &p, const ScanPlace 
     const float *n = p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk + at.slice * S::W;
     float sum = 0;
     for (int k = threadIdx.x % 64; k < S::W && at.slice * S::W + k < p.s.dk; k += 64)
-        sum += sh->vector[at.chunks % 3][k] * n[k];
+        sum += sh->vector[at.chunks % S::VECTORS][k] * n[k];
     scan_store_sum<2>(&p.anchor_start[(size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh], sum, sh->sums + 8, 1);
 }
 
 // Two warps: n from chunk to chunk
 template <class S>
-__device__ __forceinline__ void scan_normaliser(const ScanArgs &p, const ScanPlace &at, const unsigned char *smem,
+__device__ __forceinline__ void scan_normaliser(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                                 ScanShared<S> *sh) {
-    const int tid = threadIdx.x % 64;
+    const int tid = threadIdx.x % 64, warp = tid / 32;
+    for (int k = tid; k < S::N_BYTES / 4; k += 64) ((unsigned *)(smem + S::AT_N))[k] = 0;
     for (int k = tid; k < S::V_COLS; k += 64) sh->vector[0][k] = scan_entering_n<S>(p, at, k);
+    named_barrier_sync(1, 64);
+    for (int k = 2 * tid; k < S::V_COLS && S::MODE == SCAN_H; k += 128)
+        scan_publish_n(smem + S::AT_N, k, *(const float2 *)&sh->vector[0][k]);
     for (int it = 0; it < at.chunks; it++) {
         const ScanRows *rows = &sh->rows[it % 2];
-        const float *n = sh->vector[it % 3];
-        named_barrier_sync(1, 64);                // n is complete
-        scan_wait_full<2>(sh->rows_full, it);     // not further ahead than the scalars, or a phase would be missed
+        const float *n = sh->vector[it % S::VECTORS];
+        const unsigned char *tile;
+        if (S::MODE == SCAN_H) fence_async_proxy();
+        named_barrier_sync(1, 64);             // n is complete
+        scan_wait_full<2>(sh->rows_full, it);  // not further ahead than the scalars, or a phase would be missed
         scan_warp_arrive<2>(sh->n_full, it);
         scan_border_n<S>(p, at, sh, n, scan_chunk<S>(at, it));
         if (S::MODE == SCAN_H) {
             scan_wait_full<S::TILES>(sh->tile_full, 2 * it + 1);
-            scan_add_rows<S>(smem + scan_at_tile<S>(2 * it + 1), rows, n, sh->vector[(it + 1) % 3]);
+            tile = smem + scan_at_tile<S>(2 * it + 1);
+        } else {
+            scan_wait_full<S::Z_STAGES>(sh->z_full, it);
+            tile = smem + scan_at_z<S>(it);
+        }
+#pragma unroll 1
+        for (int panel = warp; panel < S::V_COLS / 64; panel += 2) {
+            const int column = scan_vector_column(panel);
+            const float2 next = scan_add_rows(tile + panel * PANEL_BYTES, rows, *(const float2 *)&n[column]);
+            *(float2 *)&sh->vector[(it + 1) % S::VECTORS][column] = next;
+            if (S::MODE != SCAN_H) continue;
+            if (panel < 2) scan_wait_full<2>(sh->n_done, it);
+            scan_publish_n(smem + S::AT_N, column, next);
+        }
+        if (S::MODE == SCAN_H) {
+            if (S::A == 64 && warp == 1) scan_wait_full<2>(sh->n_done, it);  // or a phase would be missed
             scan_pass_tile<S>(sh, 2 * it);
             scan_warp_arrive<S::TILES>(sh->tile_empty, 2 * it + 1);
         } else {
-            scan_wait_full<S::Z_STAGES>(sh->z_full, it);
-            scan_add_rows<S>(smem + scan_at_z<S>(it), rows, n, sh->vector[(it + 1) % 3]);
             if (S::SPLIT) scan_warp_arrive<2>(sh->n_done, it);
             scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
         }
@@ -419,7 +456,7 @@ __device__ __forceinline__ void scan_normaliser(const ScanArgs &p, const ScanPla
     scan_start_n<S>(p, at, sh);
     const MlstmState final = scan_final<S>(p, at);
     for (int k = tid; S::MODE == SCAN_H && final.C && !at.slice && k < p.s.dk; k += 64)
-        final.n[at.b * final.row + (size_t)at.head * p.s.dk + k] = sh->vector[at.chunks % 3][k];
+        final.n[at.b * final.row + (size_t)at.head * p.s.dk + k] = sh->vector[at.chunks % S::VECTORS][k];
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -465,61 +502,48 @@ __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *row
     }
 }
 
-// <q, n> of rows 16 warp + lane / 4 and 8 further on, in all four lanes of a row: a lane has every fourth piece
+// H: packs the weighted scores w to bf16 words and leaves the denominators for the state's warpgroups; returns sig for
+// backward, of the rows 16 warp + lane / 4 and 8 further on. q_n: a lane's part of <q, n>. out is a sum with the rounded
+// weights, so it is divided by their sum: where one token outweighs all others, h is its v, whatever the rounding, and
+// the two parts of dh.v + ds cancel as they should.
 template <class S>
-__device__ __forceinline__ float2 scan_rows_dot_n(const unsigned char *x, const float *n) {
+__device__ __forceinline__ float2 scan_denominators(const ScanArgs &p, const float (&w)[32], unsigned (&words)[16],
+                                                    ScanRows *rows, const float (&q_n)[4]) {
     const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    float2 sum = {0, 0};
-#pragma unroll 1
-    for (int k = threadIdx.x % 4; k < S::A / 8; k += 4) {
-        const unsigned char *from = x + k / 8 * PANEL_BYTES + panel_piece(row, k % 8);
-        const uint4 a = *(const uint4 *)from, b = *(const uint4 *)(from + 8 * PANEL_ROW);
-        const float4 lo = *(const float4 *)&n[8 * k], hi = *(const float4 *)&n[8 * k + 4];
-        const float2 a0 = unpack_two(a.x), a1 = unpack_two(a.y), a2 = unpack_two(a.z), a3 = unpack_two(a.w);
-        const float2 b0 = unpack_two(b.x), b1 = unpack_two(b.y), b2 = unpack_two(b.z), b3 = unpack_two(b.w);
-        sum.x += (a0.x * lo.x + a0.y * lo.y + a1.x * lo.z + a1.y * lo.w) +
-                 (a2.x * hi.x + a2.y * hi.y + a3.x * hi.z + a3.y * hi.w);
-        sum.y += (b0.x * lo.x + b0.y * lo.y + b1.x * lo.z + b1.y * lo.w) +
-                 (b2.x * hi.x + b2.y * hi.y + b3.x * hi.z + b3.y * hi.w);
-    }
+    float sum[2], rounded[2];
 #pragma unroll
-    for (int d = 1; d < 4; d *= 2) {
-        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
-        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
+    for (int h = 0; h < 2; h++)
+        rounded[h] = sum[h] = rows->factor[row + 8 * h] * (q_n[2 * h] + q_n[2 * h + 1]);
+#pragma unroll
+    for (int k = 0; k < 16; k++) {
+        words[k] = pack_two(w[2 * k], w[2 * k + 1]);
+        const float2 two = unpack_two(words[k]);
+        sum[k % 2] += w[2 * k] + w[2 * k + 1], rounded[k % 2] += two.x + two.y;
     }
-    return sum;
-}
-
-// The denominators of H, for the state's warpgroups, and sig for backward. words: the weighted scores w in bf16. out is
-// a sum with the rounded weights, so it is divided by their sum: where one token outweighs all others, h is its v,
-// whatever the rounding, and the two parts of dh.v + ds cancel as they should.
-template <class S>
-__device__ __forceinline__ void scan_denominators(const ScanArgs &p, const ScanPlace &at, const float (&w)[32],
-                                                  const unsigned (&words)[16], ScanRows *rows, float2 q_n, int c) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h, time = c * SCAN_CHUNK + row;
-        float sum = 0, rounded = 0;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 two = unpack_two(words[2 * j + h]);
-            sum += w[4 * j + 2 * h] + w[4 * j + 2 * h + 1], rounded += two.x + two.y;
-        }
 #pragma unroll
         for (int d = 1; d < 4; d *= 2) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, d);
-            rounded += __shfl_xor_sync(0xffffffffu, rounded, d);
+            sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], d);
+            rounded[h] += __shfl_xor_sync(0xffffffffu, rounded[h], d);
         }
-        if (threadIdx.x % 4) continue;
-        const float from_n = rows->factor[row] * (h ? q_n.y : q_n.x);
-        const float denominator = fmaxf(fabsf(rounded + from_n), rows->floor[row]) + p.s.eps;
-        rows->out_scale[row] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, denominator);
-        if (at.slice == 0 && time < p.s.T) p.gates.sig[(size_t)at.bh * p.s.T + time] = sum + from_n;
+        const float denominator = fmaxf(fabsf(rounded[h]), rows->floor[row + 8 * h]) + p.s.eps;
+        if (threadIdx.x % 4 == 0)
+            rows->out_scale[row + 8 * h] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, denominator);
     }
+    return make_float2(sum[0], sum[1]);
+}
+template <class S>
+__device__ __forceinline__ void scan_store_sig(const ScanArgs &p, const ScanPlace &at, float2 sig, int c) {
+    const int time = c * SCAN_CHUNK + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    if (threadIdx.x % 4 || at.slice) return;
+    float *to = p.gates.sig + (size_t)at.bh * p.s.T + time;
+    if (time < p.s.T) to[0] = sig.x;
+    if (time + 8 < p.s.T) to[8] = sig.y;
 }
 
 template <class S>
-__device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &at, const unsigned char *smem,
+__device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
     const unsigned base = shared_address(smem);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
@@ -538,21 +562,31 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             wgmma_ss<0, 0>(w, wgmma_operand(x + at_k), wgmma_operand(y + at_k), true);
         }
         wgmma_commit();
-        float2 q_n = {0, 0};
+        float q_n[4] = {0, 0, 0, 0};
         if (S::MODE == SCAN_H) {
             scan_wait_full<2>(sh->n_full, it);
-            q_n = scan_rows_dot_n<S>(smem + scan_at_tile<S>(k0), sh->vector[it % 3]);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < S::A / 16; k++)
+                wgmma_ss<0, 0>(q_n, wgmma_operand(x + k / 4 * PANEL_BYTES + k % 4 * 32),
+                               wgmma_operand(base + S::AT_N + k / 4 * 1024 + k % 4 * 32), true);
+            wgmma_commit();
         }
         scan_wait_full<2>(sh->rows_full, it);
         wgmma_wait<0>();
         scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
         scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
+        if (S::MODE == SCAN_H) scan_warp_arrive<2>(sh->n_done, it);
         if (rows->documents) scan_weights<S, true>(w, rows);
         else scan_weights<S, false>(w, rows);
         unsigned words[16];
+        float2 sig = {0, 0};
+        if (S::MODE == SCAN_H) {
+            sig = scan_denominators<S>(p, w, words, rows, q_n);
+        } else {
 #pragma unroll
-        for (int k = 0; k < 16; k++) words[k] = pack_two(w[2 * k], w[2 * k + 1]);
-        if (S::MODE == SCAN_H) scan_denominators<S>(p, at, w, words, rows, q_n, scan_chunk<S>(at, it));
+            for (int k = 0; k < 16; k++) words[k] = pack_two(w[2 * k], w[2 * k + 1]);
+        }
         scan_wait_empty<1>(&sh->p_empty, it);
 #pragma unroll
         for (int j = 0; j < 8; j += 2)
@@ -561,6 +595,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
         fence_async_proxy();
         scan_warp_arrive<1>(&sh->p_full, it);
         scan_warp_arrive<2>(sh->rows_empty, it);
+        if (S::MODE == SCAN_H) scan_store_sig<S>(p, at, sig, scan_chunk<S>(at, it));  // behind the fence: it would wait
         const int tiles = scan_tiles<S>(at, scan_chunk<S>(at, it));
         for (int k = 2; k < tiles; k++) scan_pass_tile<S>(sh, k0 + k);
         k0 += tiles;
@@ -705,7 +740,7 @@ __device__ __forceinline__ void scan_start_state(const ScanArgs &p, const ScanPl
                       sh->sums + 4 * wg, 2 + wg);
 }
 
-// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, 32 columns at a time: registers are scarce
+// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce
 template <class S>
 __device__ __forceinline__ void scan_ask_state(float (&out)[32], const float (&M)[S::AW / 2], unsigned x) {
 #pragma unroll
@@ -716,7 +751,7 @@ __device__ __forceinline__ void scan_ask_state(float (&out)[32], const float (&M
         wgmma_fence();
         wgmma_rs<0>(out, a, wgmma_operand(x + k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
         wgmma_commit();
-        if (k) wgmma_wait<1>();
+        if (k >= S::AHEAD) wgmma_wait<S::AHEAD>();
     }
     wgmma_wait<0>();
 }
@@ -758,103 +793,122 @@ __device__ __forceinline__ void scan_scale_tokens(float (&out)[32], const float 
     }
 }
 
-// out += the other warpgroup's half of the contraction (W = 64), through the chunk's Z and P, which all are done with
-__device__ __forceinline__ void scan_add_halves(float (&out)[32], float *z, float *scores, int wg) {
+// W = 64: each warpgroup has the sums over its half of A. They exchange them through the chunk's Z and P, which all are
+// done with then: whole sums of the tokens 32 wg .. 32 wg + 31 are left.
+__device__ __forceinline__ void scan_add_halves(const float (&half)[32], float (&out)[16], float *z, float *scores,
+                                                int wg) {
     const int tid = threadIdx.x % 128;
-    if (wg == 1) {
-        named_barrier_sync(4, 256);  // the first is done with them
+    float *to = wg ? scores : z, *from = wg ? z : scores;
+    named_barrier_sync(4, 256);
 #pragma unroll
-        for (int i = 0; i < 16; i++) z[i * 128 + tid] = out[i], scores[i * 128 + tid] = out[16 + i];
-        fence_async_proxy();
-        named_barrier_arrive(5, 256);
-    } else {
-        named_barrier_arrive(4, 256);
-        named_barrier_sync(5, 256);
+    for (int i = 0; i < 16; i++) to[i * 128 + tid] = wg ? half[i] : half[16 + i];
+    fence_async_proxy();
+    named_barrier_sync(4, 256);
 #pragma unroll
-        for (int i = 0; i < 16; i++) out[i] += z[i * 128 + tid], out[16 + i] += scores[i * 128 + tid];
-    }
+    for (int i = 0; i < 16; i++) out[i] = (wg ? half[16 + i] : half[i]) + from[i * 128 + tid];
 }
 
-// Row sums of out * dot over these 64 rows of out^T, for the 64 tokens; the dot operand lies where out will be stored
-__device__ __forceinline__ void scan_row_dots(const float (&out)[32], unsigned panel, float (*sums)[64]) {
+// Row sums of out * dot over these 64 rows of out^T, for 2 COUNT tokens; the dot operand lies where out will be stored
+template <int COUNT>
+__device__ __forceinline__ void scan_row_dots(const float (&out)[COUNT], unsigned panel, float *sums) {
+    constexpr int HALF = COUNT / 8;  // of the pieces of 8 tokens
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
     const unsigned piece = 2 * warp + lane / 8 % 2;
+    float2 sum[HALF];  // of the two tokens 2t, 2t + 1 of a piece: a lane keeps one half of the pieces, gives the other
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
+    for (int j = 0; j < HALF; j++) {
         unsigned with[4];
-        ldmatrix_trans(with, panel + panel_piece(8 * (j + lane / 16) + lane % 8, piece));
+        float2 both[2];
+        ldmatrix_trans(with, panel + panel_piece(8 * (j + lane / 16 * HALF) + lane % 8, piece));
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             const float2 top = unpack_two(with[2 * k]), low = unpack_two(with[2 * k + 1]);
-            const float *x = out + 4 * (j + k);
-            float2 sum = {x[0] * top.x + x[2] * low.x, x[1] * top.y + x[3] * low.y};
-#pragma unroll
-            for (int d = 4; d < 32; d *= 2) {
-                sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
-                sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
-            }
-            if (lane < 4) *(float2 *)&sums[warp][8 * (j + k) + 2 * t] = sum;
+            const float *x = out + 4 * (j + k * HALF);
+            both[k] = make_float2(x[0] * top.x + x[2] * low.x, x[1] * top.y + x[3] * low.y);
         }
+        const float2 keep = lane & 16 ? both[1] : both[0], give = lane & 16 ? both[0] : both[1];
+        sum[j].x = keep.x + __shfl_xor_sync(0xffffffffu, give.x, 16);
+        sum[j].y = keep.y + __shfl_xor_sync(0xffffffffu, give.y, 16);
     }
+#pragma unroll
+    for (int d = 8, half = HALF / 2; d >= 4; d /= 2, half /= 2)
+#pragma unroll
+        for (int j = 0; j < (half ? half : 1); j++) {
+            const int second = half ? half + j : 0;
+            const float2 keep = lane & d ? sum[second] : sum[j], give = lane & d ? sum[j] : sum[second];
+            sum[j].x = keep.x + __shfl_xor_sync(0xffffffffu, give.x, d);
+            sum[j].y = keep.y + __shfl_xor_sync(0xffffffffu, give.y, d);
+        }
+    // which piece a lane ends with: its bits, highest first; of 4 pieces two lanes have the same
+    const int j = HALF == 4 ? lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2 : lane / 16 * 2 + lane / 8 % 2;
+    *(float2 *)&sums[64 * warp + 8 * j + 2 * t] = sum[0];
 }
 
-// The sums of the four warps to memory: after a barrier of the warpgroup
+// The sums of the four warps to memory, by a warpgroup, after a barrier
 template <class S>
-__device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPlace &at, const float (*sums)[64], int wg,
+__device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPlace &at, const float *sums, int wg,
                                                 int c) {
     const int i = threadIdx.x % 128, time = c * SCAN_CHUNK + i;
     const int tile = at.slice * (S::W / 64) + (S::SPLIT ? 0 : wg);
     if (i < 64 && time < p.s.T)
         p.dot_out[((size_t)tile * gridDim.z + at.bh) * p.s.T + time] =
-            (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+            (sums[i] + sums[64 + i]) + (sums[128 + i] + sums[192 + i]);
 }
 
-// Finishes out^T, transposes it into its panel of shared memory and sends it off.
-template <class S>
-__device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &at, float (&out)[32], unsigned panel,
+// Finishes out^T, of all tokens or, if the warpgroups share them, of 32; transposes it into its panel and sends it off.
+template <class S, int COUNT>
+__device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &at, float (&out)[COUNT], unsigned panel,
                                             ScanShared<S> *sh, int wg, int b, int it) {
+    constexpr int PIECES = COUNT / 4;  // of 8 tokens
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4, c = scan_chunk<S>(at, it);
+    const int first = S::SPLIT ? 32 * wg : 0;  // token
     const ScanRows *rows = &sh->rows[it % 2];
-    float(*dots)[64] = sh->dots[S::SPLIT ? it % 2 : 2 * wg + it % 2];
-    if (S::MODE == SCAN_H) scan_scale_tokens(out, rows->out_scale);
-    if (S::TRANSPOSED) {
+    float *dots = sh->dots[S::SPLIT ? it % 2 : 2 * wg + it % 2][0];
+    if constexpr (S::MODE == SCAN_H) scan_scale_tokens(out, rows->out_scale);
+    if constexpr (S::TRANSPOSED) {
         const int w = 16 * warp + lane / 4 + (S::SPLIT ? 0 : wg * 64);
         scan_wait_full<2>(sh->n_full, it);
-        const float n0 = sh->vector[it % 3][w], n1 = sh->vector[it % 3][w + 8];
+        const float n0 = sh->vector[it % S::VECTORS][w], n1 = sh->vector[it % S::VECTORS][w + 8];
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 by = *(const float2 *)&rows->border[8 * j + 2 * t];
+        for (int j = 0; j < PIECES; j++) {
+            const float2 by = *(const float2 *)&rows->border[first + 8 * j + 2 * t];
             out[4 * j] += by.x * n0, out[4 * j + 1] += by.y * n0;
             out[4 * j + 2] += by.x * n1, out[4 * j + 3] += by.y * n1;
         }
-        barrier_wait(shared_address(sh->dot_full + wg), it & 1);
-        scan_row_dots(out, panel, dots);
+        barrier_wait(shared_address(&sh->dot_full[it % S::OUT_STAGES][S::SPLIT ? 0 : wg]), it / S::OUT_STAGES & 1);
+        scan_row_dots(out, panel + first * PANEL_ROW, dots + first);
     } else {
         named_barrier_sync(2 + wg, 128);  // all are done with Z
     }
     const unsigned piece = 2 * warp + lane / 8 % 2;
 #pragma unroll
-    for (int j = 0; j < 8; j += 2)
-        matrices_store_transposed(panel + panel_piece(8 * (j + lane / 16) + lane % 8, piece),
+    for (int j = 0; j < PIECES; j += 2)
+        matrices_store_transposed(panel + panel_piece(first + 8 * (j + lane / 16) + lane % 8, piece),
                                   pack_two(out[4 * j], out[4 * j + 1]), pack_two(out[4 * j + 2], out[4 * j + 3]),
                                   pack_two(out[4 * j + 4], out[4 * j + 5]), pack_two(out[4 * j + 6], out[4 * j + 7]));
     fence_async_proxy();
-    named_barrier_sync(2 + wg, 128);
+    if (S::SPLIT) named_barrier_sync(5, 256);
+    else named_barrier_sync(2 + wg, 128);
+    if (S::SPLIT && wg) return;
     if (threadIdx.x % 128 == 0)
         tma_store(&p.out, panel, at.slice * S::W + (S::SPLIT ? 0 : (wg * S::BLOCKS + b) * 64), at.head, c * SCAN_CHUNK,
                   at.b);
     if (S::TRANSPOSED) scan_store_dots<S>(p, at, dots, wg, c);  // behind the fence, which would wait for it
 }
 
-// The operand of the row sums comes into the panel that out leaves from
+// The operand of the row sums of chunk `it` comes into the panel that out will leave from; by one thread of each
+// warpgroup that has a panel
 template <class S>
-__device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace &at, unsigned panel, ScanShared<S> *sh,
+__device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
                                               int wg, int it) {
-    const unsigned full = shared_address(sh->dot_full + wg);
-    tma_store_wait_read<0>();
-    barrier_arrive_expect(full, PANEL_BYTES);
-    tma_load(panel, &p.dot, full, at.slice * S::W + (S::SPLIT ? 0 : wg * 64), at.head,
-             scan_chunk<S>(at, it) * SCAN_CHUNK, at.b);
+    if constexpr (S::TRANSPOSED) {
+        if (threadIdx.x % 128 || (S::SPLIT && wg) || it >= at.chunks) return;
+        const unsigned full = shared_address(&sh->dot_full[it % S::OUT_STAGES][wg]);
+        tma_store_wait_read<0>();
+        barrier_arrive_expect(full, PANEL_BYTES);
+        tma_load(base + S::AT_OUT + it % S::OUT_STAGES * S::OUT_BYTES + wg * PANEL_BYTES, &p.dot, full,
+                 at.slice * S::W + wg * 64, at.head, scan_chunk<S>(at, it) * SCAN_CHUNK, at.b);
+    }
 }
 
 // One chunk: of block b of 64 rows of M^T
@@ -896,31 +950,36 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
         tma_store_wait_read<0>();  // the last chunk's results have left Z
         scan_arrive<S::Z_STAGES>(sh->z_empty, it - 1);
     }
+    if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
     __syncwarp();
     wgmma_wait<0>();
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
-    if (S::SPLIT) {
-        if (wg == 1) scan_wait_full<2>(sh->n_done, it);
-        scan_add_halves(out, (float *)(smem + scan_at_z<S>(it)), (float *)(smem + S::AT_P), wg);
+    const unsigned place = S::AT_OUT + it % (S::TRANSPOSED ? S::OUT_STAGES : 1) * S::OUT_BYTES + block * PANEL_BYTES;
+    const unsigned panel = S::TRANSPOSED ? base + place : z;
+    if constexpr (S::SPLIT) {
+        float whole[16];
+        if (wg == 0) scan_wait_full<2>(sh->n_done, it);
+        scan_add_halves(out, whole, (float *)(smem + scan_at_z<S>(it)), (float *)(smem + S::AT_P), wg);
+        if (wg == 0) scan_warp_arrive<1>(&sh->p_empty, it);
+        else scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
+        scan_output<S>(p, at, whole, panel, sh, wg, b, it);
+    } else {
+        if (last) scan_warp_arrive<1>(&sh->p_empty, it);
+        if (S::TRANSPOSED) scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
+        scan_output<S>(p, at, out, panel, sh, wg, b, it);
     }
-    if (S::SPLIT && wg == 1) return;
-    if (last) scan_warp_arrive<1>(&sh->p_empty, it);
-    if (S::TRANSPOSED) scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
-    scan_output<S>(p, at, out, S::TRANSPOSED ? base + S::AT_OUT + block * PANEL_BYTES : z, sh, wg, b, it);
 }
 
 template <class S>
 __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
     const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;  // known to be the same in the whole warp
-    const bool elected = threadIdx.x % 128 == 0;
     float M[S::BLOCKS][S::AW / 2];
     scan_load_state<S>(p, at, wg, M);
+    if (S::OUT_STAGES == 2) scan_load_dot<S>(p, at, shared_address(smem), sh, wg, 0);
+    __syncwarp();
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
-        if (S::TRANSPOSED && elected && (!S::SPLIT || wg == 0))
-            scan_load_dot<S>(p, at, shared_address(smem) + S::AT_OUT + wg * PANEL_BYTES, sh, wg, it);
-        __syncwarp();
         scan_keep_state<S>(p, at, wg, M, c);
         scan_wait_full<2>(sh->rows_full, it);
         float border = 0;
@@ -933,7 +992,7 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
     }
     scan_start_state<S>(p, at, wg, sh, M);
     scan_store_state<S>(p, at, wg, M);
-    if (elected) tma_store_wait_read<0>();
+    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -953,8 +1012,8 @@ __device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
         barrier_init(shared_address(sh->rows_full + k), 1);
         barrier_init(shared_address(sh->rows_empty + k), S::ROWS_USERS);
         barrier_init(shared_address(sh->n_full + k), 2);
-        barrier_init(shared_address(sh->n_done + k), 2);
-        barrier_init(shared_address(sh->dot_full + k), 1);
+        barrier_init(shared_address(sh->n_done + k), S::N_USERS);
+        barrier_init(shared_address(sh->dot_full[k]), 1), barrier_init(shared_address(sh->dot_full[k] + 1), 1);
     }
     barrier_init(shared_address(&sh->p_full), 4);
     barrier_init(shared_address(&sh->p_empty), S::P_USERS);
