@@ -163,6 +163,11 @@ __device__ __forceinline__ uint64_t wgmma_operand(unsigned address) {
            (uint64_t)1 << 62;
 }
 
+// An operand of eight columns, "transposed": eight numbers for each k, 16 bytes, one k after the other
+__device__ __forceinline__ uint64_t wgmma_narrow_operand(unsigned address) {
+    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(128 >> 4) << 16 | (uint64_t)(128 >> 4) << 32;
+}
+
 // The lists of registers that the instruction's text needs
 #define WGMMA_NAMES_4 "{%0, %1, %2, %3}, "
 #define WGMMA_NAMES_32 \
@@ -224,7 +229,8 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[4], uint64_t a, uint64_t b, 
 // A in registers, as D lies: a[0] rows g, k 2t and 2t + 1; a[1] rows g + 8; a[2], a[3] the same with k + 8
 template <int TRANS_B, int COUNT>
 __device__ __forceinline__ void wgmma_rs(float (&d)[COUNT], const unsigned (&a)[4], uint64_t b, bool sum) {
-    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 96 || COUNT == 128, "N = 64, 128, 192 or 256");
+    static_assert(COUNT == 4 || COUNT == 32 || COUNT == 64 || COUNT == 96 || COUNT == 128, "N = 8, 64 .. 256");
+    if constexpr (COUNT == 4) WGMMA_RS(8, 4, 4, 5, 6, 7, 8, 9, 10);
     if constexpr (COUNT == 32) WGMMA_RS(64, 32, 32, 33, 34, 35, 36, 37, 38);
     if constexpr (COUNT == 64) WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69, 70);
     if constexpr (COUNT == 96) WGMMA_RS(192, 96, 96, 97, 98, 99, 100, 101, 102);

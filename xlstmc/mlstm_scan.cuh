@@ -64,24 +64,27 @@ struct Scan {
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
-    static constexpr int AHEAD = BLOCKS == 2 ? 1 : AW > 192 ? 2 : 3;        // products on their way (scan_ask_state)
+    static constexpr int AHEAD = BLOCKS == 2 ? 1 : AW > 192 ? 2 : 3;  // products on their way (scan_ask_state)
     static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;     // X or Y, Z of 64 tokens
-    // The normaliser: n = sum of scale y (H), or the slice's part of n (dQ) or dn (dK) = sum of scale z
-    static constexpr bool VECTOR = MODE != SCAN_DV;
-    static constexpr int V_COLS = TRANSPOSED ? W : A, VECTORS = MODE == SCAN_H ? 2 : 3;
+    // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z, by
+    // = 1 or ds / inv_den: by the states, of the rows of M^T that they have
+    static constexpr bool NORMALISER = MODE != SCAN_DV;
+    static constexpr int WEIGHT_BYTES = NORMALISER ? 64 * 16 : 0;  // of a chunk's tokens in it: an operand
     static constexpr int SHARED = 227 * 1024, MAX_TILES = 10;
     static constexpr int Z_STAGES = !TRANSPOSED ? 3 : A > 384 ? 1 : 2;
-    // The operand of the row sums, a chunk ahead where there is room, then out; H: n as the operand of <q, n>
+    // The operand of the row sums, a chunk ahead where there is room, then out. KEYS: n as the operand of <q, n>
     static constexpr int OUT_STAGES = !TRANSPOSED ? 0 : A > 384 ? 1 : 2;
-    static constexpr int OUT_BYTES = W * PANEL_ROW, N_BYTES = MODE == SCAN_H ? A / 64 * 1024 : 0;
-    static constexpr int SCALARS = MODE == SCAN_H ? 7 * 1024 : 11 * 1024;  // ScanShared
-    static constexpr int ROOM = SHARED - SCALARS - Z_STAGES * Z_BYTES - PANEL_BYTES - OUT_STAGES * OUT_BYTES - N_BYTES;
+    static constexpr int OUT_BYTES = W * PANEL_ROW, KEYS_BYTES = MODE == SCAN_H ? A / 64 * 1024 : 0;
+    static constexpr int SCALARS = TRANSPOSED && !SPLIT ? 9 * 1024 : 7 * 1024;  // ScanShared
+    static constexpr int ROOM = SHARED - SCALARS - Z_STAGES * Z_BYTES - PANEL_BYTES - OUT_STAGES * OUT_BYTES -
+                                KEYS_BYTES - 2 * WEIGHT_BYTES;
     static constexpr int TILES = ROOM / TILE < MAX_TILES ? ROOM / TILE : MAX_TILES;  // of X and Y
     static constexpr int AT_Z = TILES * TILE, AT_P = AT_Z + Z_STAGES * Z_BYTES, AT_OUT = AT_P + PANEL_BYTES,
-                         AT_N = AT_OUT + OUT_STAGES * OUT_BYTES, AT_SHARED = AT_N + N_BYTES;
+                         AT_KEYS = AT_OUT + OUT_STAGES * OUT_BYTES, AT_WEIGHTS = AT_KEYS + KEYS_BYTES,
+                         AT_SHARED = AT_WEIGHTS + 2 * WEIGHT_BYTES;
     // Arrivals that free a tile, a stage of Z, P, the scalars of a chunk
-    static constexpr int TILE_USERS = MODE == SCAN_H ? 14 : 12, N_USERS = MODE == SCAN_H ? 4 : 2, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 6 : 10,
-                         P_USERS = SPLIT ? 4 : 8, ROWS_USERS = VECTOR ? 14 : 12;
+    static constexpr int TILE_USERS = 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 4 : 8, P_USERS = SPLIT ? 4 : 8,
+                         ROWS_USERS = 12;
     static_assert(AW % 64 == 0 && BLOCKS * AW <= 256, "the state fits the registers");
     static_assert(TILES >= 3, "X, Y and the next X fit");
 };
@@ -110,7 +113,7 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
     // their caps for a whole chunk, else 1e-6.
     float u[64], r[64];
     float factor[64];              // of the row's part from the state
-    float scale[64], n_scale[64];  // of the row in the update of M, of n
+    float scale[64];   // of the row in the update of M, of n
     union {
         float floor[64];  // H: of the denominator
         float add[64];    // dQ, dK
@@ -119,20 +122,18 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
         float out_scale[64];  // H: 1 / denominator, by the scores
         float border[64];     // dQ, dK: of the row's part from n
     };
-    int start[64];  // of the document, counted from the chunk's first token
+    int start[64];  // of the document, counted from the chunk's first token; not below 0
     float decay;
-    int documents;  // one begins within the chunk, behind its first token
 };
 
 template <class S>
 struct alignas(16) ScanShared {
     ScanRows rows[2];
-    // n as it enters this chunk and one or two more, which others may still read
-    alignas(16) float vector[S::VECTORS][S::V_COLS];
     float dots[S::TRANSPOSED ? (S::SPLIT ? 2 : 4) : 1][S::TRANSPOSED ? 4 : 1][64];  // of a state warpgroup and chunk
-    float sums[10];  // four of each state warpgroup, two of the normaliser's warps
-    uint64_t tile_full[S::TILES], tile_empty[S::TILES], z_full[3], z_empty[3], rows_full[2], rows_empty[2], n_full[2],
-        n_done[2], p_full, p_empty, dot_full[2][2];
+    float n[S::MODE == SCAN_H ? S::A : 4];
+    float sums[8];  // four of each state warpgroup
+    uint64_t tile_full[S::TILES], tile_empty[S::TILES], z_full[3], z_empty[3], rows_full[2], rows_empty[2], p_full,
+        p_empty, dot_full[2][2];
 };
 
 template <class S>
@@ -174,6 +175,11 @@ template <class S>
 __device__ __forceinline__ int scan_at_tile(int k) { return k % S::TILES * S::TILE; }
 template <class S>
 __device__ __forceinline__ int scan_at_z(int it) { return S::AT_Z + it % S::Z_STAGES * S::Z_BYTES; }
+
+// The weights of the chunk's tokens in the normaliser, to 16 bits: in the even columns of eight their upper halves in
+// bf16, in the odd ones the lower
+template <class S>
+__device__ __forceinline__ int scan_at_weights(int it) { return S::AT_WEIGHTS + it % 2 * S::WEIGHT_BYTES; }
 
 // A tile that is none of this warp's business: all places of the ring count the same arrivals
 template <class S>
@@ -258,7 +264,8 @@ __device__ __forceinline__ void scan_copy_z(const ScanArgs &p, const ScanPlace &
 
 // One warp: the scalars of the rows, two a lane. The next chunk's are loaded while the states work on this one.
 template <class S>
-__device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
+__device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                             ScanShared<S> *sh) {
     const float log2_s = -0.5f * __log2f((float)p.s.dk);
     const int lane = threadIdx.x % 32;
     for (int it = 0; it < at.chunks; it++) {
@@ -278,9 +285,8 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
             u[h] = p.gates.u[gate], r[h] = p.gates.r[gate], q[h] = p.gates.qscale[gate], k[h] = p.gates.kscale[gate];
             inv_den[h] = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
             if (S::TRANSPOSED) ds[h] = p.ds[gate];
-            start[h] = p.doc_start[(size_t)at.b * p.s.T + t] - c * SCAN_CHUNK;
+            start[h] = max(p.doc_start[(size_t)at.b * p.s.T + t] - c * SCAN_CHUNK, 0);
         }
-        const int documents = __any_sync(0xffffffffu, start[0] > 0 || start[1] > 0);
         scan_wait_empty<2>(sh->rows_empty, it);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -290,68 +296,17 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
             rows->r[i] = r[h].x + r[h].y - log2_s - __log2f(by);
             rows->factor[i] = S::REVERSE ? k[h] : q[h] * by;
             rows->scale[i] = S::REVERSE ? q[h] * by : k[h];
-            rows->n_scale[i] = S::REVERSE ? q[h] * ds[h] : k[h];
             if (S::MODE == SCAN_H) rows->floor[i] = inv_den[h];
             if (S::TRANSPOSED) rows->add[i] = __fdividef(ds[h], by), rows->border[i] = S::REVERSE ? k[h] : q[h] * ds[h];
             rows->start[i] = start[h];
+            if (!S::NORMALISER) continue;
+            const float weight = S::MODE == SCAN_H ? k[h] : S::REVERSE ? __fdividef(ds[h], by) : 1;
+            const unsigned words = pack_two(weight, weight - to_float(from_float<bf16>(weight)));
+            *(uint4 *)(smem + scan_at_weights<S>(it) + 16 * i) = make_uint4(words, words, words, words);
         }
-        if (lane == 0) rows->decay = decay, rows->documents = documents;
+        if (lane == 0) rows->decay = decay;
+        if (S::NORMALISER) fence_async_proxy();
         scan_warp_arrive<2>(sh->rows_full, it);
-    }
-}
-
-// The columns of n that a lane of the two warps has: two of the panel `panel`
-__device__ __forceinline__ int scan_vector_column(int panel) {
-    const int lane = threadIdx.x % 32;
-    return 64 * panel + lane % 8 * 8 + (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0);
-}
-// decay n + the sum over the rows of scale_r tile_r: two columns of a panel for each lane of a warp. Four rows at a time,
-// eight columns a lane; the next four are on their way while these are added.
-__device__ __forceinline__ float2 scan_add_rows(const unsigned char *panel, const ScanRows *rows, float2 before) {
-    const int lane = threadIdx.x % 32, first = lane / 8;
-    const unsigned char *even = panel + first * PANEL_ROW + ((lane % 8 ^ first) << 4);  // of rows 8i, else 8i + 4
-    const unsigned char *odd = panel + (first + 4) * PANEL_ROW + ((lane % 8 ^ first ^ 4) << 4);
-    float sum[8] = {0};
-    uint4 x[2];
-    float by[2];
-    auto load = [&](int slot, int r) {
-        x[slot] = *(const uint4 *)((slot ? odd : even) + r * PANEL_ROW);
-        by[slot] = rows->n_scale[r + 4 * slot + first];
-    };
-    auto add = [&](int slot) {
-        const unsigned words[4] = {x[slot].x, x[slot].y, x[slot].z, x[slot].w};
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const float2 two = unpack_two(words[k]);
-            sum[2 * k] += by[slot] * two.x, sum[2 * k + 1] += by[slot] * two.y;
-        }
-    };
-    load(0, 0);
-#pragma unroll 1
-    for (int r = 0; r < 64; r += 8) {
-        load(1, r);
-        add(0);
-        load(0, r + 8 & 63);
-        add(1);
-    }
-#pragma unroll
-    for (int d = 16, half = 4; d >= 8; d /= 2, half /= 2)  // a lane keeps one half of its sums and gives the other
-#pragma unroll
-        for (int k = 0; k < half; k++) {
-            const float keep = lane & d ? sum[half + k] : sum[k], give = lane & d ? sum[k] : sum[half + k];
-            sum[k] = keep + __shfl_xor_sync(0xffffffffu, give, d);
-        }
-    return make_float2(rows->decay * before.x + sum[0], rows->decay * before.y + sum[1]);
-}
-// H: n as eight keys of an operand of wgmma: its first 24 bits in three of them, and zeros. Two columns.
-__device__ __forceinline__ void scan_publish_n(unsigned char *keys, int column, float2 n) {
-    unsigned char *to = keys + column / 64 * 1024 + column % 8 * 2;
-#pragma unroll
-    for (int part = 0; part < 3; part++) {
-        const unsigned words = pack_two(n.x, n.y);
-        const float2 taken = unpack_two(words);
-        *(unsigned *)(to + panel_piece(part, column % 64 / 8)) = words;
-        n.x -= taken.x, n.y -= taken.y;
     }
 }
 
@@ -368,10 +323,9 @@ __device__ __forceinline__ void scan_store_sum(float *to, float sum, float *sums
     *to = sum;
 }
 
-// n where the block begins: of column `column` of the vector
+// n where the block begins: of column `column` of it
 template <class S>
 __device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPlace &at, int column) {
-    column += S::TRANSPOSED ? at.slice * S::W : 0;
     if (column >= p.s.dk) return 0;
     if (S::MODE == SCAN_DQ && !at.first_segment)
         return p.n_snapshots[((size_t)at.bh * scan_borders(at) + at.first_chunk / SCAN_BORDER - 1) * p.s.dk + column];
@@ -379,126 +333,50 @@ __device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPl
     return initial.C ? initial.n[at.b * initial.row + (size_t)at.head * p.s.dk + column] : 0;
 }
 
-// Between spans: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
-template <class S>
-__device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh,
-                                              const float *vector, int c) {
-    const int border = scan_border<S>(at, c), spans = scan_borders(at) + 1, tid = threadIdx.x % 64;
-    if (border < 0 || S::MODE == SCAN_DQ || (S::MODE == SCAN_H && (at.slice || !p.n_snapshots))) return;
-    float *kept = p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, sum = 0;
-    if constexpr (S::MODE == SCAN_H) {
-        for (int k = tid; k < p.s.dk; k += 64) kept[k] = vector[k];
-    } else {
-        for (int k = tid; k < S::W && at.slice * S::W + k < p.s.dk; k += 64)
-            sum += vector[k] * kept[at.slice * S::W + k];
-        scan_store_sum<2>(&p.anchor[((size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh) * spans + border], sum,
-                          sh->sums + 8, 1);
-    }
-}
-
-// dK at the end of its walk: the same where the sequence begins
-template <class S>
-__device__ __forceinline__ void scan_start_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
-    if (S::MODE != SCAN_DK || !at.last_segment || !p.entering.C) return;
-    const float *n = p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk + at.slice * S::W;
-    float sum = 0;
-    for (int k = threadIdx.x % 64; k < S::W && at.slice * S::W + k < p.s.dk; k += 64)
-        sum += sh->vector[at.chunks % S::VECTORS][k] * n[k];
-    scan_store_sum<2>(&p.anchor_start[(size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh], sum, sh->sums + 8, 1);
-}
-
-// Two warps: n from chunk to chunk
-template <class S>
-__device__ __forceinline__ void scan_normaliser(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
-                                                ScanShared<S> *sh) {
-    const int tid = threadIdx.x % 64, warp = tid / 32;
-    for (int k = tid; k < S::N_BYTES / 4; k += 64) ((unsigned *)(smem + S::AT_N))[k] = 0;
-    for (int k = tid; k < S::V_COLS; k += 64) sh->vector[0][k] = scan_entering_n<S>(p, at, k);
-    named_barrier_sync(1, 64);
-    for (int k = 2 * tid; k < S::V_COLS && S::MODE == SCAN_H; k += 128)
-        scan_publish_n(smem + S::AT_N, k, *(const float2 *)&sh->vector[0][k]);
-    for (int it = 0; it < at.chunks; it++) {
-        const ScanRows *rows = &sh->rows[it % 2];
-        const float *n = sh->vector[it % S::VECTORS];
-        const unsigned char *tile;
-        if (S::MODE == SCAN_H) fence_async_proxy();
-        named_barrier_sync(1, 64);             // n is complete
-        scan_wait_full<2>(sh->rows_full, it);  // not further ahead than the scalars, or a phase would be missed
-        scan_warp_arrive<2>(sh->n_full, it);
-        scan_border_n<S>(p, at, sh, n, scan_chunk<S>(at, it));
-        if (S::MODE == SCAN_H) {
-            scan_wait_full<S::TILES>(sh->tile_full, 2 * it + 1);
-            tile = smem + scan_at_tile<S>(2 * it + 1);
-        } else {
-            scan_wait_full<S::Z_STAGES>(sh->z_full, it);
-            tile = smem + scan_at_z<S>(it);
-        }
-#pragma unroll 1
-        for (int panel = warp; panel < S::V_COLS / 64; panel += 2) {
-            const int column = scan_vector_column(panel);
-            const float2 next = scan_add_rows(tile + panel * PANEL_BYTES, rows, *(const float2 *)&n[column]);
-            *(float2 *)&sh->vector[(it + 1) % S::VECTORS][column] = next;
-            if (S::MODE != SCAN_H) continue;
-            if (panel < 2) scan_wait_full<2>(sh->n_done, it);
-            scan_publish_n(smem + S::AT_N, column, next);
-        }
-        if (S::MODE == SCAN_H) {
-            if (S::A == 64 && warp == 1) scan_wait_full<2>(sh->n_done, it);  // or a phase would be missed
-            scan_pass_tile<S>(sh, 2 * it);
-            scan_warp_arrive<S::TILES>(sh->tile_empty, 2 * it + 1);
-        } else {
-            if (S::SPLIT) scan_warp_arrive<2>(sh->n_done, it);
-            scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
-        }
-        scan_warp_arrive<2>(sh->rows_empty, it);
-    }
-    named_barrier_sync(1, 64);
-    scan_start_n<S>(p, at, sh);
-    const MlstmState final = scan_final<S>(p, at);
-    for (int k = tid; S::MODE == SCAN_H && final.C && !at.slice && k < p.s.dk; k += 64)
-        final.n[at.b * final.row + (size_t)at.head * p.s.dk + k] = sh->vector[at.chunks % S::VECTORS][k];
-}
-
 // ----------------------------------------------------------------------------------------------------------------
 // The scores' warpgroup
 
-// w[4j + 2h + e]: scores of rows i = 16 warp + g + 8h and columns k = 8j + 2t + e, to be weighted
-template <class S, bool DOCUMENTS>
+// w[4j + 2h + e]: scores of rows i = 16 warp + g + 8h and columns k = 8j + 2t + e, to be weighted. What is read from
+// shared memory takes long beside the products (some 190 cycles), so a few reads go together, and all weights are made,
+// those that are then taken for zero, too. A query sees the keys from its document's start to its own place.
+template <class S>
 __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *rows) {
-    const int lane = threadIdx.x % 32, t = lane % 4;
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), i0 = warp * 16 + lane / 4;
+    constexpr int GROUP = 2;  // columns' pieces whose reads go together
+    const int thread = not_hoisted(threadIdx.x), t = thread % 4, i0 = thread / 32 * 16 + thread % 32 / 4;
+    const float *of_k = S::REVERSE ? rows->r : rows->u, *of_i = S::REVERSE ? rows->u : rows->r;
     float mine[2], add[2] = {0, 0};  // forward: of the queries i; else of the keys i
     int start[2] = {0, 0};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        mine[h] = S::REVERSE ? rows->u[i0 + 8 * h] : rows->r[i0 + 8 * h];
+        mine[h] = of_i[i0 + 8 * h];
+        if (!S::REVERSE) start[h] = rows->start[i0 + 8 * h];
         if (S::MODE == SCAN_DQ) add[h] = rows->add[i0 + 8 * h];
-        if (DOCUMENTS && !S::REVERSE) start[h] = rows->start[i0 + 8 * h];
     }
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const int k = 8 * j + 2 * t;
-        const bool diagonal = j / 2 == warp, none = S::REVERSE ? j / 2 < warp : j / 2 > warp;
-        if (none) {
+    for (int j0 = 0; j0 < 8; j0 += GROUP) {
+        float2 other[GROUP], add_k[GROUP];
+        int2 start_k[GROUP];
 #pragma unroll
-            for (int e = 0; e < 4; e++) w[4 * j + e] = 0;
-            continue;
+        for (int j = 0; j < GROUP; j++) {
+            const int k = 8 * (j0 + j) + 2 * t;
+            other[j] = *(const float2 *)&of_k[k];
+            if (S::REVERSE) start_k[j] = *(const int2 *)&rows->start[k];
+            if (S::MODE == SCAN_DK) add_k[j] = *(const float2 *)&rows->add[k];
         }
-        const float2 other = *(const float2 *)(S::REVERSE ? &rows->r[k] : &rows->u[k]);
-        const float2 add_k = S::MODE == SCAN_DK ? *(const float2 *)&rows->add[k] : make_float2(0, 0);
-        const int2 start_k = DOCUMENTS && S::REVERSE ? *(const int2 *)&rows->start[k] : make_int2(0, 0);
 #pragma unroll
-        for (int h = 0; h < 2; h++)
+        for (int j = 0; j < GROUP; j++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const float x = e ? other.y : other.x, plus = S::MODE == SCAN_DK ? (e ? add_k.y : add_k.x) : add[h];
-                const int query = S::REVERSE ? k + e : i0 + 8 * h, key = S::REVERSE ? i0 + 8 * h : k + e;
-                float D = exp2_fast(S::REVERSE ? mine[h] - x : x - mine[h]);
-                if (diagonal && key > query) D = 0;
-                if (DOCUMENTS && (S::REVERSE ? (e ? start_k.y : start_k.x) : start[h]) > key) D = 0;
-                float *to = &w[4 * j + 2 * h + e];
-                *to = D * (S::TRANSPOSED ? *to + plus : *to);
+            for (int n = 0; n < 4; n++) {
+                const int h = n / 2, e = n % 2, k = 8 * (j0 + j) + 2 * t + e, i = i0 + 8 * h;
+                const int query = S::REVERSE ? k : i, key = S::REVERSE ? i : k;
+                const int from = !S::REVERSE ? start[h] : e ? start_k[j].y : start_k[j].x;
+                const float x = e ? other[j].y : other[j].x;
+                const float plus = S::MODE == SCAN_DK ? (e ? add_k[j].y : add_k[j].x) : add[h];
+                const float D = exp2_fast(S::REVERSE ? mine[h] - x : x - mine[h]);
+                float *to = &w[4 * (j0 + j) + n];
+                *to = (unsigned)(key - from) <= (unsigned)(query - from) ? D * (S::TRANSPOSED ? *to + plus : *to) : 0;
             }
+        asm volatile("" ::: "memory");  // not all reads at once: registers
     }
 }
 
@@ -509,7 +387,7 @@ __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *row
 template <class S>
 __device__ __forceinline__ float2 scan_denominators(const ScanArgs &p, const float (&w)[32], unsigned (&words)[16],
                                                     ScanRows *rows, const float (&q_n)[4]) {
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    const unsigned thread = not_hoisted(threadIdx.x), row = thread / 32 * 16 + thread % 32 / 4;
     float sum[2], rounded[2];
 #pragma unroll
     for (int h = 0; h < 2; h++)
@@ -542,14 +420,81 @@ __device__ __forceinline__ void scan_store_sig(const ScanArgs &p, const ScanPlac
     if (time + 8 < p.s.T) to[8] = sig.y;
 }
 
+// H: the normaliser, in fp32 and, as the operand of <q, n>, as eight keys: its first 24 bits in three of them, written by
+// the lanes t = 0, 1, 2 of each four. A thread has the columns 64 k + 16 warp + g and 8 further on: i = 2k and 2k + 1.
+__device__ __forceinline__ int scan_n_column(unsigned thread, int i) {
+    return i / 2 * 64 + thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8;
+}
+template <class S>
+__device__ __forceinline__ void scan_publish_n(unsigned char *smem, ScanShared<S> *sh, const float (&n)[S::A / 32]) {
+    const unsigned thread = not_hoisted(threadIdx.x), t = thread % 4;
+#pragma unroll
+    for (int i = 0; i < S::A / 32; i++) {
+        const int column = scan_n_column(thread, i);
+        const bf16 hi = from_float<bf16>(n[i]), mid = from_float<bf16>(n[i] - to_float(hi));
+        const bf16 low = from_float<bf16>(n[i] - to_float(hi) - to_float(mid));
+        if (t == 3) sh->n[column] = n[i];
+        else
+            *(bf16 *)(smem + S::AT_KEYS + i / 2 * 1024 + panel_piece(t, column % 64 / 8) + column % 8 * 2) =
+                t == 0 ? hi : t == 1 ? mid : low;
+    }
+    fence_async_proxy();
+    named_barrier_sync(1, 128);
+}
+template <class S>
+__device__ __forceinline__ void scan_begin_n(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                             ScanShared<S> *sh) {
+    float n[S::A / 32];
+    for (int k = threadIdx.x; k < S::KEYS_BYTES / 4; k += 128) ((unsigned *)(smem + S::AT_KEYS))[k] = 0;
+    named_barrier_sync(1, 128);
+#pragma unroll
+    for (int i = 0; i < S::A / 32; i++) n[i] = scan_entering_n<S>(p, at, scan_n_column(threadIdx.x, i));
+    scan_publish_n<S>(smem, sh, n);
+}
+// n = decay n + the sum of scale y over the chunk, whose Y is at y
+template <class S>
+__device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S> *sh, unsigned y, int it) {
+    const unsigned weights = shared_address(smem) + scan_at_weights<S>(it), thread = not_hoisted(threadIdx.x);
+    float sums[S::A / 64][4], n[S::A / 32];
+#pragma unroll
+    for (int k = 0; k < S::A / 64; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[k][i] = 0;
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < S::A / 64; k++)
+#pragma unroll
+        for (int step = 0; step < 4; step++)
+            wgmma_ss<1, 1>(sums[k], wgmma_operand(y + k * PANEL_BYTES + step * 2048),
+                           wgmma_narrow_operand(weights + 256 * step), true);
+    wgmma_commit();
+#pragma unroll
+    for (int i = 0; i < S::A / 32; i++) n[i] = sh->rows[it % 2].decay * sh->n[scan_n_column(thread, i)];
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < S::A / 32; i++) n[i] += sums[i / 2][i % 2 * 2] + sums[i / 2][i % 2 * 2 + 1];
+    scan_publish_n<S>(smem, sh, n);
+}
+// n to memory, [dk], by the scores' warps
+template <class S>
+__device__ __forceinline__ void scan_store_n(const ScanArgs &p, ScanShared<S> *sh, float *to) {
+    for (int k = threadIdx.x; k < p.s.dk; k += 128) to[k] = sh->n[k];
+}
+
 template <class S>
 __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
     const unsigned base = shared_address(smem);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+    if constexpr (S::MODE == SCAN_H) scan_begin_n<S>(p, at, smem, sh);
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         ScanRows *rows = &sh->rows[it % 2];
         const unsigned x = base + scan_at_tile<S>(k0), y = base + scan_at_tile<S>(k0 + 1), panel = base + S::AT_P;
+        if constexpr (S::MODE == SCAN_H) {
+            const int border = scan_border<S>(at, scan_chunk<S>(at, it));
+            if (border >= 0 && !at.slice && p.n_snapshots)
+                scan_store_n<S>(p, sh, p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk);
+        }
         float w[32];
         scan_wait_full<S::TILES>(sh->tile_full, k0);
         scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
@@ -564,21 +509,18 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
         wgmma_commit();
         float q_n[4] = {0, 0, 0, 0};
         if (S::MODE == SCAN_H) {
-            scan_wait_full<2>(sh->n_full, it);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < S::A / 16; k++)
                 wgmma_ss<0, 0>(q_n, wgmma_operand(x + k / 4 * PANEL_BYTES + k % 4 * 32),
-                               wgmma_operand(base + S::AT_N + k / 4 * 1024 + k % 4 * 32), true);
+                               wgmma_operand(base + S::AT_KEYS + k / 4 * 1024 + k % 4 * 32), true);
             wgmma_commit();
         }
         scan_wait_full<2>(sh->rows_full, it);
         wgmma_wait<0>();
         scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
-        scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
-        if (S::MODE == SCAN_H) scan_warp_arrive<2>(sh->n_done, it);
-        if (rows->documents) scan_weights<S, true>(w, rows);
-        else scan_weights<S, false>(w, rows);
+        if (S::MODE != SCAN_H) scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
+        scan_weights<S>(w, rows);
         unsigned words[16];
         float2 sig = {0, 0};
         if (S::MODE == SCAN_H) {
@@ -594,11 +536,19 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
                            words[2 * j + 3]);
         fence_async_proxy();
         scan_warp_arrive<1>(&sh->p_full, it);
+        if constexpr (S::MODE == SCAN_H) {
+            scan_advance_n<S>(smem, sh, y, it);
+            scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
+            scan_store_sig<S>(p, at, sig, scan_chunk<S>(at, it));  // behind the fences, which would wait for it
+        }
         scan_warp_arrive<2>(sh->rows_empty, it);
-        if (S::MODE == SCAN_H) scan_store_sig<S>(p, at, sig, scan_chunk<S>(at, it));  // behind the fence: it would wait
         const int tiles = scan_tiles<S>(at, scan_chunk<S>(at, it));
         for (int k = 2; k < tiles; k++) scan_pass_tile<S>(sh, k0 + k);
         k0 += tiles;
+    }
+    if constexpr (S::MODE == SCAN_H) {
+        const MlstmState final = scan_final<S>(p, at);
+        if (final.C && !at.slice) scan_store_n<S>(p, sh, final.n + at.b * final.row + (size_t)at.head * p.s.dk);
     }
 }
 
@@ -784,6 +734,52 @@ __device__ __forceinline__ void scan_add_product(float (&M)[S::AW / 2], const un
     }
 }
 
+// The states' part of the normaliser, dQ and dK: N[0] + N[1] of row scan_row() of M^T, N[2] + N[3] of 8 rows further on
+template <class S>
+__device__ __forceinline__ void scan_load_n(const ScanArgs &p, const ScanPlace &at, int wg, float (&N)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        N[i] = S::TRANSPOSED && i % 2 == 0 ? scan_entering_n<S>(p, at, scan_row<S>(at, wg, 0) + i / 2 * 8) : 0;
+}
+
+// dK between spans, and at the end of its walk where the sequence begins: adds <n, dn> of these rows to the anchors
+template <class S>
+__device__ __forceinline__ void scan_anchor_n(const ScanPlace &at, ScanShared<S> *sh, int wg, const float (&N)[4],
+                                              const float *n, int width, float *anchor) {
+    const int w = scan_row<S>(at, wg, 0);
+    float sum = 0;
+    if (threadIdx.x % 4 == 0 && !(S::SPLIT && wg))
+        sum = (w < width ? (N[0] + N[1]) * n[w] : 0) + (w + 8 < width ? (N[2] + N[3]) * n[w + 8] : 0);
+    scan_store_sum<4>(anchor, sum, sh->sums + 4 * wg, 2 + wg);
+}
+template <class S>
+__device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int wg,
+                                              const float (&N)[4], int c) {
+    const int border = scan_border<S>(at, c), spans = scan_borders(at) + 1;
+    if (S::MODE != SCAN_DK || border < 0) return;
+    scan_anchor_n<S>(at, sh, wg, N, p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, p.s.dk,
+                     &p.anchor[((size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh) * spans + border]);
+}
+template <class S>
+__device__ __forceinline__ void scan_start_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int wg,
+                                             const float (&N)[4]) {
+    if (S::MODE != SCAN_DK || !at.last_segment || !p.entering.C) return;
+    scan_anchor_n<S>(at, sh, wg, N, p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk, p.s.dk,
+                     &p.anchor_start[(size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh]);
+}
+
+// out^T times a factor a token, plus n0 and n1 of its rows times another
+__device__ __forceinline__ void scan_add_n(float (&out)[32], const float *factor, const float *border, float n0,
+                                           float n1) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const int token = 8 * j + 2 * (threadIdx.x % 4);
+        const float2 by = *(const float2 *)&factor[token], with = *(const float2 *)&border[token];
+        out[4 * j] = out[4 * j] * by.x + n0 * with.x, out[4 * j + 1] = out[4 * j + 1] * by.y + n0 * with.y;
+        out[4 * j + 2] = out[4 * j + 2] * by.x + n1 * with.x, out[4 * j + 3] = out[4 * j + 3] * by.y + n1 * with.y;
+    }
+}
+
 // out^T times a factor a token
 __device__ __forceinline__ void scan_scale_tokens(float (&out)[32], const float *factor) {
 #pragma unroll
@@ -860,21 +856,11 @@ template <class S, int COUNT>
 __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &at, float (&out)[COUNT], unsigned panel,
                                             ScanShared<S> *sh, int wg, int b, int it) {
     constexpr int PIECES = COUNT / 4;  // of 8 tokens
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4, c = scan_chunk<S>(at, it);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, c = scan_chunk<S>(at, it);
     const int first = S::SPLIT ? 32 * wg : 0;  // token
-    const ScanRows *rows = &sh->rows[it % 2];
     float *dots = sh->dots[S::SPLIT ? it % 2 : 2 * wg + it % 2][0];
-    if constexpr (S::MODE == SCAN_H) scan_scale_tokens(out, rows->out_scale);
+    if constexpr (S::MODE == SCAN_H) scan_scale_tokens(out, sh->rows[it % 2].out_scale);
     if constexpr (S::TRANSPOSED) {
-        const int w = 16 * warp + lane / 4 + (S::SPLIT ? 0 : wg * 64);
-        scan_wait_full<2>(sh->n_full, it);
-        const float n0 = sh->vector[it % S::VECTORS][w], n1 = sh->vector[it % S::VECTORS][w + 8];
-#pragma unroll
-        for (int j = 0; j < PIECES; j++) {
-            const float2 by = *(const float2 *)&rows->border[first + 8 * j + 2 * t];
-            out[4 * j] += by.x * n0, out[4 * j + 1] += by.y * n0;
-            out[4 * j + 2] += by.x * n1, out[4 * j + 3] += by.y * n1;
-        }
         barrier_wait(shared_address(&sh->dot_full[it % S::OUT_STAGES][S::SPLIT ? 0 : wg]), it / S::OUT_STAGES & 1);
         scan_row_dots(out, panel + first * PANEL_ROW, dots + first);
     } else {
@@ -914,8 +900,8 @@ __device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace
 // One chunk: of block b of 64 rows of M^T
 template <class S>
 __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
-                                          ScanShared<S> *sh, float (&M)[S::AW / 2], int wg, int b, int it, int k0,
-                                          float *border) {
+                                          ScanShared<S> *sh, float (&M)[S::AW / 2], float (&N)[4], int wg, int b,
+                                          int it, int k0, float *border) {
     const unsigned base = shared_address(smem), half = S::SPLIT ? wg * (S::AW / 64) * PANEL_BYTES : 0;
     const int block = S::SPLIT ? 0 : wg * S::BLOCKS + b;  // of 64 rows of the slice
     const unsigned z = base + scan_at_z<S>(it) + block * PANEL_BYTES, y = base + scan_at_tile<S>(k0 + 1) + half;
@@ -926,17 +912,27 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     scan_wait_full<S::TILES>(sh->tile_full, k0);
     scan_ask_state<S>(out, M, base + scan_at_tile<S>(k0) + half);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
+    if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
+    __syncwarp();
     if (border) *border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
     scan_scale_rows(a, z, rows->scale);
 #pragma unroll
     for (int i = 0; i < S::AW / 2; i++) M[i] *= rows->decay;
+    float n0 = N[0] + N[1], n1 = N[2] + N[3];
+    asm volatile("" : "+f"(n0), "+f"(n1));  // here and not after the product, which changes N
+#pragma unroll
+    for (int i = 0; i < 4; i++) N[i] *= rows->decay;
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; k++) scan_add_product<S>(M, a[k], y + k * 2048);
+    for (int k = 0; k < 4; k++) {
+        scan_add_product<S>(M, a[k], y + k * 2048);
+        if (S::TRANSPOSED) wgmma_rs<1>(N, a[k], wgmma_narrow_operand(base + scan_at_weights<S>(it) + 256 * k), true);
+    }
     wgmma_commit();
-    scan_scale_tokens(out, rows->factor);
+    if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
+    else scan_scale_tokens(out, rows->factor);
     constexpr int STEPS = S::SPLIT ? 2 : 4;  // of 16 tokens; two warpgroups of one output take half of them each
     const int first = S::SPLIT ? wg * STEPS : 0;
     scan_wait_full<1>(&sh->p_full, it);
@@ -950,7 +946,6 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
         tma_store_wait_read<0>();  // the last chunk's results have left Z
         scan_arrive<S::Z_STAGES>(sh->z_empty, it - 1);
     }
-    if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
     __syncwarp();
     wgmma_wait<0>();
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
@@ -958,7 +953,6 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     const unsigned panel = S::TRANSPOSED ? base + place : z;
     if constexpr (S::SPLIT) {
         float whole[16];
-        if (wg == 0) scan_wait_full<2>(sh->n_done, it);
         scan_add_halves(out, whole, (float *)(smem + scan_at_z<S>(it)), (float *)(smem + S::AT_P), wg);
         if (wg == 0) scan_warp_arrive<1>(&sh->p_empty, it);
         else scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
@@ -974,23 +968,26 @@ template <class S>
 __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
     const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;  // known to be the same in the whole warp
-    float M[S::BLOCKS][S::AW / 2];
+    float M[S::BLOCKS][S::AW / 2], N[4];
     scan_load_state<S>(p, at, wg, M);
+    scan_load_n<S>(p, at, wg, N);
     if (S::OUT_STAGES == 2) scan_load_dot<S>(p, at, shared_address(smem), sh, wg, 0);
     __syncwarp();
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
         scan_keep_state<S>(p, at, wg, M, c);
+        scan_border_n<S>(p, at, sh, wg, N, c);
         scan_wait_full<2>(sh->rows_full, it);
         float border = 0;
 #pragma unroll
         for (int b = 0; b < S::BLOCKS; b++)
-            scan_step<S>(p, at, smem, sh, M[b], wg, b, it, k0, tiles > 2 ? &border : NULL);
+            scan_step<S>(p, at, smem, sh, M[b], N, wg, b, it, k0, tiles > 2 ? &border : NULL);
         scan_warp_arrive<2>(sh->rows_empty, it);
         if (tiles > 2) scan_store_border<S>(p, at, sh, wg, k0, border, c);
         k0 += tiles;
     }
     scan_start_state<S>(p, at, wg, sh, M);
+    scan_start_n<S>(p, at, sh, wg, N);
     scan_store_state<S>(p, at, wg, M);
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -1011,8 +1008,6 @@ __device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
     for (int k = 0; k < 2; k++) {
         barrier_init(shared_address(sh->rows_full + k), 1);
         barrier_init(shared_address(sh->rows_empty + k), S::ROWS_USERS);
-        barrier_init(shared_address(sh->n_full + k), 2);
-        barrier_init(shared_address(sh->n_done + k), S::N_USERS);
         barrier_init(shared_address(sh->dot_full[k]), 1), barrier_init(shared_address(sh->dot_full[k] + 1), 1);
     }
     barrier_init(shared_address(&sh->p_full), 4);
@@ -1046,8 +1041,7 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
         registers_shrink<SCAN_AUX_REGISTERS>();
         if (warp == 12 && threadIdx.x % 32 == 0) scan_copy_tiles<S>(p, at, shared_address(smem), sh);
         if (warp == 12 && threadIdx.x % 32 == 1) scan_copy_z<S>(p, at, shared_address(smem), sh);
-        if (warp == 13) scan_scalars<S>(p, at, sh);
-        if (warp >= 14 && S::VECTOR) scan_normaliser<S>(p, at, smem, sh);
+        if (warp == 13) scan_scalars<S>(p, at, smem, sh);
     }
 #endif
 }
@@ -1135,7 +1129,7 @@ static size_t scan_snapshot_words(const MlstmShape *s) {
     return (size_t)s->B * s->NH * (mlstm_chunks(s) / SCAN_BORDER) * scan_slices(s, false) * A * scan_columns(A, false) /
            2;
 }
-static int scan_anchor_tiles(const MlstmShape *s) { return 2 * scan_slices(s, false) + scan_slices(s, true); }
+static int scan_anchor_tiles(const MlstmShape *s) { return 2 * (scan_slices(s, false) + scan_slices(s, true)); }
 
 constexpr bool scan_transposed(int mode) { return mode == SCAN_DQ || mode == SCAN_DK; }
 template <int MODE, int A>
