@@ -262,13 +262,14 @@ __device__ __forceinline__ void scan_copy_z(const ScanArgs &p, const ScanPlace &
     }
 }
 
-// One warp: the scalars of the rows, two a lane. The next chunk's are loaded while the states work on this one.
+// Two warps, one for even and one for odd chunks: the scalars of the rows, two a lane. A warp's next ones are loaded
+// while the states work.
 template <class S>
 __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                              ScanShared<S> *sh) {
     const float log2_s = -0.5f * __log2f((float)p.s.dk);
     const int lane = threadIdx.x % 32;
-    for (int it = 0; it < at.chunks; it++) {
+    for (int it = threadIdx.x / 32 % 2; it < at.chunks; it += 2) {
         const int c = scan_chunk<S>(at, it);
         ScanRows *rows = &sh->rows[it % 2];
         const float decay = p.gates.decay[(size_t)at.bh * at.all_chunks + c];
@@ -431,12 +432,11 @@ __device__ __forceinline__ void scan_publish_n(unsigned char *smem, ScanShared<S
 #pragma unroll
     for (int i = 0; i < S::A / 32; i++) {
         const int column = scan_n_column(thread, i);
-        const bf16 hi = from_float<bf16>(n[i]), mid = from_float<bf16>(n[i] - to_float(hi));
-        const bf16 low = from_float<bf16>(n[i] - to_float(hi) - to_float(mid));
+        const float hi = to_float(from_float<bf16>(n[i])), mid = to_float(from_float<bf16>(n[i] - hi));
+        const float part = t == 0 ? n[i] : t == 1 ? n[i] - hi : n[i] - hi - mid;
+        bf16 *key = (bf16 *)(smem + S::AT_KEYS + i / 2 * 1024 + panel_piece(t, column % 64 / 8)) + column % 8;
+        if (t < 3) *key = from_float<bf16>(part);
         if (t == 3) sh->n[column] = n[i];
-        else
-            *(bf16 *)(smem + S::AT_KEYS + i / 2 * 1024 + panel_piece(t, column % 64 / 8) + column % 8 * 2) =
-                t == 0 ? hi : t == 1 ? mid : low;
     }
     fence_async_proxy();
     named_barrier_sync(1, 128);
@@ -690,14 +690,18 @@ __device__ __forceinline__ void scan_start_state(const ScanArgs &p, const ScanPl
                       sh->sums + 4 * wg, 2 + wg);
 }
 
-// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce
+// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce. While the
+// products run, M^T decays, if there are registers for that.
 template <class S>
-__device__ __forceinline__ void scan_ask_state(float (&out)[32], const float (&M)[S::AW / 2], unsigned x) {
+__device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::AW / 2], unsigned x, float decay) {
 #pragma unroll
     for (int k = 0; k < S::AW / 16; k++) {
         unsigned a[4];
 #pragma unroll
-        for (int r = 0; r < 4; r++) a[r] = pack_two(M[8 * k + 2 * r], M[8 * k + 2 * r + 1]);
+        for (int r = 0; r < 4; r++) {
+            a[r] = pack_two(M[8 * k + 2 * r], M[8 * k + 2 * r + 1]);
+            if (S::BLOCKS == 1) M[8 * k + 2 * r] *= decay, M[8 * k + 2 * r + 1] *= decay;
+        }
         wgmma_fence();
         wgmma_rs<0>(out, a, wgmma_operand(x + k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
         wgmma_commit();
@@ -909,16 +913,16 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     const bool last = b == S::BLOCKS - 1;
     float out[32];
     unsigned a[4][4];
+    if (border) *border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::TILES>(sh->tile_full, k0);
-    scan_ask_state<S>(out, M, base + scan_at_tile<S>(k0) + half);
+    scan_ask_state<S>(out, M, base + scan_at_tile<S>(k0) + half, rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
     if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
     __syncwarp();
-    if (border) *border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
     scan_scale_rows(a, z, rows->scale);
 #pragma unroll
-    for (int i = 0; i < S::AW / 2; i++) M[i] *= rows->decay;
+    for (int i = 0; i < S::AW / 2 && S::BLOCKS > 1; i++) M[i] *= rows->decay;
     float n0 = N[0] + N[1], n1 = N[2] + N[3];
     asm volatile("" : "+f"(n0), "+f"(n1));  // here and not after the product, which changes N
 #pragma unroll
@@ -933,6 +937,7 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     wgmma_commit();
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
     else scan_scale_tokens(out, rows->factor);
+    if (border && last) scan_store_border<S>(p, at, sh, wg, k0, *border, scan_chunk<S>(at, it));
     constexpr int STEPS = S::SPLIT ? 2 : 4;  // of 16 tokens; two warpgroups of one output take half of them each
     const int first = S::SPLIT ? wg * STEPS : 0;
     scan_wait_full<1>(&sh->p_full, it);
@@ -983,7 +988,6 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
         for (int b = 0; b < S::BLOCKS; b++)
             scan_step<S>(p, at, smem, sh, M[b], N, wg, b, it, k0, tiles > 2 ? &border : NULL);
         scan_warp_arrive<2>(sh->rows_empty, it);
-        if (tiles > 2) scan_store_border<S>(p, at, sh, wg, k0, border, c);
         k0 += tiles;
     }
     scan_start_state<S>(p, at, wg, sh, M);
@@ -1041,7 +1045,7 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
         registers_shrink<SCAN_AUX_REGISTERS>();
         if (warp == 12 && threadIdx.x % 32 == 0) scan_copy_tiles<S>(p, at, shared_address(smem), sh);
         if (warp == 12 && threadIdx.x % 32 == 1) scan_copy_z<S>(p, at, shared_address(smem), sh);
-        if (warp == 13) scan_scalars<S>(p, at, smem, sh);
+        if (warp >= 14) scan_scalars<S>(p, at, smem, sh);
     }
 #endif
 }
