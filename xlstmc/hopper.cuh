@@ -157,15 +157,14 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Panels that follow each other along m or n, for transposed operands, are one panel apart. Eight rows: 1024 bytes.
-__device__ __forceinline__ uint64_t wgmma_operand(unsigned address) {
-    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(PANEL_BYTES >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
-           (uint64_t)1 << 62;
+// The operand `offset` bytes, a multiple of 16, behind an address of this block's shared memory. Panels that follow each
+// other along m or n, for transposed operands, are one panel apart. Eight rows: 1024 bytes.
+__device__ __forceinline__ uint64_t wgmma_operand(unsigned address, int offset = 0) {
+    return (uint64_t)(1024 >> 4 | 1 << 30) << 32 | (PANEL_BYTES >> 4 << 16) + (address >> 4) + (offset >> 4);
 }
-
 // An operand of eight columns, "transposed": eight numbers for each k, 16 bytes, one k after the other
-__device__ __forceinline__ uint64_t wgmma_narrow_operand(unsigned address) {
-    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(128 >> 4) << 16 | (uint64_t)(128 >> 4) << 32;
+__device__ __forceinline__ uint64_t wgmma_narrow_operand(unsigned address, int offset = 0) {
+    return (uint64_t)(128 >> 4) << 32 | (128 >> 4 << 16) + (address >> 4) + (offset >> 4);
 }
 
 // The lists of registers that the instruction's text needs

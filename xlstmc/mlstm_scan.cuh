@@ -421,22 +421,24 @@ __device__ __forceinline__ void scan_store_sig(const ScanArgs &p, const ScanPlac
     if (time + 8 < p.s.T) to[8] = sig.y;
 }
 
-// H: the normaliser, in fp32 and, as the operand of <q, n>, as eight keys: its first 24 bits in three of them, written by
-// the lanes t = 0, 1, 2 of each four. A thread has the columns 64 k + 16 warp + g and 8 further on: i = 2k and 2k + 1.
-__device__ __forceinline__ int scan_n_column(unsigned thread, int i) {
-    return i / 2 * 64 + thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8;
-}
+// H: the normaliser, in fp32 and, as the operand of <q, n>, as eight keys: its first 24 bits in three of them, each
+// written by one lane of four, and zeros. A thread has the columns 64 k + scan_n_column() in n[k][0] and 8 further on.
+__device__ __forceinline__ int scan_n_column(unsigned thread) { return thread / 32 * 16 + thread % 32 / 4; }
 template <class S>
-__device__ __forceinline__ void scan_publish_n(unsigned char *smem, ScanShared<S> *sh, const float (&n)[S::A / 32]) {
-    const unsigned thread = not_hoisted(threadIdx.x), t = thread % 4;
+__device__ __forceinline__ void scan_publish_n(unsigned char *smem, ScanShared<S> *sh, const float (&n)[S::A / 64][2]) {
+    const unsigned thread = not_hoisted(threadIdx.x), t = thread % 4, column = scan_n_column(thread);
+    unsigned char *first = smem + S::AT_KEYS + panel_piece(t, column / 8) + column % 8 * 2;
+    unsigned char *second = smem + S::AT_KEYS + panel_piece(t, column / 8 + 1) + column % 8 * 2;
 #pragma unroll
-    for (int i = 0; i < S::A / 32; i++) {
-        const int column = scan_n_column(thread, i);
-        const float hi = to_float(from_float<bf16>(n[i])), mid = to_float(from_float<bf16>(n[i] - hi));
-        const float part = t == 0 ? n[i] : t == 1 ? n[i] - hi : n[i] - hi - mid;
-        bf16 *key = (bf16 *)(smem + S::AT_KEYS + i / 2 * 1024 + panel_piece(t, column % 64 / 8)) + column % 8;
-        if (t < 3) *key = from_float<bf16>(part);
-        if (t == 3) sh->n[column] = n[i];
+    for (int k = 0; k < S::A / 64; k++) {
+        const unsigned hi = pack_two(n[k][0], n[k][1]);
+        const float2 left = {n[k][0] - unpack_two(hi).x, n[k][1] - unpack_two(hi).y};
+        const unsigned mid = pack_two(left.x, left.y);
+        const unsigned low = pack_two(left.x - unpack_two(mid).x, left.y - unpack_two(mid).y);
+        const unsigned part = t == 0 ? hi : t == 1 ? mid : t == 2 ? low : 0;
+        *(unsigned short *)(first + k * 1024) = (unsigned short)part;
+        *(unsigned short *)(second + k * 1024) = (unsigned short)(part >> 16);
+        sh->n[64 * k + column] = n[k][0], sh->n[64 * k + column + 8] = n[k][1];
     }
     fence_async_proxy();
     named_barrier_sync(1, 128);
@@ -444,18 +446,20 @@ __device__ __forceinline__ void scan_publish_n(unsigned char *smem, ScanShared<S
 template <class S>
 __device__ __forceinline__ void scan_begin_n(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                              ScanShared<S> *sh) {
-    float n[S::A / 32];
+    float n[S::A / 64][2];
     for (int k = threadIdx.x; k < S::KEYS_BYTES / 4; k += 128) ((unsigned *)(smem + S::AT_KEYS))[k] = 0;
     named_barrier_sync(1, 128);
 #pragma unroll
-    for (int i = 0; i < S::A / 32; i++) n[i] = scan_entering_n<S>(p, at, scan_n_column(threadIdx.x, i));
+    for (int i = 0; i < S::A / 32; i++)
+        n[i / 2][i % 2] = scan_entering_n<S>(p, at, i / 2 * 64 + scan_n_column(threadIdx.x) + i % 2 * 8);
     scan_publish_n<S>(smem, sh, n);
 }
 // n = decay n + the sum of scale y over the chunk, whose Y is at y
 template <class S>
 __device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S> *sh, unsigned y, int it) {
-    const unsigned weights = shared_address(smem) + scan_at_weights<S>(it), thread = not_hoisted(threadIdx.x);
-    float sums[S::A / 64][4], n[S::A / 32];
+    const unsigned weights = shared_address(smem) + scan_at_weights<S>(it), column = scan_n_column(not_hoisted(threadIdx.x));
+    const float decay = sh->rows[it % 2].decay;
+    float sums[S::A / 64][4], n[S::A / 64][2];
 #pragma unroll
     for (int k = 0; k < S::A / 64; k++)
 #pragma unroll
@@ -465,14 +469,14 @@ __device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S
     for (int k = 0; k < S::A / 64; k++)
 #pragma unroll
         for (int step = 0; step < 4; step++)
-            wgmma_ss<1, 1>(sums[k], wgmma_operand(y + k * PANEL_BYTES + step * 2048),
-                           wgmma_narrow_operand(weights + 256 * step), true);
+            wgmma_ss<1, 1>(sums[k], wgmma_operand(y, k * PANEL_BYTES + step * 2048),
+                           wgmma_narrow_operand(weights, 256 * step), true);
     wgmma_commit();
 #pragma unroll
-    for (int i = 0; i < S::A / 32; i++) n[i] = sh->rows[it % 2].decay * sh->n[scan_n_column(thread, i)];
+    for (int i = 0; i < S::A / 32; i++) n[i / 2][i % 2] = decay * sh->n[i / 2 * 64 + column + i % 2 * 8];
     wgmma_wait<0>();
 #pragma unroll
-    for (int i = 0; i < S::A / 32; i++) n[i] += sums[i / 2][i % 2 * 2] + sums[i / 2][i % 2 * 2 + 1];
+    for (int i = 0; i < S::A / 32; i++) n[i / 2][i % 2] += sums[i / 2][i % 2 * 2] + sums[i / 2][i % 2 * 2 + 1];
     scan_publish_n<S>(smem, sh, n);
 }
 // n to memory, [dk], by the scores' warps
@@ -504,7 +508,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
 #pragma unroll
         for (int k = 0; k < S::A / 16; k++) {
             const unsigned at_k = k / 4 * PANEL_BYTES + k % 4 * 32;
-            wgmma_ss<0, 0>(w, wgmma_operand(x + at_k), wgmma_operand(y + at_k), true);
+            wgmma_ss<0, 0>(w, wgmma_operand(x, at_k), wgmma_operand(y, at_k), true);
         }
         wgmma_commit();
         float q_n[4] = {0, 0, 0, 0};
@@ -512,8 +516,8 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < S::A / 16; k++)
-                wgmma_ss<0, 0>(q_n, wgmma_operand(x + k / 4 * PANEL_BYTES + k % 4 * 32),
-                               wgmma_operand(base + S::AT_KEYS + k / 4 * 1024 + k % 4 * 32), true);
+                wgmma_ss<0, 0>(q_n, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32),
+                               wgmma_operand(base, S::AT_KEYS + k / 4 * 1024 + k % 4 * 32), true);
             wgmma_commit();
         }
         scan_wait_full<2>(sh->rows_full, it);
@@ -703,7 +707,7 @@ __device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::A
             if (S::BLOCKS == 1) M[8 * k + 2 * r] *= decay, M[8 * k + 2 * r + 1] *= decay;
         }
         wgmma_fence();
-        wgmma_rs<0>(out, a, wgmma_operand(x + k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
+        wgmma_rs<0>(out, a, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
         wgmma_commit();
         if (k >= S::AHEAD) wgmma_wait<S::AHEAD>();
     }
@@ -726,15 +730,15 @@ __device__ __forceinline__ void scan_scale_rows(unsigned (&a)[4][4], unsigned z,
     }
 }
 
-// M^T += a Y, 16 tokens. A product 256 columns wide would want more registers than a thread has at the start.
+// M^T += a Y, the k-th 16 tokens. A product 256 columns wide would want more registers than a thread has at the start.
 template <class S>
-__device__ __forceinline__ void scan_add_product(float (&M)[S::AW / 2], const unsigned (&a)[4], unsigned y) {
+__device__ __forceinline__ void scan_add_product(float (&M)[S::AW / 2], const unsigned (&a)[4], unsigned y, int k) {
     if constexpr (S::AW == 256) {
         float(&left)[64] = *(float(*)[64])M, (&right)[64] = *(float(*)[64])(M + 64);
-        wgmma_rs<1>(left, a, wgmma_operand(y), true);
-        wgmma_rs<1>(right, a, wgmma_operand(y + 2 * PANEL_BYTES), true);
+        wgmma_rs<1>(left, a, wgmma_operand(y, k * 2048), true);
+        wgmma_rs<1>(right, a, wgmma_operand(y, 2 * PANEL_BYTES + k * 2048), true);
     } else {
-        wgmma_rs<1>(M, a, wgmma_operand(y), true);
+        wgmma_rs<1>(M, a, wgmma_operand(y, k * 2048), true);
     }
 }
 
@@ -931,8 +935,8 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        scan_add_product<S>(M, a[k], y + k * 2048);
-        if (S::TRANSPOSED) wgmma_rs<1>(N, a[k], wgmma_narrow_operand(base + scan_at_weights<S>(it) + 256 * k), true);
+        scan_add_product<S>(M, a[k], y, k);
+        if (S::TRANSPOSED) wgmma_rs<1>(N, a[k], wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
     }
     wgmma_commit();
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
@@ -944,8 +948,8 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
-        wgmma_ss<1, 0>(out, wgmma_operand(z + (first + k) * 2048), wgmma_operand(base + S::AT_P + 32 * (first + k)),
-                       true);
+        wgmma_ss<1, 0>(out, wgmma_operand(z + first * 2048, k * 2048),
+                       wgmma_operand(base + S::AT_P + 32 * first, 32 * k), true);
     wgmma_commit();
     if (!S::TRANSPOSED && b == 0 && it > 0 && threadIdx.x % 128 == 0) {
         tma_store_wait_read<0>();  // the last chunk's results have left Z
