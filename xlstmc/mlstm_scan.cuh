@@ -65,6 +65,7 @@ struct Scan {
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
     static constexpr int AHEAD = BLOCKS == 2 ? 1 : AW > 192 ? 2 : 3;  // products on their way (scan_ask_state)
+    static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;    // dV still wants M for its snapshots
     static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;     // X or Y, Z of 64 tokens
     // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z, by
     // = 1 or ds / inv_den: by the states, of the rows of M^T that they have
@@ -704,7 +705,7 @@ __device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::A
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             a[r] = pack_two(M[8 * k + 2 * r], M[8 * k + 2 * r + 1]);
-            if (S::BLOCKS == 1) M[8 * k + 2 * r] *= decay, M[8 * k + 2 * r + 1] *= decay;
+            if (S::DECAYS_EARLY) M[8 * k + 2 * r] *= decay, M[8 * k + 2 * r + 1] *= decay;
         }
         wgmma_fence();
         wgmma_rs<0>(out, a, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
@@ -917,16 +918,16 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     const bool last = b == S::BLOCKS - 1;
     float out[32];
     unsigned a[4][4];
-    if (border) *border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::TILES>(sh->tile_full, k0);
     scan_ask_state<S>(out, M, base + scan_at_tile<S>(k0) + half, rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
     if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
     __syncwarp();
+    if (border) *border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
     scan_scale_rows(a, z, rows->scale);
 #pragma unroll
-    for (int i = 0; i < S::AW / 2 && S::BLOCKS > 1; i++) M[i] *= rows->decay;
+    for (int i = 0; i < S::AW / 2 && !S::DECAYS_EARLY; i++) M[i] *= rows->decay;
     float n0 = N[0] + N[1], n1 = N[2] + N[3];
     asm volatile("" : "+f"(n0), "+f"(n1));  // here and not after the product, which changes N
 #pragma unroll
