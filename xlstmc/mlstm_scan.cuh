@@ -106,6 +106,7 @@ struct ScanArgs {
     MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
     float *anchor_start;  // [tiles][B, NH] the same shares where the sequence begins
     float *dot_out;       // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded
+    int *pace;            // [B, NH, segments][8] chunks that the slices have begun; NULL: nobody waits (scan_keep_pace)
 };
 
 struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
@@ -231,13 +232,31 @@ __device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const Scan
 // ----------------------------------------------------------------------------------------------------------------
 // The aux warpgroup: copies, the scalars of the rows, the normaliser
 
+// Blocks of one head share X and Y through L2 as long as none is far ahead. Each says every fourth chunk where it is, and
+// waits for the slowest. Only a hint: who waited in vain, since another does not run yet, waits no more.
+__device__ __forceinline__ bool scan_keep_pace(int *pace, int it) {
+    enum { EVERY = 4, AHEAD = 6, TRIES = 40 };
+    if (it % EVERY) return true;
+    volatile int *group = pace + 8 * (blockIdx.z * gridDim.y + blockIdx.y);
+    group[blockIdx.x] = it + 1;
+    for (int k = 0; k < TRIES; k++) {
+        int slowest = it;
+        for (int x = 0; x < gridDim.x; x++) slowest = min(slowest, group[x]);
+        if (slowest >= it - AHEAD) return true;
+        __nanosleep(200);
+    }
+    return false;
+}
+
 // Two threads, since neither may wait for what the other waits for: X and Y, and Z. The operand of the row sums is the
 // states' own matter.
 template <class S>
 __device__ __forceinline__ void scan_copy_tiles(const ScanArgs &p, const ScanPlace &at, unsigned base,
                                                 ScanShared<S> *sh) {
+    bool together = p.pace;
     for (int it = 0, k = 0; it < at.chunks; it++) {
         const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
+        if (together) together = scan_keep_pace(p.pace, it);
         for (int i = 0; i < tiles; i++, k++) {
             const unsigned full = shared_address(sh->tile_full + k % S::TILES), tile = base + scan_at_tile<S>(k);
             scan_wait_empty<S::TILES>(sh->tile_empty, k);
@@ -1074,7 +1093,7 @@ static __global__ void __launch_bounds__(SCAN_THREADS, 1)
 // ----------------------------------------------------------------------------------------------------------------
 // Which shapes, and the launches
 
-enum { SCAN_BLOCKS = 132 };  // multiprocessors of an H100: one block each
+enum { SCAN_BLOCKS = 132, SCAN_DQ_SEGMENTS = 32 };  // multiprocessors of an H100: one block each; dQ: at most
 
 static __device__ int scan_code =
 #ifdef HOPPER_CODE
@@ -1121,7 +1140,7 @@ static int scan_dq_segment_chunks(const MlstmShape *s) {
     const int slices = scan_slices(s, true), chunks = mlstm_chunks(s), blocks = slices * s->B * s->NH;
     int best = chunks;
     long long least = -1;
-    for (int segments = 1; segments <= imax(1, imin(32, chunks / 8)); segments++) {
+    for (int segments = 1; segments <= imax(1, imin(SCAN_DQ_SEGMENTS, chunks / 8)); segments++) {
         const int length = ceil_div(ceil_div(chunks, segments), SCAN_BORDER) * SCAN_BORDER;
         const long long rounds = ceil_div((size_t)blocks * ceil_div(chunks, length), SCAN_BLOCKS);
         const long long cost = rounds * (length + 20);
@@ -1130,8 +1149,11 @@ static int scan_dq_segment_chunks(const MlstmShape *s) {
     return best;
 }
 // Segments x sequences x heads x slices are at most SCAN_BLOCKS where there is more than one segment.
+static size_t scan_pace_words(const MlstmShape *s) {  // eight for each head and segment
+    return 8 * ((size_t)s->B * s->NH * SCAN_DQ_SEGMENTS + SCAN_BLOCKS);
+}
 static size_t scan_segments_floats(const MlstmShape *s) {
-    return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + s->B * s->NH) * s->dk * (s->dv + 1);
+    return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + s->B * s->NH) * s->dk * (s->dv + 1) + scan_pace_words(s);
 }
 static size_t scan_snapshot_words(const MlstmShape *s) {
     const int A = scan_pad(s->dk, false);
@@ -1163,11 +1185,19 @@ static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
     scan_start(kernel, scan_shared_bytes<S>(), p.slices, p, stream, p);
 }
 
+// Several blocks a head that walk far: they keep pace
+static int *scan_pace(const ScanArgs &p, int blocks, float *segments, cudaStream_t stream) {
+    if (blocks < 2 || blocks > 8 || p.segment_chunks < 64) return NULL;
+    int *pace = (int *)(segments + scan_segments_floats(&p.s)) - scan_pace_words(&p.s);
+    CUDA_CHECK(cudaMemsetAsync(pace, 0, scan_pace_words(&p.s) * sizeof(int), stream));
+    return pace;
+}
+
 template <int MODE>
-static void scan_run(ScanArgs p, cudaStream_t stream) {
+static void scan_run(ScanArgs p, float *segments, cudaStream_t stream) {
     constexpr bool TRANSPOSED = scan_transposed(MODE);
     const int A = scan_pad(TRANSPOSED ? p.s.dv : p.s.dk, TRANSPOSED);
-    p.slices = scan_slices(&p.s, TRANSPOSED);
+    p.slices = scan_slices(&p.s, TRANSPOSED), p.pace = scan_pace(p, p.slices, segments, stream);
     if constexpr (TRANSPOSED) {
         if (A == 384) return scan_launch<MODE, 384>(p, stream);
         if (A == 512) return scan_launch<MODE, 512>(p, stream);
@@ -1197,20 +1227,21 @@ static bool scan_pair_pays(const ScanArgs &v, const ScanArgs &k) {
 }
 
 // dV and dK: together where heads are 2 : 1 and it pays, else one after the other
-static void scan_run_pair(ScanArgs v, ScanArgs k, cudaStream_t stream) {
+static void scan_run_pair(ScanArgs v, ScanArgs k, float *segments, cudaStream_t stream) {
     const int dk = scan_pad(v.s.dk, false), dv = scan_pad(v.s.dv, true);
     v.slices = scan_slices(&v.s, false), k.slices = scan_slices(&v.s, true);
     if (!scan_pair_pays(v, k)) {
-        scan_run<SCAN_DV>(v, stream);
-        return scan_run<SCAN_DK>(k, stream);
+        scan_run<SCAN_DV>(v, segments, stream);
+        return scan_run<SCAN_DK>(k, segments, stream);
     }
+    v.pace = k.pace = scan_pace(v, v.slices + k.slices, segments, stream);
     if (dk == 64 && dv == 128) return scan_launch_pair<64, 128>(v, k, stream);
     if (dk == 128 && dv == 192) return scan_launch_pair<128, 192>(v, k, stream);
     if (dk == 128 && dv == 256) return scan_launch_pair<128, 256>(v, k, stream);
     if (dk == 192 && dv == 384) return scan_launch_pair<192, 384>(v, k, stream);
     if (dk == 256 && dv == 512) return scan_launch_pair<256, 512>(v, k, stream);
-    scan_run<SCAN_DV>(v, stream);
-    scan_run<SCAN_DK>(k, stream);
+    scan_run<SCAN_DV>(v, segments, stream);
+    scan_run<SCAN_DK>(k, segments, stream);
 }
 
 // What each segment adds to the states; p as for the scan itself. all: the last one, too, even if it is the only one
@@ -1267,7 +1298,7 @@ static void mlstm_scan_forward(const MlstmShape &s, const MlstmInput<bf16> &in, 
     scan_forward_maps(&p, in);
     p.out = head_tensor_map(h, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
     scan_segments<false>(&p, segments, walked, m_walk, stream);
-    scan_run<SCAN_H>(p, stream);
+    scan_run<SCAN_H>(p, segments, stream);
 }
 
 // The pair of this rank's tokens: all but m and G. gates: of the segment alone
@@ -1323,13 +1354,13 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
     p.x = v_map, p.y = dh_map, p.z = q_map, p.dot = k_map;
     p.out = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
     p.anchor_tile = 2 * scan_slices(&s, false), p.dot_out = scratch.k_dk;
-    scan_run_pair(for_dv, p, stream);
+    scan_run_pair(for_dv, p, scratch.segments, stream);
 
     p.x = dh_map, p.y = v_map, p.z = k_map, p.dot = q_map;
     p.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
     p.initial = initial, p.segments = NULL, p.segment_chunks = scan_dq_segment_chunks(&s);
     p.dot_out = scratch.q_dq;
-    scan_run<SCAN_DQ>(p, stream);
+    scan_run<SCAN_DQ>(p, scratch.segments, stream);
 }
 
 #endif
