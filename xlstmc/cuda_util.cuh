@@ -166,4 +166,11 @@ static X *take(Arena *a, size_t count) {  // aligned to 256 bytes
     return p;
 }
 
+// x, but the compiler does not know it: what is computed from it is computed where it is used, in a loop again and
+// again, rather than before the loop and held in registers that the sums need.
+__device__ inline unsigned not_hoisted(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 #endif

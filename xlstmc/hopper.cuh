@@ -157,13 +157,18 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Panels that follow each other along m or n, for transposed operands, are one panel apart. Eight rows: 1024 bytes.
-__device__ __forceinline__ uint64_t wgmma_operand(unsigned address) {
-    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(PANEL_BYTES >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
-           (uint64_t)1 << 62;
+// The operand `offset` bytes, a multiple of 16, behind an address of this block's shared memory. Panels that follow each
+// other along m or n, for transposed operands, are one panel apart. Eight rows: 1024 bytes.
+__device__ __forceinline__ uint64_t wgmma_operand(unsigned address, int offset = 0) {
+    return (uint64_t)(1024 >> 4 | 1 << 30) << 32 | (PANEL_BYTES >> 4 << 16) + (address >> 4) + (offset >> 4);
+}
+// An operand of eight columns, "transposed": eight numbers for each k, 16 bytes, one k after the other
+__device__ __forceinline__ uint64_t wgmma_narrow_operand(unsigned address, int offset = 0) {
+    return (uint64_t)(128 >> 4) << 32 | (128 >> 4 << 16) + (address >> 4) + (offset >> 4);
 }
 
 // The lists of registers that the instruction's text needs
+#define WGMMA_NAMES_4 "{%0, %1, %2, %3}, "
 #define WGMMA_NAMES_32 \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
@@ -192,6 +197,7 @@ __device__ __forceinline__ uint64_t wgmma_operand(unsigned address) {
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define WGMMA_D32(i) WGMMA_D8(i), WGMMA_D8(i + 8), WGMMA_D8(i + 16), WGMMA_D8(i + 24)
+#define WGMMA_ACC_4 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define WGMMA_ACC_32 WGMMA_D32(0)
 #define WGMMA_ACC_64 WGMMA_D32(0), WGMMA_D32(32)
 #define WGMMA_ACC_96 WGMMA_D32(0), WGMMA_D32(32), WGMMA_D32(64)
@@ -215,10 +221,15 @@ template <int TRANS_A, int TRANS_B>
 __device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, bool sum) {
     WGMMA_SS(64, 32, 32, 33, 34, 35, 36);
 }
+template <int TRANS_A, int TRANS_B>
+__device__ __forceinline__ void wgmma_ss(float (&d)[4], uint64_t a, uint64_t b, bool sum) {  // N = 8
+    WGMMA_SS(8, 4, 4, 5, 6, 7, 8);
+}
 // A in registers, as D lies: a[0] rows g, k 2t and 2t + 1; a[1] rows g + 8; a[2], a[3] the same with k + 8
 template <int TRANS_B, int COUNT>
 __device__ __forceinline__ void wgmma_rs(float (&d)[COUNT], const unsigned (&a)[4], uint64_t b, bool sum) {
-    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 96 || COUNT == 128, "N = 64, 128, 192 or 256");
+    static_assert(COUNT == 4 || COUNT == 32 || COUNT == 64 || COUNT == 96 || COUNT == 128, "N = 8, 64 .. 256");
+    if constexpr (COUNT == 4) WGMMA_RS(8, 4, 4, 5, 6, 7, 8, 9, 10);
     if constexpr (COUNT == 32) WGMMA_RS(64, 32, 32, 33, 34, 35, 36, 37, 38);
     if constexpr (COUNT == 64) WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69, 70);
     if constexpr (COUNT == 96) WGMMA_RS(192, 96, 96, 97, 98, 99, 100, 101, 102);
@@ -249,6 +260,8 @@ __device__ __forceinline__ unsigned pack_two(float x, float y) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
     return *(unsigned *)&pair;
 }
-__device__ __forceinline__ float2 unpack_two(unsigned pair) { return __bfloat1622float2(*(__nv_bfloat162 *)&pair); }
+__device__ __forceinline__ float2 unpack_two(unsigned pair) {  // the lower half first
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
 
 #endif

@@ -35,13 +35,6 @@
 
 enum { TILE_ROWS = 64, MLSTM_THREADS = 256 };
 
-// x, but the compiler does not know it: what is computed from it is computed where it is used, in a loop again and
-// again, rather than before the loop and held in registers that the sums need.
-__device__ inline unsigned not_hoisted(unsigned x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 template <typename F, int ROWS>
 __device__ inline unsigned tile_at(unsigned r, unsigned c) {
     constexpr int V = VEC<F>;

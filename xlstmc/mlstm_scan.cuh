@@ -64,21 +64,28 @@ struct Scan {
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
+    static constexpr int AHEAD = BLOCKS == 2 ? 1 : AW > 192 ? 2 : 3;  // products on their way (scan_ask_state)
+    static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;    // dV still wants M for its snapshots
     static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;     // X or Y, Z of 64 tokens
-    // The normaliser: n = sum of scale y (H), or the slice's part of n (dQ) or dn (dK) = sum of scale z
-    static constexpr bool VECTOR = MODE != SCAN_DV;
-    static constexpr int V_COLS = TRANSPOSED ? W : A;
-    static constexpr int SHARED = 227 * 1024;
+    // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z, by
+    // = 1 or ds / inv_den: by the states, of the rows of M^T that they have
+    static constexpr bool NORMALISER = MODE != SCAN_DV;
+    static constexpr int WEIGHT_BYTES = NORMALISER ? 64 * 16 : 0;  // of a chunk's tokens in it: an operand
+    static constexpr int SHARED = 227 * 1024, MAX_TILES = 10;
     static constexpr int Z_STAGES = !TRANSPOSED ? 3 : A > 384 ? 1 : 2;
-    static constexpr int OUT_BYTES = TRANSPOSED ? W * PANEL_ROW : 0;  // the operand of the row sums, then out
-    static constexpr int SCALARS = 11 * 1024;  // ScanShared
-    static constexpr int ROOM = SHARED - SCALARS - Z_STAGES * Z_BYTES - PANEL_BYTES - OUT_BYTES;
-    static constexpr int TILES = ROOM / TILE < 6 ? ROOM / TILE : 6;  // of X and Y
+    // The operand of the row sums, a chunk ahead where there is room, then out. KEYS: n as the operand of <q, n>
+    static constexpr int OUT_STAGES = !TRANSPOSED ? 0 : A > 384 ? 1 : 2;
+    static constexpr int OUT_BYTES = W * PANEL_ROW, KEYS_BYTES = MODE == SCAN_H ? A / 64 * 1024 : 0;
+    static constexpr int SCALARS = TRANSPOSED && !SPLIT ? 9 * 1024 : 7 * 1024;  // ScanShared
+    static constexpr int ROOM = SHARED - SCALARS - Z_STAGES * Z_BYTES - PANEL_BYTES - OUT_STAGES * OUT_BYTES -
+                                KEYS_BYTES - 2 * WEIGHT_BYTES;
+    static constexpr int TILES = ROOM / TILE < MAX_TILES ? ROOM / TILE : MAX_TILES;  // of X and Y
     static constexpr int AT_Z = TILES * TILE, AT_P = AT_Z + Z_STAGES * Z_BYTES, AT_OUT = AT_P + PANEL_BYTES,
-                         AT_SHARED = AT_OUT + OUT_BYTES;
+                         AT_KEYS = AT_OUT + OUT_STAGES * OUT_BYTES, AT_WEIGHTS = AT_KEYS + KEYS_BYTES,
+                         AT_SHARED = AT_WEIGHTS + 2 * WEIGHT_BYTES;
     // Arrivals that free a tile, a stage of Z, P, the scalars of a chunk
-    static constexpr int TILE_USERS = MODE == SCAN_H ? 14 : 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 6 : 10,
-                         P_USERS = SPLIT ? 4 : 8, ROWS_USERS = VECTOR ? 14 : 12;
+    static constexpr int TILE_USERS = 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 4 : 8, P_USERS = SPLIT ? 4 : 8,
+                         ROWS_USERS = 12;
     static_assert(AW % 64 == 0 && BLOCKS * AW <= 256, "the state fits the registers");
     static_assert(TILES >= 3, "X, Y and the next X fit");
 };
@@ -99,6 +106,7 @@ struct ScanArgs {
     MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
     float *anchor_start;  // [tiles][B, NH] the same shares where the sequence begins
     float *dot_out;       // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded
+    int *pace;            // [B, NH, segments][8] chunks that the slices have begun; NULL: nobody waits (scan_keep_pace)
 };
 
 struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
@@ -107,7 +115,7 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
     // their caps for a whole chunk, else 1e-6.
     float u[64], r[64];
     float factor[64];              // of the row's part from the state
-    float scale[64], n_scale[64];  // of the row in the update of M, of n
+    float scale[64];   // of the row in the update of M, of n
     union {
         float floor[64];  // H: of the denominator
         float add[64];    // dQ, dK
@@ -116,19 +124,18 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
         float out_scale[64];  // H: 1 / denominator, by the scores
         float border[64];     // dQ, dK: of the row's part from n
     };
-    int start[64];  // of the document, counted from the chunk's first token
+    int start[64];  // of the document, counted from the chunk's first token; not below 0
     float decay;
-    int documents;  // one begins within the chunk, behind its first token
 };
 
 template <class S>
 struct alignas(16) ScanShared {
     ScanRows rows[2];
-    alignas(16) float vector[3][S::V_COLS];  // n as it enters this chunk and two more, which others may still read
-    float dots[S::TRANSPOSED ? (S::SPLIT ? 2 : 4) : 1][4][64];  // of a state warpgroup, of even and odd chunks
-    float sums[10];  // four of each state warpgroup, two of the normaliser's warps
-    uint64_t tile_full[6], tile_empty[6], z_full[3], z_empty[3], rows_full[2], rows_empty[2], n_full[2], n_done[2],
-        p_full, p_empty, dot_full[2];
+    float dots[S::TRANSPOSED ? (S::SPLIT ? 2 : 4) : 1][S::TRANSPOSED ? 4 : 1][64];  // of a state warpgroup and chunk
+    float n[S::MODE == SCAN_H ? S::A : 4];
+    float sums[8];  // four of each state warpgroup
+    uint64_t tile_full[S::TILES], tile_empty[S::TILES], z_full[3], z_empty[3], rows_full[2], rows_empty[2], p_full,
+        p_empty, dot_full[2][2];
 };
 
 template <class S>
@@ -170,6 +177,11 @@ template <class S>
 __device__ __forceinline__ int scan_at_tile(int k) { return k % S::TILES * S::TILE; }
 template <class S>
 __device__ __forceinline__ int scan_at_z(int it) { return S::AT_Z + it % S::Z_STAGES * S::Z_BYTES; }
+
+// The weights of the chunk's tokens in the normaliser, to 16 bits: in the even columns of eight their upper halves in
+// bf16, in the odd ones the lower
+template <class S>
+__device__ __forceinline__ int scan_at_weights(int it) { return S::AT_WEIGHTS + it % 2 * S::WEIGHT_BYTES; }
 
 // A tile that is none of this warp's business: all places of the ring count the same arrivals
 template <class S>
@@ -220,13 +232,31 @@ __device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const Scan
 // ----------------------------------------------------------------------------------------------------------------
 // The aux warpgroup: copies, the scalars of the rows, the normaliser
 
+// Blocks of one head share X and Y through L2 as long as none is far ahead. Each says every fourth chunk where it is, and
+// waits for the slowest. Only a hint: who waited in vain, since another does not run yet, waits no more.
+__device__ __forceinline__ bool scan_keep_pace(int *pace, int it) {
+    enum { EVERY = 4, AHEAD = 6, TRIES = 40 };
+    if (it % EVERY) return true;
+    volatile int *group = pace + 8 * (blockIdx.z * gridDim.y + blockIdx.y);
+    group[blockIdx.x] = it + 1;
+    for (int k = 0; k < TRIES; k++) {
+        int slowest = it;
+        for (int x = 0; x < gridDim.x; x++) slowest = min(slowest, group[x]);
+        if (slowest >= it - AHEAD) return true;
+        __nanosleep(200);
+    }
+    return false;
+}
+
 // Two threads, since neither may wait for what the other waits for: X and Y, and Z. The operand of the row sums is the
 // states' own matter.
 template <class S>
 __device__ __forceinline__ void scan_copy_tiles(const ScanArgs &p, const ScanPlace &at, unsigned base,
                                                 ScanShared<S> *sh) {
+    bool together = p.pace;
     for (int it = 0, k = 0; it < at.chunks; it++) {
         const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
+        if (together) together = scan_keep_pace(p.pace, it);
         for (int i = 0; i < tiles; i++, k++) {
             const unsigned full = shared_address(sh->tile_full + k % S::TILES), tile = base + scan_at_tile<S>(k);
             scan_wait_empty<S::TILES>(sh->tile_empty, k);
@@ -252,12 +282,14 @@ __device__ __forceinline__ void scan_copy_z(const ScanArgs &p, const ScanPlace &
     }
 }
 
-// One warp: the scalars of the rows, two a lane. The next chunk's are loaded while the states work on this one.
+// Two warps, one for even and one for odd chunks: the scalars of the rows, two a lane. A warp's next ones are loaded
+// while the states work.
 template <class S>
-__device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
+__device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                             ScanShared<S> *sh) {
     const float log2_s = -0.5f * __log2f((float)p.s.dk);
     const int lane = threadIdx.x % 32;
-    for (int it = 0; it < at.chunks; it++) {
+    for (int it = threadIdx.x / 32 % 2; it < at.chunks; it += 2) {
         const int c = scan_chunk<S>(at, it);
         ScanRows *rows = &sh->rows[it % 2];
         const float decay = p.gates.decay[(size_t)at.bh * at.all_chunks + c];
@@ -274,9 +306,8 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
             u[h] = p.gates.u[gate], r[h] = p.gates.r[gate], q[h] = p.gates.qscale[gate], k[h] = p.gates.kscale[gate];
             inv_den[h] = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
             if (S::TRANSPOSED) ds[h] = p.ds[gate];
-            start[h] = p.doc_start[(size_t)at.b * p.s.T + t] - c * SCAN_CHUNK;
+            start[h] = max(p.doc_start[(size_t)at.b * p.s.T + t] - c * SCAN_CHUNK, 0);
         }
-        const int documents = __any_sync(0xffffffffu, start[0] > 0 || start[1] > 0);
         scan_wait_empty<2>(sh->rows_empty, it);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -286,54 +317,17 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
             rows->r[i] = r[h].x + r[h].y - log2_s - __log2f(by);
             rows->factor[i] = S::REVERSE ? k[h] : q[h] * by;
             rows->scale[i] = S::REVERSE ? q[h] * by : k[h];
-            rows->n_scale[i] = S::REVERSE ? q[h] * ds[h] : k[h];
             if (S::MODE == SCAN_H) rows->floor[i] = inv_den[h];
             if (S::TRANSPOSED) rows->add[i] = __fdividef(ds[h], by), rows->border[i] = S::REVERSE ? k[h] : q[h] * ds[h];
             rows->start[i] = start[h];
+            if (!S::NORMALISER) continue;
+            const float weight = S::MODE == SCAN_H ? k[h] : S::REVERSE ? __fdividef(ds[h], by) : 1;
+            const unsigned words = pack_two(weight, weight - to_float(from_float<bf16>(weight)));
+            *(uint4 *)(smem + scan_at_weights<S>(it) + 16 * i) = make_uint4(words, words, words, words);
         }
-        if (lane == 0) rows->decay = decay, rows->documents = documents;
+        if (lane == 0) rows->decay = decay;
+        if (S::NORMALISER) fence_async_proxy();
         scan_warp_arrive<2>(sh->rows_full, it);
-    }
-}
-
-// next = decay n + sum over the rows of scale_r tile_r, by two warps: a panel each, two columns a lane. Rows come in
-// fours, the next four while these are added.
-template <class S>
-__device__ __forceinline__ void scan_add_rows(const unsigned char *tile, const ScanRows *rows, const float *n,
-                                              float *next) {
-    const int lane = threadIdx.x % 32;
-    for (int panel = threadIdx.x / 32 % 2; panel < S::V_COLS / 64; panel += 2) {
-        const unsigned char *from = tile + panel * PANEL_BYTES + lane % 4 * 4;
-        const int even = lane / 4 << 4, odd = even ^ 64;  // bytes of the piece in rows 8i, in rows 8i + 4
-        float2 sum[2] = {{0, 0}, {0, 0}};
-        unsigned x[2][4];
-        float4 by[2];
-        auto load = [&](int slot, int r) {
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                x[slot][k] = *(const unsigned *)(from + (r + k) * PANEL_ROW + ((slot ? odd : even) ^ k << 4));
-            by[slot] = *(const float4 *)&rows->n_scale[r];
-        };
-        auto add = [&](int slot) {
-            const float by4[4] = {by[slot].x, by[slot].y, by[slot].z, by[slot].w};
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const float2 two = unpack_two(x[slot][k]);
-                sum[k % 2].x += by4[k] * two.x, sum[k % 2].y += by4[k] * two.y;
-            }
-        };
-        load(0, 0);
-#pragma unroll 1
-        for (int r = 0; r < 64; r += 8) {
-            load(1, r + 4);
-            add(0);
-            load(0, r + 8 & 63);
-            add(1);
-        }
-        const int column = 64 * panel + 2 * lane;
-        const float2 before = *(const float2 *)&n[column];
-        *(float2 *)&next[column] = make_float2(rows->decay * before.x + (sum[0].x + sum[1].x),
-                                               rows->decay * before.y + (sum[0].y + sum[1].y));
     }
 }
 
@@ -350,10 +344,9 @@ __device__ __forceinline__ void scan_store_sum(float *to, float sum, float *sums
     *to = sum;
 }
 
-// n where the block begins: of column `column` of the vector
+// n where the block begins: of column `column` of it
 template <class S>
 __device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPlace &at, int column) {
-    column += S::TRANSPOSED ? at.slice * S::W : 0;
     if (column >= p.s.dk) return 0;
     if (S::MODE == SCAN_DQ && !at.first_segment)
         return p.n_snapshots[((size_t)at.bh * scan_borders(at) + at.first_chunk / SCAN_BORDER - 1) * p.s.dk + column];
@@ -361,171 +354,171 @@ __device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPl
     return initial.C ? initial.n[at.b * initial.row + (size_t)at.head * p.s.dk + column] : 0;
 }
 
-// Between spans: H keeps n, dK adds its slice's <n, dn>. vector: as it enters (or, walking back, leaves) chunk c
-template <class S>
-__device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh,
-                                              const float *vector, int c) {
-    const int border = scan_border<S>(at, c), spans = scan_borders(at) + 1, tid = threadIdx.x % 64;
-    if (border < 0 || S::MODE == SCAN_DQ || (S::MODE == SCAN_H && (at.slice || !p.n_snapshots))) return;
-    float *kept = p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, sum = 0;
-    if constexpr (S::MODE == SCAN_H) {
-        for (int k = tid; k < p.s.dk; k += 64) kept[k] = vector[k];
-    } else {
-        for (int k = tid; k < S::W && at.slice * S::W + k < p.s.dk; k += 64)
-            sum += vector[k] * kept[at.slice * S::W + k];
-        scan_store_sum<2>(&p.anchor[((size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh) * spans + border], sum,
-                          sh->sums + 8, 1);
-    }
-}
-
-// dK at the end of its walk: the same where the sequence begins
-template <class S>
-__device__ __forceinline__ void scan_start_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
-    if (S::MODE != SCAN_DK || !at.last_segment || !p.entering.C) return;
-    const float *n = p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk + at.slice * S::W;
-    float sum = 0;
-    for (int k = threadIdx.x % 64; k < S::W && at.slice * S::W + k < p.s.dk; k += 64)
-        sum += sh->vector[at.chunks % 3][k] * n[k];
-    scan_store_sum<2>(&p.anchor_start[(size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh], sum, sh->sums + 8, 1);
-}
-
-// Two warps: n from chunk to chunk
-template <class S>
-__device__ __forceinline__ void scan_normaliser(const ScanArgs &p, const ScanPlace &at, const unsigned char *smem,
-                                                ScanShared<S> *sh) {
-    const int tid = threadIdx.x % 64;
-    for (int k = tid; k < S::V_COLS; k += 64) sh->vector[0][k] = scan_entering_n<S>(p, at, k);
-    for (int it = 0; it < at.chunks; it++) {
-        const ScanRows *rows = &sh->rows[it % 2];
-        const float *n = sh->vector[it % 3];
-        named_barrier_sync(1, 64);                // n is complete
-        scan_wait_full<2>(sh->rows_full, it);     // not further ahead than the scalars, or a phase would be missed
-        scan_warp_arrive<2>(sh->n_full, it);
-        scan_border_n<S>(p, at, sh, n, scan_chunk<S>(at, it));
-        if (S::MODE == SCAN_H) {
-            scan_wait_full<S::TILES>(sh->tile_full, 2 * it + 1);
-            scan_add_rows<S>(smem + scan_at_tile<S>(2 * it + 1), rows, n, sh->vector[(it + 1) % 3]);
-            scan_pass_tile<S>(sh, 2 * it);
-            scan_warp_arrive<S::TILES>(sh->tile_empty, 2 * it + 1);
-        } else {
-            scan_wait_full<S::Z_STAGES>(sh->z_full, it);
-            scan_add_rows<S>(smem + scan_at_z<S>(it), rows, n, sh->vector[(it + 1) % 3]);
-            if (S::SPLIT) scan_warp_arrive<2>(sh->n_done, it);
-            scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
-        }
-        scan_warp_arrive<2>(sh->rows_empty, it);
-    }
-    named_barrier_sync(1, 64);
-    scan_start_n<S>(p, at, sh);
-    const MlstmState final = scan_final<S>(p, at);
-    for (int k = tid; S::MODE == SCAN_H && final.C && !at.slice && k < p.s.dk; k += 64)
-        final.n[at.b * final.row + (size_t)at.head * p.s.dk + k] = sh->vector[at.chunks % 3][k];
-}
-
 // ----------------------------------------------------------------------------------------------------------------
 // The scores' warpgroup
 
-// w[4j + 2h + e]: scores of rows i = 16 warp + g + 8h and columns k = 8j + 2t + e, to be weighted
-template <class S, bool DOCUMENTS>
+// w[4j + 2h + e]: scores of rows i = 16 warp + g + 8h and columns k = 8j + 2t + e, to be weighted. What is read from
+// shared memory takes long beside the products (some 190 cycles), so a few reads go together, and all weights are made,
+// those that are then taken for zero, too. A query sees the keys from its document's start to its own place.
+template <class S>
 __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *rows) {
-    const int lane = threadIdx.x % 32, t = lane % 4;
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), i0 = warp * 16 + lane / 4;
+    constexpr int GROUP = 2;  // columns' pieces whose reads go together
+    const int thread = not_hoisted(threadIdx.x), t = thread % 4, i0 = thread / 32 * 16 + thread % 32 / 4;
+    const float *of_k = S::REVERSE ? rows->r : rows->u, *of_i = S::REVERSE ? rows->u : rows->r;
     float mine[2], add[2] = {0, 0};  // forward: of the queries i; else of the keys i
     int start[2] = {0, 0};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        mine[h] = S::REVERSE ? rows->u[i0 + 8 * h] : rows->r[i0 + 8 * h];
+        mine[h] = of_i[i0 + 8 * h];
+        if (!S::REVERSE) start[h] = rows->start[i0 + 8 * h];
         if (S::MODE == SCAN_DQ) add[h] = rows->add[i0 + 8 * h];
-        if (DOCUMENTS && !S::REVERSE) start[h] = rows->start[i0 + 8 * h];
     }
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const int k = 8 * j + 2 * t;
-        const bool diagonal = j / 2 == warp, none = S::REVERSE ? j / 2 < warp : j / 2 > warp;
-        if (none) {
+    for (int j0 = 0; j0 < 8; j0 += GROUP) {
+        float2 other[GROUP], add_k[GROUP];
+        int2 start_k[GROUP];
 #pragma unroll
-            for (int e = 0; e < 4; e++) w[4 * j + e] = 0;
-            continue;
+        for (int j = 0; j < GROUP; j++) {
+            const int k = 8 * (j0 + j) + 2 * t;
+            other[j] = *(const float2 *)&of_k[k];
+            if (S::REVERSE) start_k[j] = *(const int2 *)&rows->start[k];
+            if (S::MODE == SCAN_DK) add_k[j] = *(const float2 *)&rows->add[k];
         }
-        const float2 other = *(const float2 *)(S::REVERSE ? &rows->r[k] : &rows->u[k]);
-        const float2 add_k = S::MODE == SCAN_DK ? *(const float2 *)&rows->add[k] : make_float2(0, 0);
-        const int2 start_k = DOCUMENTS && S::REVERSE ? *(const int2 *)&rows->start[k] : make_int2(0, 0);
 #pragma unroll
-        for (int h = 0; h < 2; h++)
+        for (int j = 0; j < GROUP; j++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const float x = e ? other.y : other.x, plus = S::MODE == SCAN_DK ? (e ? add_k.y : add_k.x) : add[h];
-                const int query = S::REVERSE ? k + e : i0 + 8 * h, key = S::REVERSE ? i0 + 8 * h : k + e;
-                float D = exp2_fast(S::REVERSE ? mine[h] - x : x - mine[h]);
-                if (diagonal && key > query) D = 0;
-                if (DOCUMENTS && (S::REVERSE ? (e ? start_k.y : start_k.x) : start[h]) > key) D = 0;
-                float *to = &w[4 * j + 2 * h + e];
-                *to = D * (S::TRANSPOSED ? *to + plus : *to);
+            for (int n = 0; n < 4; n++) {
+                const int h = n / 2, e = n % 2, k = 8 * (j0 + j) + 2 * t + e, i = i0 + 8 * h;
+                const int query = S::REVERSE ? k : i, key = S::REVERSE ? i : k;
+                const int from = !S::REVERSE ? start[h] : e ? start_k[j].y : start_k[j].x;
+                const float x = e ? other[j].y : other[j].x;
+                const float plus = S::MODE == SCAN_DK ? (e ? add_k[j].y : add_k[j].x) : add[h];
+                const float D = exp2_fast(S::REVERSE ? mine[h] - x : x - mine[h]);
+                float *to = &w[4 * (j0 + j) + n];
+                *to = (unsigned)(key - from) <= (unsigned)(query - from) ? D * (S::TRANSPOSED ? *to + plus : *to) : 0;
             }
+        asm volatile("" ::: "memory");  // not all reads at once: registers
     }
 }
 
-// <q, n> of rows 16 warp + lane / 4 and 8 further on, in all four lanes of a row: a lane has every fourth piece
+// H: packs the weighted scores w to bf16 words and leaves the denominators for the state's warpgroups; returns sig for
+// backward, of the rows 16 warp + lane / 4 and 8 further on. q_n: a lane's part of <q, n>. out is a sum with the rounded
+// weights, so it is divided by their sum: where one token outweighs all others, h is its v, whatever the rounding, and
+// the two parts of dh.v + ds cancel as they should.
 template <class S>
-__device__ __forceinline__ float2 scan_rows_dot_n(const unsigned char *x, const float *n) {
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    float2 sum = {0, 0};
-#pragma unroll 1
-    for (int k = threadIdx.x % 4; k < S::A / 8; k += 4) {
-        const unsigned char *from = x + k / 8 * PANEL_BYTES + panel_piece(row, k % 8);
-        const uint4 a = *(const uint4 *)from, b = *(const uint4 *)(from + 8 * PANEL_ROW);
-        const float4 lo = *(const float4 *)&n[8 * k], hi = *(const float4 *)&n[8 * k + 4];
-        const float2 a0 = unpack_two(a.x), a1 = unpack_two(a.y), a2 = unpack_two(a.z), a3 = unpack_two(a.w);
-        const float2 b0 = unpack_two(b.x), b1 = unpack_two(b.y), b2 = unpack_two(b.z), b3 = unpack_two(b.w);
-        sum.x += (a0.x * lo.x + a0.y * lo.y + a1.x * lo.z + a1.y * lo.w) +
-                 (a2.x * hi.x + a2.y * hi.y + a3.x * hi.z + a3.y * hi.w);
-        sum.y += (b0.x * lo.x + b0.y * lo.y + b1.x * lo.z + b1.y * lo.w) +
-                 (b2.x * hi.x + b2.y * hi.y + b3.x * hi.z + b3.y * hi.w);
-    }
+__device__ __forceinline__ float2 scan_denominators(const ScanArgs &p, const float (&w)[32], unsigned (&words)[16],
+                                                    ScanRows *rows, const float (&q_n)[4]) {
+    const unsigned thread = not_hoisted(threadIdx.x), row = thread / 32 * 16 + thread % 32 / 4;
+    float sum[2], rounded[2];
 #pragma unroll
-    for (int d = 1; d < 4; d *= 2) {
-        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
-        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
+    for (int h = 0; h < 2; h++)
+        rounded[h] = sum[h] = rows->factor[row + 8 * h] * (q_n[2 * h] + q_n[2 * h + 1]);
+#pragma unroll
+    for (int k = 0; k < 16; k++) {
+        words[k] = pack_two(w[2 * k], w[2 * k + 1]);
+        const float2 two = unpack_two(words[k]);
+        sum[k % 2] += w[2 * k] + w[2 * k + 1], rounded[k % 2] += two.x + two.y;
     }
-    return sum;
-}
-
-// The denominators of H, for the state's warpgroups, and sig for backward. words: the weighted scores w in bf16. out is
-// a sum with the rounded weights, so it is divided by their sum: where one token outweighs all others, h is its v,
-// whatever the rounding, and the two parts of dh.v + ds cancel as they should.
-template <class S>
-__device__ __forceinline__ void scan_denominators(const ScanArgs &p, const ScanPlace &at, const float (&w)[32],
-                                                  const unsigned (&words)[16], ScanRows *rows, float2 q_n, int c) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h, time = c * SCAN_CHUNK + row;
-        float sum = 0, rounded = 0;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 two = unpack_two(words[2 * j + h]);
-            sum += w[4 * j + 2 * h] + w[4 * j + 2 * h + 1], rounded += two.x + two.y;
-        }
 #pragma unroll
         for (int d = 1; d < 4; d *= 2) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, d);
-            rounded += __shfl_xor_sync(0xffffffffu, rounded, d);
+            sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], d);
+            rounded[h] += __shfl_xor_sync(0xffffffffu, rounded[h], d);
         }
-        if (threadIdx.x % 4) continue;
-        const float from_n = rows->factor[row] * (h ? q_n.y : q_n.x);
-        const float denominator = fmaxf(fabsf(rounded + from_n), rows->floor[row]) + p.s.eps;
-        rows->out_scale[row] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, denominator);
-        if (at.slice == 0 && time < p.s.T) p.gates.sig[(size_t)at.bh * p.s.T + time] = sum + from_n;
+        const float denominator = fmaxf(fabsf(rounded[h]), rows->floor[row + 8 * h]) + p.s.eps;
+        if (threadIdx.x % 4 == 0)
+            rows->out_scale[row + 8 * h] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, denominator);
     }
+    return make_float2(sum[0], sum[1]);
+}
+template <class S>
+__device__ __forceinline__ void scan_store_sig(const ScanArgs &p, const ScanPlace &at, float2 sig, int c) {
+    const int time = c * SCAN_CHUNK + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    if (threadIdx.x % 4 || at.slice) return;
+    float *to = p.gates.sig + (size_t)at.bh * p.s.T + time;
+    if (time < p.s.T) to[0] = sig.x;
+    if (time + 8 < p.s.T) to[8] = sig.y;
+}
+
+// H: the normaliser, in fp32 and, as the operand of <q, n>, as eight keys: its first 24 bits in three of them, each
+// written by one lane of four, and zeros. A thread has the columns 64 k + scan_n_column() in n[k][0] and 8 further on.
+__device__ __forceinline__ int scan_n_column(unsigned thread) { return thread / 32 * 16 + thread % 32 / 4; }
+template <class S>
+__device__ __forceinline__ void scan_publish_n(unsigned char *smem, ScanShared<S> *sh, const float (&n)[S::A / 64][2]) {
+    const unsigned thread = not_hoisted(threadIdx.x), t = thread % 4, column = scan_n_column(thread);
+    unsigned char *first = smem + S::AT_KEYS + panel_piece(t, column / 8) + column % 8 * 2;
+    unsigned char *second = smem + S::AT_KEYS + panel_piece(t, column / 8 + 1) + column % 8 * 2;
+#pragma unroll
+    for (int k = 0; k < S::A / 64; k++) {
+        const unsigned hi = pack_two(n[k][0], n[k][1]);
+        const float2 left = {n[k][0] - unpack_two(hi).x, n[k][1] - unpack_two(hi).y};
+        const unsigned mid = pack_two(left.x, left.y);
+        const unsigned low = pack_two(left.x - unpack_two(mid).x, left.y - unpack_two(mid).y);
+        const unsigned part = t == 0 ? hi : t == 1 ? mid : t == 2 ? low : 0;
+        *(unsigned short *)(first + k * 1024) = (unsigned short)part;
+        *(unsigned short *)(second + k * 1024) = (unsigned short)(part >> 16);
+        sh->n[64 * k + column] = n[k][0], sh->n[64 * k + column + 8] = n[k][1];
+    }
+    fence_async_proxy();
+    named_barrier_sync(1, 128);
+}
+template <class S>
+__device__ __forceinline__ void scan_begin_n(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                             ScanShared<S> *sh) {
+    float n[S::A / 64][2];
+    for (int k = threadIdx.x; k < S::KEYS_BYTES / 4; k += 128) ((unsigned *)(smem + S::AT_KEYS))[k] = 0;
+    named_barrier_sync(1, 128);
+#pragma unroll
+    for (int i = 0; i < S::A / 32; i++)
+        n[i / 2][i % 2] = scan_entering_n<S>(p, at, i / 2 * 64 + scan_n_column(threadIdx.x) + i % 2 * 8);
+    scan_publish_n<S>(smem, sh, n);
+}
+// n = decay n + the sum of scale y over the chunk, whose Y is at y
+template <class S>
+__device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S> *sh, unsigned y, int it) {
+    const unsigned weights = shared_address(smem) + scan_at_weights<S>(it), column = scan_n_column(not_hoisted(threadIdx.x));
+    const float decay = sh->rows[it % 2].decay;
+    float sums[S::A / 64][4], n[S::A / 64][2];
+#pragma unroll
+    for (int k = 0; k < S::A / 64; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[k][i] = 0;
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < S::A / 64; k++)
+#pragma unroll
+        for (int step = 0; step < 4; step++)
+            wgmma_ss<1, 1>(sums[k], wgmma_operand(y, k * PANEL_BYTES + step * 2048),
+                           wgmma_narrow_operand(weights, 256 * step), true);
+    wgmma_commit();
+#pragma unroll
+    for (int i = 0; i < S::A / 32; i++) n[i / 2][i % 2] = decay * sh->n[i / 2 * 64 + column + i % 2 * 8];
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < S::A / 32; i++) n[i / 2][i % 2] += sums[i / 2][i % 2 * 2] + sums[i / 2][i % 2 * 2 + 1];
+    scan_publish_n<S>(smem, sh, n);
+}
+// n to memory, [dk], by the scores' warps
+template <class S>
+__device__ __forceinline__ void scan_store_n(const ScanArgs &p, ScanShared<S> *sh, float *to) {
+    for (int k = threadIdx.x; k < p.s.dk; k += 128) to[k] = sh->n[k];
 }
 
 template <class S>
-__device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &at, const unsigned char *smem,
+__device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
     const unsigned base = shared_address(smem);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+    if constexpr (S::MODE == SCAN_H) scan_begin_n<S>(p, at, smem, sh);
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         ScanRows *rows = &sh->rows[it % 2];
         const unsigned x = base + scan_at_tile<S>(k0), y = base + scan_at_tile<S>(k0 + 1), panel = base + S::AT_P;
+        if constexpr (S::MODE == SCAN_H) {
+            const int border = scan_border<S>(at, scan_chunk<S>(at, it));
+            if (border >= 0 && !at.slice && p.n_snapshots)
+                scan_store_n<S>(p, sh, p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk);
+        }
         float w[32];
         scan_wait_full<S::TILES>(sh->tile_full, k0);
         scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
@@ -535,24 +528,31 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
 #pragma unroll
         for (int k = 0; k < S::A / 16; k++) {
             const unsigned at_k = k / 4 * PANEL_BYTES + k % 4 * 32;
-            wgmma_ss<0, 0>(w, wgmma_operand(x + at_k), wgmma_operand(y + at_k), true);
+            wgmma_ss<0, 0>(w, wgmma_operand(x, at_k), wgmma_operand(y, at_k), true);
         }
         wgmma_commit();
-        float2 q_n = {0, 0};
+        float q_n[4] = {0, 0, 0, 0};
         if (S::MODE == SCAN_H) {
-            scan_wait_full<2>(sh->n_full, it);
-            q_n = scan_rows_dot_n<S>(smem + scan_at_tile<S>(k0), sh->vector[it % 3]);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < S::A / 16; k++)
+                wgmma_ss<0, 0>(q_n, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32),
+                               wgmma_operand(base, S::AT_KEYS + k / 4 * 1024 + k % 4 * 32), true);
+            wgmma_commit();
         }
         scan_wait_full<2>(sh->rows_full, it);
         wgmma_wait<0>();
         scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
-        scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
-        if (rows->documents) scan_weights<S, true>(w, rows);
-        else scan_weights<S, false>(w, rows);
+        if (S::MODE != SCAN_H) scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
+        scan_weights<S>(w, rows);
         unsigned words[16];
+        float2 sig = {0, 0};
+        if (S::MODE == SCAN_H) {
+            sig = scan_denominators<S>(p, w, words, rows, q_n);
+        } else {
 #pragma unroll
-        for (int k = 0; k < 16; k++) words[k] = pack_two(w[2 * k], w[2 * k + 1]);
-        if (S::MODE == SCAN_H) scan_denominators<S>(p, at, w, words, rows, q_n, scan_chunk<S>(at, it));
+            for (int k = 0; k < 16; k++) words[k] = pack_two(w[2 * k], w[2 * k + 1]);
+        }
         scan_wait_empty<1>(&sh->p_empty, it);
 #pragma unroll
         for (int j = 0; j < 8; j += 2)
@@ -560,10 +560,19 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
                            words[2 * j + 3]);
         fence_async_proxy();
         scan_warp_arrive<1>(&sh->p_full, it);
+        if constexpr (S::MODE == SCAN_H) {
+            scan_advance_n<S>(smem, sh, y, it);
+            scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
+            scan_store_sig<S>(p, at, sig, scan_chunk<S>(at, it));  // behind the fences, which would wait for it
+        }
         scan_warp_arrive<2>(sh->rows_empty, it);
         const int tiles = scan_tiles<S>(at, scan_chunk<S>(at, it));
         for (int k = 2; k < tiles; k++) scan_pass_tile<S>(sh, k0 + k);
         k0 += tiles;
+    }
+    if constexpr (S::MODE == SCAN_H) {
+        const MlstmState final = scan_final<S>(p, at);
+        if (final.C && !at.slice) scan_store_n<S>(p, sh, final.n + at.b * final.row + (size_t)at.head * p.s.dk);
     }
 }
 
@@ -705,18 +714,22 @@ __device__ __forceinline__ void scan_start_state(const ScanArgs &p, const ScanPl
                       sh->sums + 4 * wg, 2 + wg);
 }
 
-// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, 32 columns at a time: registers are scarce
+// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce. While the
+// products run, M^T decays, if there are registers for that.
 template <class S>
-__device__ __forceinline__ void scan_ask_state(float (&out)[32], const float (&M)[S::AW / 2], unsigned x) {
+__device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::AW / 2], unsigned x, float decay) {
 #pragma unroll
     for (int k = 0; k < S::AW / 16; k++) {
         unsigned a[4];
 #pragma unroll
-        for (int r = 0; r < 4; r++) a[r] = pack_two(M[8 * k + 2 * r], M[8 * k + 2 * r + 1]);
+        for (int r = 0; r < 4; r++) {
+            a[r] = pack_two(M[8 * k + 2 * r], M[8 * k + 2 * r + 1]);
+            if (S::DECAYS_EARLY) M[8 * k + 2 * r] *= decay, M[8 * k + 2 * r + 1] *= decay;
+        }
         wgmma_fence();
-        wgmma_rs<0>(out, a, wgmma_operand(x + k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
+        wgmma_rs<0>(out, a, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
         wgmma_commit();
-        if (k) wgmma_wait<1>();
+        if (k >= S::AHEAD) wgmma_wait<S::AHEAD>();
     }
     wgmma_wait<0>();
 }
@@ -737,15 +750,61 @@ __device__ __forceinline__ void scan_scale_rows(unsigned (&a)[4][4], unsigned z,
     }
 }
 
-// M^T += a Y, 16 tokens. A product 256 columns wide would want more registers than a thread has at the start.
+// M^T += a Y, the k-th 16 tokens. A product 256 columns wide would want more registers than a thread has at the start.
 template <class S>
-__device__ __forceinline__ void scan_add_product(float (&M)[S::AW / 2], const unsigned (&a)[4], unsigned y) {
+__device__ __forceinline__ void scan_add_product(float (&M)[S::AW / 2], const unsigned (&a)[4], unsigned y, int k) {
     if constexpr (S::AW == 256) {
         float(&left)[64] = *(float(*)[64])M, (&right)[64] = *(float(*)[64])(M + 64);
-        wgmma_rs<1>(left, a, wgmma_operand(y), true);
-        wgmma_rs<1>(right, a, wgmma_operand(y + 2 * PANEL_BYTES), true);
+        wgmma_rs<1>(left, a, wgmma_operand(y, k * 2048), true);
+        wgmma_rs<1>(right, a, wgmma_operand(y, 2 * PANEL_BYTES + k * 2048), true);
     } else {
-        wgmma_rs<1>(M, a, wgmma_operand(y), true);
+        wgmma_rs<1>(M, a, wgmma_operand(y, k * 2048), true);
+    }
+}
+
+// The states' part of the normaliser, dQ and dK: N[0] + N[1] of row scan_row() of M^T, N[2] + N[3] of 8 rows further on
+template <class S>
+__device__ __forceinline__ void scan_load_n(const ScanArgs &p, const ScanPlace &at, int wg, float (&N)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        N[i] = S::TRANSPOSED && i % 2 == 0 ? scan_entering_n<S>(p, at, scan_row<S>(at, wg, 0) + i / 2 * 8) : 0;
+}
+
+// dK between spans, and at the end of its walk where the sequence begins: adds <n, dn> of these rows to the anchors
+template <class S>
+__device__ __forceinline__ void scan_anchor_n(const ScanPlace &at, ScanShared<S> *sh, int wg, const float (&N)[4],
+                                              const float *n, int width, float *anchor) {
+    const int w = scan_row<S>(at, wg, 0);
+    float sum = 0;
+    if (threadIdx.x % 4 == 0 && !(S::SPLIT && wg))
+        sum = (w < width ? (N[0] + N[1]) * n[w] : 0) + (w + 8 < width ? (N[2] + N[3]) * n[w + 8] : 0);
+    scan_store_sum<4>(anchor, sum, sh->sums + 4 * wg, 2 + wg);
+}
+template <class S>
+__device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int wg,
+                                              const float (&N)[4], int c) {
+    const int border = scan_border<S>(at, c), spans = scan_borders(at) + 1;
+    if (S::MODE != SCAN_DK || border < 0) return;
+    scan_anchor_n<S>(at, sh, wg, N, p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, p.s.dk,
+                     &p.anchor[((size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh) * spans + border]);
+}
+template <class S>
+__device__ __forceinline__ void scan_start_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int wg,
+                                             const float (&N)[4]) {
+    if (S::MODE != SCAN_DK || !at.last_segment || !p.entering.C) return;
+    scan_anchor_n<S>(at, sh, wg, N, p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk, p.s.dk,
+                     &p.anchor_start[(size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh]);
+}
+
+// out^T times a factor a token, plus n0 and n1 of its rows times another
+__device__ __forceinline__ void scan_add_n(float (&out)[32], const float *factor, const float *border, float n0,
+                                           float n1) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const int token = 8 * j + 2 * (threadIdx.x % 4);
+        const float2 by = *(const float2 *)&factor[token], with = *(const float2 *)&border[token];
+        out[4 * j] = out[4 * j] * by.x + n0 * with.x, out[4 * j + 1] = out[4 * j + 1] * by.y + n0 * with.y;
+        out[4 * j + 2] = out[4 * j + 2] * by.x + n1 * with.x, out[4 * j + 3] = out[4 * j + 3] * by.y + n1 * with.y;
     }
 }
 
@@ -758,110 +817,119 @@ __device__ __forceinline__ void scan_scale_tokens(float (&out)[32], const float 
     }
 }
 
-// out += the other warpgroup's half of the contraction (W = 64), through the chunk's Z and P, which all are done with
-__device__ __forceinline__ void scan_add_halves(float (&out)[32], float *z, float *scores, int wg) {
+// W = 64: each warpgroup has the sums over its half of A. They exchange them through the chunk's Z and P, which all are
+// done with then: whole sums of the tokens 32 wg .. 32 wg + 31 are left.
+__device__ __forceinline__ void scan_add_halves(const float (&half)[32], float (&out)[16], float *z, float *scores,
+                                                int wg) {
     const int tid = threadIdx.x % 128;
-    if (wg == 1) {
-        named_barrier_sync(4, 256);  // the first is done with them
+    float *to = wg ? scores : z, *from = wg ? z : scores;
+    named_barrier_sync(4, 256);
 #pragma unroll
-        for (int i = 0; i < 16; i++) z[i * 128 + tid] = out[i], scores[i * 128 + tid] = out[16 + i];
-        fence_async_proxy();
-        named_barrier_arrive(5, 256);
-    } else {
-        named_barrier_arrive(4, 256);
-        named_barrier_sync(5, 256);
+    for (int i = 0; i < 16; i++) to[i * 128 + tid] = wg ? half[i] : half[16 + i];
+    fence_async_proxy();
+    named_barrier_sync(4, 256);
 #pragma unroll
-        for (int i = 0; i < 16; i++) out[i] += z[i * 128 + tid], out[16 + i] += scores[i * 128 + tid];
-    }
+    for (int i = 0; i < 16; i++) out[i] = (wg ? half[16 + i] : half[i]) + from[i * 128 + tid];
 }
 
-// Row sums of out * dot over these 64 rows of out^T, for the 64 tokens; the dot operand lies where out will be stored
-__device__ __forceinline__ void scan_row_dots(const float (&out)[32], unsigned panel, float (*sums)[64]) {
+// Row sums of out * dot over these 64 rows of out^T, for 2 COUNT tokens; the dot operand lies where out will be stored
+template <int COUNT>
+__device__ __forceinline__ void scan_row_dots(const float (&out)[COUNT], unsigned panel, float *sums) {
+    constexpr int HALF = COUNT / 8;  // of the pieces of 8 tokens
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
     const unsigned piece = 2 * warp + lane / 8 % 2;
+    float2 sum[HALF];  // of the two tokens 2t, 2t + 1 of a piece: a lane keeps one half of the pieces, gives the other
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
+    for (int j = 0; j < HALF; j++) {
         unsigned with[4];
-        ldmatrix_trans(with, panel + panel_piece(8 * (j + lane / 16) + lane % 8, piece));
+        float2 both[2];
+        ldmatrix_trans(with, panel + panel_piece(8 * (j + lane / 16 * HALF) + lane % 8, piece));
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             const float2 top = unpack_two(with[2 * k]), low = unpack_two(with[2 * k + 1]);
-            const float *x = out + 4 * (j + k);
-            float2 sum = {x[0] * top.x + x[2] * low.x, x[1] * top.y + x[3] * low.y};
-#pragma unroll
-            for (int d = 4; d < 32; d *= 2) {
-                sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
-                sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
-            }
-            if (lane < 4) *(float2 *)&sums[warp][8 * (j + k) + 2 * t] = sum;
+            const float *x = out + 4 * (j + k * HALF);
+            both[k] = make_float2(x[0] * top.x + x[2] * low.x, x[1] * top.y + x[3] * low.y);
         }
+        const float2 keep = lane & 16 ? both[1] : both[0], give = lane & 16 ? both[0] : both[1];
+        sum[j].x = keep.x + __shfl_xor_sync(0xffffffffu, give.x, 16);
+        sum[j].y = keep.y + __shfl_xor_sync(0xffffffffu, give.y, 16);
     }
+#pragma unroll
+    for (int d = 8, half = HALF / 2; d >= 4; d /= 2, half /= 2)
+#pragma unroll
+        for (int j = 0; j < (half ? half : 1); j++) {
+            const int second = half ? half + j : 0;
+            const float2 keep = lane & d ? sum[second] : sum[j], give = lane & d ? sum[j] : sum[second];
+            sum[j].x = keep.x + __shfl_xor_sync(0xffffffffu, give.x, d);
+            sum[j].y = keep.y + __shfl_xor_sync(0xffffffffu, give.y, d);
+        }
+    // which piece a lane ends with: its bits, highest first; of 4 pieces two lanes have the same
+    const int j = HALF == 4 ? lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2 : lane / 16 * 2 + lane / 8 % 2;
+    *(float2 *)&sums[64 * warp + 8 * j + 2 * t] = sum[0];
 }
 
-// The sums of the four warps to memory: after a barrier of the warpgroup
+// The sums of the four warps to memory, by a warpgroup, after a barrier
 template <class S>
-__device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPlace &at, const float (*sums)[64], int wg,
+__device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPlace &at, const float *sums, int wg,
                                                 int c) {
     const int i = threadIdx.x % 128, time = c * SCAN_CHUNK + i;
     const int tile = at.slice * (S::W / 64) + (S::SPLIT ? 0 : wg);
     if (i < 64 && time < p.s.T)
         p.dot_out[((size_t)tile * gridDim.z + at.bh) * p.s.T + time] =
-            (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+            (sums[i] + sums[64 + i]) + (sums[128 + i] + sums[192 + i]);
 }
 
-// Finishes out^T, transposes it into its panel of shared memory and sends it off.
-template <class S>
-__device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &at, float (&out)[32], unsigned panel,
+// Finishes out^T, of all tokens or, if the warpgroups share them, of 32; transposes it into its panel and sends it off.
+template <class S, int COUNT>
+__device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &at, float (&out)[COUNT], unsigned panel,
                                             ScanShared<S> *sh, int wg, int b, int it) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4, c = scan_chunk<S>(at, it);
-    const ScanRows *rows = &sh->rows[it % 2];
-    float(*dots)[64] = sh->dots[S::SPLIT ? it % 2 : 2 * wg + it % 2];
-    if (S::MODE == SCAN_H) scan_scale_tokens(out, rows->out_scale);
-    if (S::TRANSPOSED) {
-        const int w = 16 * warp + lane / 4 + (S::SPLIT ? 0 : wg * 64);
-        scan_wait_full<2>(sh->n_full, it);
-        const float n0 = sh->vector[it % 3][w], n1 = sh->vector[it % 3][w + 8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 by = *(const float2 *)&rows->border[8 * j + 2 * t];
-            out[4 * j] += by.x * n0, out[4 * j + 1] += by.y * n0;
-            out[4 * j + 2] += by.x * n1, out[4 * j + 3] += by.y * n1;
-        }
-        barrier_wait(shared_address(sh->dot_full + wg), it & 1);
-        scan_row_dots(out, panel, dots);
+    constexpr int PIECES = COUNT / 4;  // of 8 tokens
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, c = scan_chunk<S>(at, it);
+    const int first = S::SPLIT ? 32 * wg : 0;  // token
+    float *dots = sh->dots[S::SPLIT ? it % 2 : 2 * wg + it % 2][0];
+    if constexpr (S::MODE == SCAN_H) scan_scale_tokens(out, sh->rows[it % 2].out_scale);
+    if constexpr (S::TRANSPOSED) {
+        barrier_wait(shared_address(&sh->dot_full[it % S::OUT_STAGES][S::SPLIT ? 0 : wg]), it / S::OUT_STAGES & 1);
+        scan_row_dots(out, panel + first * PANEL_ROW, dots + first);
     } else {
         named_barrier_sync(2 + wg, 128);  // all are done with Z
     }
     const unsigned piece = 2 * warp + lane / 8 % 2;
 #pragma unroll
-    for (int j = 0; j < 8; j += 2)
-        matrices_store_transposed(panel + panel_piece(8 * (j + lane / 16) + lane % 8, piece),
+    for (int j = 0; j < PIECES; j += 2)
+        matrices_store_transposed(panel + panel_piece(first + 8 * (j + lane / 16) + lane % 8, piece),
                                   pack_two(out[4 * j], out[4 * j + 1]), pack_two(out[4 * j + 2], out[4 * j + 3]),
                                   pack_two(out[4 * j + 4], out[4 * j + 5]), pack_two(out[4 * j + 6], out[4 * j + 7]));
     fence_async_proxy();
-    named_barrier_sync(2 + wg, 128);
+    if (S::SPLIT) named_barrier_sync(5, 256);
+    else named_barrier_sync(2 + wg, 128);
+    if (S::SPLIT && wg) return;
     if (threadIdx.x % 128 == 0)
         tma_store(&p.out, panel, at.slice * S::W + (S::SPLIT ? 0 : (wg * S::BLOCKS + b) * 64), at.head, c * SCAN_CHUNK,
                   at.b);
     if (S::TRANSPOSED) scan_store_dots<S>(p, at, dots, wg, c);  // behind the fence, which would wait for it
 }
 
-// The operand of the row sums comes into the panel that out leaves from
+// The operand of the row sums of chunk `it` comes into the panel that out will leave from; by one thread of each
+// warpgroup that has a panel
 template <class S>
-__device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace &at, unsigned panel, ScanShared<S> *sh,
+__device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
                                               int wg, int it) {
-    const unsigned full = shared_address(sh->dot_full + wg);
-    tma_store_wait_read<0>();
-    barrier_arrive_expect(full, PANEL_BYTES);
-    tma_load(panel, &p.dot, full, at.slice * S::W + (S::SPLIT ? 0 : wg * 64), at.head,
-             scan_chunk<S>(at, it) * SCAN_CHUNK, at.b);
+    if constexpr (S::TRANSPOSED) {
+        if (threadIdx.x % 128 || (S::SPLIT && wg) || it >= at.chunks) return;
+        const unsigned full = shared_address(&sh->dot_full[it % S::OUT_STAGES][wg]);
+        tma_store_wait_read<0>();
+        barrier_arrive_expect(full, PANEL_BYTES);
+        tma_load(base + S::AT_OUT + it % S::OUT_STAGES * S::OUT_BYTES + wg * PANEL_BYTES, &p.dot, full,
+                 at.slice * S::W + wg * 64, at.head, scan_chunk<S>(at, it) * SCAN_CHUNK, at.b);
+    }
 }
 
 // One chunk: of block b of 64 rows of M^T
 template <class S>
 __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
-                                          ScanShared<S> *sh, float (&M)[S::AW / 2], int wg, int b, int it, int k0,
-                                          float *border) {
+                                          ScanShared<S> *sh, float (&M)[S::AW / 2], float (&N)[4], int wg, int b,
+                                          int it, int k0, float *border) {
     const unsigned base = shared_address(smem), half = S::SPLIT ? wg * (S::AW / 64) * PANEL_BYTES : 0;
     const int block = S::SPLIT ? 0 : wg * S::BLOCKS + b;  // of 64 rows of the slice
     const unsigned z = base + scan_at_z<S>(it) + block * PANEL_BYTES, y = base + scan_at_tile<S>(k0 + 1) + half;
@@ -870,27 +938,38 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     float out[32];
     unsigned a[4][4];
     scan_wait_full<S::TILES>(sh->tile_full, k0);
-    scan_ask_state<S>(out, M, base + scan_at_tile<S>(k0) + half);
+    scan_ask_state<S>(out, M, base + scan_at_tile<S>(k0) + half, rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
+    if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
+    __syncwarp();
     if (border) *border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
     scan_scale_rows(a, z, rows->scale);
 #pragma unroll
-    for (int i = 0; i < S::AW / 2; i++) M[i] *= rows->decay;
+    for (int i = 0; i < S::AW / 2 && !S::DECAYS_EARLY; i++) M[i] *= rows->decay;
+    float n0 = N[0] + N[1], n1 = N[2] + N[3];
+    asm volatile("" : "+f"(n0), "+f"(n1));  // here and not after the product, which changes N
+#pragma unroll
+    for (int i = 0; i < 4; i++) N[i] *= rows->decay;
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; k++) scan_add_product<S>(M, a[k], y + k * 2048);
+    for (int k = 0; k < 4; k++) {
+        scan_add_product<S>(M, a[k], y, k);
+        if (S::TRANSPOSED) wgmma_rs<1>(N, a[k], wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
+    }
     wgmma_commit();
-    scan_scale_tokens(out, rows->factor);
+    if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
+    else scan_scale_tokens(out, rows->factor);
+    if (border && last) scan_store_border<S>(p, at, sh, wg, k0, *border, scan_chunk<S>(at, it));
     constexpr int STEPS = S::SPLIT ? 2 : 4;  // of 16 tokens; two warpgroups of one output take half of them each
     const int first = S::SPLIT ? wg * STEPS : 0;
     scan_wait_full<1>(&sh->p_full, it);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
-        wgmma_ss<1, 0>(out, wgmma_operand(z + (first + k) * 2048), wgmma_operand(base + S::AT_P + 32 * (first + k)),
-                       true);
+        wgmma_ss<1, 0>(out, wgmma_operand(z + first * 2048, k * 2048),
+                       wgmma_operand(base + S::AT_P + 32 * first, 32 * k), true);
     wgmma_commit();
     if (!S::TRANSPOSED && b == 0 && it > 0 && threadIdx.x % 128 == 0) {
         tma_store_wait_read<0>();  // the last chunk's results have left Z
@@ -899,41 +978,46 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     __syncwarp();
     wgmma_wait<0>();
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
-    if (S::SPLIT) {
-        if (wg == 1) scan_wait_full<2>(sh->n_done, it);
-        scan_add_halves(out, (float *)(smem + scan_at_z<S>(it)), (float *)(smem + S::AT_P), wg);
+    const unsigned place = S::AT_OUT + it % (S::TRANSPOSED ? S::OUT_STAGES : 1) * S::OUT_BYTES + block * PANEL_BYTES;
+    const unsigned panel = S::TRANSPOSED ? base + place : z;
+    if constexpr (S::SPLIT) {
+        float whole[16];
+        scan_add_halves(out, whole, (float *)(smem + scan_at_z<S>(it)), (float *)(smem + S::AT_P), wg);
+        if (wg == 0) scan_warp_arrive<1>(&sh->p_empty, it);
+        else scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
+        scan_output<S>(p, at, whole, panel, sh, wg, b, it);
+    } else {
+        if (last) scan_warp_arrive<1>(&sh->p_empty, it);
+        if (S::TRANSPOSED) scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
+        scan_output<S>(p, at, out, panel, sh, wg, b, it);
     }
-    if (S::SPLIT && wg == 1) return;
-    if (last) scan_warp_arrive<1>(&sh->p_empty, it);
-    if (S::TRANSPOSED) scan_warp_arrive<S::Z_STAGES>(sh->z_empty, it);
-    scan_output<S>(p, at, out, S::TRANSPOSED ? base + S::AT_OUT + block * PANEL_BYTES : z, sh, wg, b, it);
 }
 
 template <class S>
 __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
     const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;  // known to be the same in the whole warp
-    const bool elected = threadIdx.x % 128 == 0;
-    float M[S::BLOCKS][S::AW / 2];
+    float M[S::BLOCKS][S::AW / 2], N[4];
     scan_load_state<S>(p, at, wg, M);
+    scan_load_n<S>(p, at, wg, N);
+    if (S::OUT_STAGES == 2) scan_load_dot<S>(p, at, shared_address(smem), sh, wg, 0);
+    __syncwarp();
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
-        if (S::TRANSPOSED && elected && (!S::SPLIT || wg == 0))
-            scan_load_dot<S>(p, at, shared_address(smem) + S::AT_OUT + wg * PANEL_BYTES, sh, wg, it);
-        __syncwarp();
         scan_keep_state<S>(p, at, wg, M, c);
+        scan_border_n<S>(p, at, sh, wg, N, c);
         scan_wait_full<2>(sh->rows_full, it);
         float border = 0;
 #pragma unroll
         for (int b = 0; b < S::BLOCKS; b++)
-            scan_step<S>(p, at, smem, sh, M[b], wg, b, it, k0, tiles > 2 ? &border : NULL);
+            scan_step<S>(p, at, smem, sh, M[b], N, wg, b, it, k0, tiles > 2 ? &border : NULL);
         scan_warp_arrive<2>(sh->rows_empty, it);
-        if (tiles > 2) scan_store_border<S>(p, at, sh, wg, k0, border, c);
         k0 += tiles;
     }
     scan_start_state<S>(p, at, wg, sh, M);
+    scan_start_n<S>(p, at, sh, wg, N);
     scan_store_state<S>(p, at, wg, M);
-    if (elected) tma_store_wait_read<0>();
+    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -952,9 +1036,7 @@ __device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
     for (int k = 0; k < 2; k++) {
         barrier_init(shared_address(sh->rows_full + k), 1);
         barrier_init(shared_address(sh->rows_empty + k), S::ROWS_USERS);
-        barrier_init(shared_address(sh->n_full + k), 2);
-        barrier_init(shared_address(sh->n_done + k), 2);
-        barrier_init(shared_address(sh->dot_full + k), 1);
+        barrier_init(shared_address(sh->dot_full[k]), 1), barrier_init(shared_address(sh->dot_full[k] + 1), 1);
     }
     barrier_init(shared_address(&sh->p_full), 4);
     barrier_init(shared_address(&sh->p_empty), S::P_USERS);
@@ -987,8 +1069,7 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
         registers_shrink<SCAN_AUX_REGISTERS>();
         if (warp == 12 && threadIdx.x % 32 == 0) scan_copy_tiles<S>(p, at, shared_address(smem), sh);
         if (warp == 12 && threadIdx.x % 32 == 1) scan_copy_z<S>(p, at, shared_address(smem), sh);
-        if (warp == 13) scan_scalars<S>(p, at, sh);
-        if (warp >= 14 && S::VECTOR) scan_normaliser<S>(p, at, smem, sh);
+        if (warp >= 14) scan_scalars<S>(p, at, smem, sh);
     }
 #endif
 }
@@ -1012,7 +1093,7 @@ static __global__ void __launch_bounds__(SCAN_THREADS, 1)
 // ----------------------------------------------------------------------------------------------------------------
 // Which shapes, and the launches
 
-enum { SCAN_BLOCKS = 132 };  // multiprocessors of an H100: one block each
+enum { SCAN_BLOCKS = 132, SCAN_DQ_SEGMENTS = 32 };  // multiprocessors of an H100: one block each; dQ: at most
 
 static __device__ int scan_code =
 #ifdef HOPPER_CODE
@@ -1059,7 +1140,7 @@ static int scan_dq_segment_chunks(const MlstmShape *s) {
     const int slices = scan_slices(s, true), chunks = mlstm_chunks(s), blocks = slices * s->B * s->NH;
     int best = chunks;
     long long least = -1;
-    for (int segments = 1; segments <= imax(1, imin(32, chunks / 8)); segments++) {
+    for (int segments = 1; segments <= imax(1, imin(SCAN_DQ_SEGMENTS, chunks / 8)); segments++) {
         const int length = ceil_div(ceil_div(chunks, segments), SCAN_BORDER) * SCAN_BORDER;
         const long long rounds = ceil_div((size_t)blocks * ceil_div(chunks, length), SCAN_BLOCKS);
         const long long cost = rounds * (length + 20);
@@ -1068,15 +1149,18 @@ static int scan_dq_segment_chunks(const MlstmShape *s) {
     return best;
 }
 // Segments x sequences x heads x slices are at most SCAN_BLOCKS where there is more than one segment.
+static size_t scan_pace_words(const MlstmShape *s) {  // eight for each head and segment
+    return 8 * ((size_t)s->B * s->NH * SCAN_DQ_SEGMENTS + SCAN_BLOCKS);
+}
 static size_t scan_segments_floats(const MlstmShape *s) {
-    return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + s->B * s->NH) * s->dk * (s->dv + 1);
+    return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + s->B * s->NH) * s->dk * (s->dv + 1) + scan_pace_words(s);
 }
 static size_t scan_snapshot_words(const MlstmShape *s) {
     const int A = scan_pad(s->dk, false);
     return (size_t)s->B * s->NH * (mlstm_chunks(s) / SCAN_BORDER) * scan_slices(s, false) * A * scan_columns(A, false) /
            2;
 }
-static int scan_anchor_tiles(const MlstmShape *s) { return 2 * scan_slices(s, false) + scan_slices(s, true); }
+static int scan_anchor_tiles(const MlstmShape *s) { return 2 * (scan_slices(s, false) + scan_slices(s, true)); }
 
 constexpr bool scan_transposed(int mode) { return mode == SCAN_DQ || mode == SCAN_DK; }
 template <int MODE, int A>
@@ -1101,11 +1185,19 @@ static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
     scan_start(kernel, scan_shared_bytes<S>(), p.slices, p, stream, p);
 }
 
+// Several blocks a head that walk far: they keep pace
+static int *scan_pace(const ScanArgs &p, int blocks, float *segments, cudaStream_t stream) {
+    if (blocks < 2 || blocks > 8 || p.segment_chunks < 64) return NULL;
+    int *pace = (int *)(segments + scan_segments_floats(&p.s)) - scan_pace_words(&p.s);
+    CUDA_CHECK(cudaMemsetAsync(pace, 0, scan_pace_words(&p.s) * sizeof(int), stream));
+    return pace;
+}
+
 template <int MODE>
-static void scan_run(ScanArgs p, cudaStream_t stream) {
+static void scan_run(ScanArgs p, float *segments, cudaStream_t stream) {
     constexpr bool TRANSPOSED = scan_transposed(MODE);
     const int A = scan_pad(TRANSPOSED ? p.s.dv : p.s.dk, TRANSPOSED);
-    p.slices = scan_slices(&p.s, TRANSPOSED);
+    p.slices = scan_slices(&p.s, TRANSPOSED), p.pace = scan_pace(p, p.slices, segments, stream);
     if constexpr (TRANSPOSED) {
         if (A == 384) return scan_launch<MODE, 384>(p, stream);
         if (A == 512) return scan_launch<MODE, 512>(p, stream);
@@ -1135,20 +1227,21 @@ static bool scan_pair_pays(const ScanArgs &v, const ScanArgs &k) {
 }
 
 // dV and dK: together where heads are 2 : 1 and it pays, else one after the other
-static void scan_run_pair(ScanArgs v, ScanArgs k, cudaStream_t stream) {
+static void scan_run_pair(ScanArgs v, ScanArgs k, float *segments, cudaStream_t stream) {
     const int dk = scan_pad(v.s.dk, false), dv = scan_pad(v.s.dv, true);
     v.slices = scan_slices(&v.s, false), k.slices = scan_slices(&v.s, true);
     if (!scan_pair_pays(v, k)) {
-        scan_run<SCAN_DV>(v, stream);
-        return scan_run<SCAN_DK>(k, stream);
+        scan_run<SCAN_DV>(v, segments, stream);
+        return scan_run<SCAN_DK>(k, segments, stream);
     }
+    v.pace = k.pace = scan_pace(v, v.slices + k.slices, segments, stream);
     if (dk == 64 && dv == 128) return scan_launch_pair<64, 128>(v, k, stream);
     if (dk == 128 && dv == 192) return scan_launch_pair<128, 192>(v, k, stream);
     if (dk == 128 && dv == 256) return scan_launch_pair<128, 256>(v, k, stream);
     if (dk == 192 && dv == 384) return scan_launch_pair<192, 384>(v, k, stream);
     if (dk == 256 && dv == 512) return scan_launch_pair<256, 512>(v, k, stream);
-    scan_run<SCAN_DV>(v, stream);
-    scan_run<SCAN_DK>(k, stream);
+    scan_run<SCAN_DV>(v, segments, stream);
+    scan_run<SCAN_DK>(k, segments, stream);
 }
 
 // What each segment adds to the states; p as for the scan itself. all: the last one, too, even if it is the only one
@@ -1205,7 +1298,7 @@ static void mlstm_scan_forward(const MlstmShape &s, const MlstmInput<bf16> &in, 
     scan_forward_maps(&p, in);
     p.out = head_tensor_map(h, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
     scan_segments<false>(&p, segments, walked, m_walk, stream);
-    scan_run<SCAN_H>(p, stream);
+    scan_run<SCAN_H>(p, segments, stream);
 }
 
 // The pair of this rank's tokens: all but m and G. gates: of the segment alone
@@ -1261,13 +1354,13 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
     p.x = v_map, p.y = dh_map, p.z = q_map, p.dot = k_map;
     p.out = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
     p.anchor_tile = 2 * scan_slices(&s, false), p.dot_out = scratch.k_dk;
-    scan_run_pair(for_dv, p, stream);
+    scan_run_pair(for_dv, p, scratch.segments, stream);
 
     p.x = dh_map, p.y = v_map, p.z = k_map, p.dot = q_map;
     p.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
     p.initial = initial, p.segments = NULL, p.segment_chunks = scan_dq_segment_chunks(&s);
     p.dot_out = scratch.q_dq;
-    scan_run<SCAN_DQ>(p, stream);
+    scan_run<SCAN_DQ>(p, scratch.segments, stream);
 }
 
 #endif
