@@ -138,19 +138,25 @@ enum { SUMS_KC = 704 };                     // the same for Strassen's sums: 7 o
 // An element of a that serves two products costs an instruction that spreads it over a register. AVX-512 can also
 // spread it within the product, for a second load. The first EMBEDDED rows do that, the others not: all of either kind
 // is slower by some 4 to 8 % on a core that is shared, for want of instruction slots or of loads.
-// If `next` is given, memory from there on, next_step elements a step, is brought to L2 meanwhile.
+// With fetch_next memory from `next` on, next_step elements a step, comes to L2 meanwhile.
 static inline __attribute__((always_inline)) void multiply_tile(vec acc[MR][2], const int rows, int K, const real *a,
                                                                 size_t a_step, const real *b, size_t b_step,
-                                                                const real *next, size_t next_step) {
+                                                                const int fetch_next, const real *next,
+                                                                size_t next_step) {
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = (vec){0};
     const real *again = a;
     __asm__("" : "+r"(again));  // hides that both are the same, or the compiler would load once
+#pragma GCC unroll 2
     for (int k = 0; k < K; k++, a += a_step, again += a_step, b += b_step) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VLEN);
-        __builtin_prefetch(b + 10 * b_step);  // from L2 in time; past the end it does nothing
-        __builtin_prefetch(b + 10 * b_step + VLEN);
-        if (next) __builtin_prefetch(next + k * next_step, 0, 2);
+        if (fetch_next) {
+            __builtin_prefetch(next, 0, 2);
+            next += next_step;
+        } else {
+            __builtin_prefetch(b + 10 * b_step);  // from L2 in time; past the end it does nothing
+            __builtin_prefetch(b + 10 * b_step + VLEN);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             acc[r][0] += a[r] * b0;
@@ -199,7 +205,7 @@ static inline __attribute__((always_inline)) void micro_kernel(const int rows, i
                                                                size_t ldc, int accumulate) {
     vec acc[MR][2];
     prefetch_tile(rows, c, ldc);
-    multiply_tile(acc, rows, K, a, a_step, b, b_step, NULL, 0);
+    multiply_tile(acc, rows, K, a, a_step, b, b_step, 0, NULL, 0);
     write_tile(acc, rows, rows, cols, c, ldc, accumulate);
 }
 
@@ -255,7 +261,7 @@ static inline __attribute__((always_inline)) void pack_panels(real *dst, const r
         for (int k = 0; k < K; k++)
             for (int p = 0; p < whole; p++) {
                 const real *from = src + k * k_step + (size_t)p * width;
-                for (int i = 0; i < width; i += 64 / (int)sizeof(real)) __builtin_prefetch(from + 8 * k_step + i);
+                for (int i = 0; i < width; i += 64 / (int)sizeof(real)) __builtin_prefetch(from + 16 * k_step + i);
                 memcpy(dst + ((size_t)p * K + k) * width, from, sizeof(real) * width);
             }
     else
@@ -352,7 +358,7 @@ static void strassen_tile(int r, int half, const real *a, const real *b, real *c
     vec acc[MR][2];
     for (int q = 0; q < 4; q++)
         if (strassen[r].c[q]) prefetch_tile(MR, c + q / 2 * MR * ldc + q % 2 * NR, ldc);
-    multiply_tile(acc, MR, half, a, MR, b, NR, next, next_step);
+    multiply_tile(acc, MR, half, a, MR, b, NR, 1, next, next_step);
     for (int q = 0; q < 4; q++) {
         int sign = strassen[r].c[q], m = imin(MR, rows - q / 2 * MR), n = imin(NR, cols - q % 2 * NR);
         if (sign && m > 0 && n > 0)
