@@ -321,6 +321,9 @@ static const Test tests[] = {
     {"init", test_init},
     {"blocks", test_blocks},
     {"gemm", test_gemm},
+#ifndef USE_OPENBLAS
+    {"strassen", test_strassen},
+#endif
     {"elementary", test_elementary},
     {"layers", test_layers},
     {"mlstm_forms", test_mlstm_forms},

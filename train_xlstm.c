@@ -132,53 +132,81 @@ enum { VECTOR_BYTES = 16, MR = 6, EMBEDDED = 0 };
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 enum { VLEN = VECTOR_BYTES / sizeof(real), NR = 2 * VLEN };
 enum { KC = 512, MC = 4 * MR, NC = 2048 };  // a block KC x MC of A stays in L2, a block KC x NC of B in L3
+enum { SUMS_KC = 704 };                     // the same for Strassen's sums: 7 of (KC/2) x MC, 7 of (KC/2) x (NC/2)
 
-// c[rows, cols] (+)= a[K, MR]^T b[K, NR]; rows is a constant after inlining, so the accumulators become registers.
+// acc[rows, NR] = a[K, MR]^T b[K, NR]; rows is a constant after inlining, so the accumulators become registers.
 // An element of a that serves two products costs an instruction that spreads it over a register. AVX-512 can also
 // spread it within the product, for a second load. The first EMBEDDED rows do that, the others not: all of either kind
 // is slower by some 4 to 8 % on a core that is shared, for want of instruction slots or of loads.
-static inline __attribute__((always_inline)) void micro_kernel(const int rows, int cols, int K, const real *a,
-                                                               size_t a_step, const real *b, size_t b_step, real *c,
-                                                               size_t ldc, int accumulate) {
-    vec acc[MR][2];
+// With fetch_next memory from `next` on, next_step elements a step, comes to L2 meanwhile.
+static inline __attribute__((always_inline)) void multiply_tile(vec acc[MR][2], const int rows, int K, const real *a,
+                                                                size_t a_step, const real *b, size_t b_step,
+                                                                const int fetch_next, const real *next,
+                                                                size_t next_step) {
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) {
-        acc[r][0] = acc[r][1] = (vec){0};
-        __builtin_prefetch(c + r * ldc, 1);  // wanted at the end
-        __builtin_prefetch(c + r * ldc + VLEN, 1);
-    }
+    for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = (vec){0};
     const real *again = a;
     __asm__("" : "+r"(again));  // hides that both are the same, or the compiler would load once
+#pragma GCC unroll 2
     for (int k = 0; k < K; k++, a += a_step, again += a_step, b += b_step) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VLEN);
-        __builtin_prefetch(b + 10 * b_step);  // from L2 in time; past the end it does nothing
-        __builtin_prefetch(b + 10 * b_step + VLEN);
+        if (fetch_next) {
+            __builtin_prefetch(next, 0, 2);
+            next += next_step;
+        } else {
+            __builtin_prefetch(b + 10 * b_step);  // from L2 in time; past the end it does nothing
+            __builtin_prefetch(b + 10 * b_step + VLEN);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             acc[r][0] += a[r] * b0;
             acc[r][1] += (r < EMBEDDED ? again : a)[r] * b1;
         }
     }
-    if (cols == NR) {
+}
+
+// The tile of C will be wanted at the end of the product.
+static inline __attribute__((always_inline)) void prefetch_tile(const int rows, const real *c, size_t ldc) {
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < rows; r++) {
+        __builtin_prefetch(c + r * ldc, 1);
+        __builtin_prefetch(c + r * ldc + VLEN, 1);
+    }
+}
+
+// c[rows, cols] = acc (how 0), c + acc (1) or c - acc (-1)
+static inline __attribute__((always_inline)) void write_tile(const vec acc[MR][2], const int max_rows, int rows,
+                                                             int cols, real *c, size_t ldc, int how) {
+    if (rows == max_rows && cols == NR) {
+#pragma GCC unroll 16
+        for (int r = 0; r < max_rows; r++) {
             vec *out = (vec *)(c + r * ldc);
-            if (accumulate) {
-                acc[r][0] += out[0];
-                acc[r][1] += out[1];
-            }
-            out[0] = acc[r][0];
-            out[1] = acc[r][1];
+            for (int v = 0; v < 2; v++)
+                if (how == 0) out[v] = acc[r][v];
+                else if (how > 0) out[v] += acc[r][v];
+                else out[v] -= acc[r][v];
         }
     } else {
+        real tile[MR][NR];
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
-            real tile[NR];
-            *(vec *)tile = acc[r][0];
-            *(vec *)(tile + VLEN) = acc[r][1];
-            for (int j = 0; j < cols; j++) c[r * ldc + j] = (accumulate ? c[r * ldc + j] : 0) + tile[j];
+        for (int r = 0; r < max_rows; r++) {
+            *(vec *)tile[r] = acc[r][0];
+            *(vec *)(tile[r] + VLEN) = acc[r][1];
         }
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < cols; j++)
+                c[r * ldc + j] = (how ? c[r * ldc + j] : 0) + (how < 0 ? -tile[r][j] : tile[r][j]);
     }
+}
+
+// c[rows, cols] (+)= a[K, MR]^T b[K, NR]
+static inline __attribute__((always_inline)) void micro_kernel(const int rows, int cols, int K, const real *a,
+                                                               size_t a_step, const real *b, size_t b_step, real *c,
+                                                               size_t ldc, int accumulate) {
+    vec acc[MR][2];
+    prefetch_tile(rows, c, ldc);
+    multiply_tile(acc, rows, K, a, a_step, b, b_step, 0, NULL, 0);
+    write_tile(acc, rows, rows, cols, c, ldc, accumulate);
 }
 
 static void micro_kernel_rows(int rows, int cols, int K, const real *a, size_t a_step, const real *b, size_t b_step,
@@ -233,7 +261,7 @@ static inline __attribute__((always_inline)) void pack_panels(real *dst, const r
         for (int k = 0; k < K; k++)
             for (int p = 0; p < whole; p++) {
                 const real *from = src + k * k_step + (size_t)p * width;
-                for (int i = 0; i < width; i += 64 / (int)sizeof(real)) __builtin_prefetch(from + 8 * k_step + i);
+                for (int i = 0; i < width; i += 64 / (int)sizeof(real)) __builtin_prefetch(from + 16 * k_step + i);
                 memcpy(dst + ((size_t)p * K + k) * width, from, sizeof(real) * width);
             }
     else
@@ -256,7 +284,7 @@ static inline __attribute__((always_inline)) void pack_panels(real *dst, const r
 // This thread's room for the panels of A.
 static real *panels_of_a(void) {
     static _Thread_local real *panels = NULL;
-    if (!panels) panels = (real *)xcalloc((size_t)KC * MC, sizeof(real));
+    if (!panels) panels = (real *)xcalloc((size_t)SUMS_KC / 2 * MC * 7, sizeof(real));
     return panels;
 }
 
@@ -272,10 +300,91 @@ static void gemm_rows(int m, int n, int k, const real *a, size_t a_row, size_t a
                               b_step, c + i * ldc + j, ldc, accumulate);
 }
 
+#ifndef USE_OPENBLAS
+// One level of Strassen's algorithm (Numerische Mathematik 13, 1969): with A, B and C in quarters 11, 12, 21, 22, seven
+// products of sums of quarters do instead of eight. As in Huang, Smith, Henry and van de Geijn (SC16), sums of A and B
+// are made while they are packed, and the micro-kernel adds its tile to every quarter of C that wants it, so nothing is
+// stored in between. The quarters interleave: of two neighbouring tiles of rows (columns) the first belongs to the
+// upper (left) half. So all seven products of a few tiles of C come one after the other while those are in the cache,
+// and how rows are shared out changes no bit. An eighth of the multiplications is saved, for half as much packing again
+// and three times the traffic with C. Errors stay a small multiple of eps |A| |B|, but with norms of the matrices
+// instead of the single rows and columns: a small element of C has fewer right digits if large ones are around it.
+static const struct {
+    signed char a[4], b[4], c[4];  // signs of the quarters; 2 in C: +, and the first product that is added there
+} strassen[7] = {
+    {{1, 0, 0, 1}, {1, 0, 0, 1}, {2, 0, 0, 2}},  {{0, 0, 1, 1}, {1, 0, 0, 0}, {0, 0, 2, -1}},
+    {{1, 0, 0, 0}, {0, 1, 0, -1}, {0, 2, 0, 1}}, {{0, 0, 0, 1}, {-1, 0, 1, 0}, {1, 0, 1, 0}},
+    {{1, 1, 0, 0}, {0, 0, 0, 1}, {-1, 1, 0, 0}}, {{-1, 0, 1, 0}, {1, 1, 0, 0}, {0, 0, 0, 1}},
+    {{0, 1, 0, -1}, {0, 0, 1, 1}, {1, 0, 0, 0}},
+};
+static int strassen_min = 512;  // all of M, N and K: below it does not pay
+
+// Rows of a half of K, padded so that they fill whole vectors in a panel
+static int half_length(int K) { return (K + 7) / 8 * 4; }
+
+// Copies src[count, K] as pack_panels does, but as the seven sums of quarters: [count/(2 width)][7][half of K][width]
+static inline __attribute__((always_inline)) void pack_sums(real *dst, const real *src, size_t step, size_t k_step,
+                                                            int count, int K, const int width, const int of_b) {
+    enum { CHUNK = 16 };  // of K; a chunk of all quarters fits L1
+    real quarter[4][CHUNK * NR];
+    int half = half_length(K), pairs = (count + 2 * width - 1) / (2 * width), chunks = (half + CHUNK - 1) / CHUNK;
+    for (int t = 0; t < pairs * chunks; t++) {  // in the order in which src lies in memory
+        int pair = step == 1 ? t % pairs : t / chunks, k0 = (step == 1 ? t / pairs : t % chunks) * CHUNK;
+        int length = imin(CHUNK, half - k0);
+        for (int q = 0; q < 4; q++) {
+            int i = pair * 2 * width + (of_b ? q % 2 : q / 2) * width, k = k0 + (of_b ? q / 2 : q % 2) * half;
+            int n = imin(width, count - i), filled = imax(0, imin(length, K - k));
+            if (n <= 0 || filled < length) memset(quarter[q], 0, sizeof quarter[q]);
+            pack_panels(quarter[q], src + i * step + k * k_step, step, k_step, n, filled, width);
+        }
+        real *out = dst + ((size_t)pair * 7 * half + k0) * width;
+        for (int e = 0; e < length * width; e += VLEN)
+#pragma GCC unroll 7
+            for (int r = 0; r < 7; r++) {
+                const signed char *sign = of_b ? strassen[r].b : strassen[r].a;
+                vec sum = {0};
+#pragma GCC unroll 4
+                for (int q = 0; q < 4; q++)
+                    if (sign[q] > 0) sum += *(const vec *)(quarter[q] + e);
+                    else if (sign[q] < 0) sum -= *(const vec *)(quarter[q] + e);
+                *(vec *)(out + (size_t)r * half * width + e) = sum;
+            }
+    }
+}
+
+// Product r of a pair of tiles of rows and a pair of tiles of columns, of which C has rows x cols.
+static void strassen_tile(int r, int half, const real *a, const real *b, real *c, size_t ldc, int rows, int cols,
+                          int accumulate, const real *next, size_t next_step) {
+    vec acc[MR][2];
+    for (int q = 0; q < 4; q++)
+        if (strassen[r].c[q]) prefetch_tile(MR, c + q / 2 * MR * ldc + q % 2 * NR, ldc);
+    multiply_tile(acc, MR, half, a, MR, b, NR, 1, next, next_step);
+    for (int q = 0; q < 4; q++) {
+        int sign = strassen[r].c[q], m = imin(MR, rows - q / 2 * MR), n = imin(NR, cols - q % 2 * NR);
+        if (sign && m > 0 && n > 0)
+            write_tile(acc, MR, m, n, c + q / 2 * MR * ldc + q % 2 * NR, ldc, sign == 2 ? accumulate : sign);
+    }
+}
+
+// c[m, n] (+)= a[m, k] b[k, n] for m <= 2 MC rows and sums of B as pack_sums leaves them. A panel of B is used for all
+// rows, while the next one comes from L3 to L2: waiting for it would cost half of what is saved.
+static void strassen_rows(int m, int n, int k, const real *a, size_t a_row, size_t a_col, const real *b, real *c,
+                          size_t ldc, int accumulate) {
+    real *a_sums = panels_of_a();
+    int half = half_length(k), pairs = (m + 2 * MR - 1) / (2 * MR), next_step = NR / pairs;
+    pack_sums(a_sums, a, a_row, a_col, m, k, MR, 0);
+    for (int j = 0; j < n; j += 2 * NR)
+        for (int r = 0; r < 7; r++, b += (size_t)half * NR)
+            for (int i = 0; i < pairs; i++)
+                strassen_tile(r, half, a_sums + ((size_t)i * 7 + r) * half * MR, b, c + i * 2 * MR * ldc + j, ldc,
+                              m - i * 2 * MR, n - j, accumulate, b + (size_t)half * (NR + i * next_step), next_step);
+}
+#endif
+
 // Length of the blocks that K is cut into. They are about equal: a short last one would cost a whole pass over C.
-static int block_length(int K) {
-    int blocks = (K + KC - 1) / KC;
-    return blocks > 1 ? ((K + blocks - 1) / blocks + 15) / 16 * 16 : imax(K, 1);
+static int block_length(int K, int max_length) {
+    int blocks = (K + max_length - 1) / max_length;
+    return blocks > 1 ? ((K + blocks - 1) / blocks + 31) / 32 * 32 : imax(K, 1);
 }
 
 // The product on one thread.
@@ -293,7 +402,7 @@ static void gemm_serial(int M, int N, int K, const real *a, size_t a_row, size_t
 #endif
     if (!b_panels) b_panels = (real *)xcalloc((size_t)KC * NC, sizeof(real));
     for (int n0 = 0; n0 < N; n0 += NC)
-        for (int k0 = 0, length = block_length(K); k0 < K; k0 += length) {
+        for (int k0 = 0, length = block_length(K, KC); k0 < K; k0 += length) {
             int n = imin(NC, N - n0), k = imin(length, K - k0);
             const real *block = b + k0 * b_row + n0 * b_col;
             int in_place = M <= MC && b_col == 1 && n % NR == 0;  // few rows read B too seldom to repay a copy
@@ -308,11 +417,14 @@ static void gemm_serial(int M, int N, int K, const real *a, size_t a_row, size_t
 // The product on all threads.
 static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row,
                  size_t b_col, real *c, size_t ldc, int accumulate) {
-    int threads = 1;
+    int threads = 1, by_sums = 0;
+#ifndef USE_OPENBLAS
+    by_sums = imin(M, imin(N, K)) >= strassen_min;
+#endif
 #ifdef _OPENMP
     if ((double)M * N * K > 20000) threads = omp_get_max_threads();
 #endif
-    if (threads == 1) {
+    if (threads == 1 && !by_sums) {
         gemm_serial(M, N, K, a, a_row, a_col, b, b_row, b_col, c, ldc, accumulate);
         return;
     }
@@ -332,27 +444,38 @@ static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col,
 #else  // The threads take rows of C, one block of B after the other. Who finds no rows left packs panels of the next
        // block into a second buffer, so that the threads wait for each other only once a block.
     static real *b_panels[2];
-    int rows = MR * imax(1, imin(MC / MR, M / (8 * MR * threads)));
-    int length = block_length(K), k_blocks = (K + length - 1) / length, blocks = (N + NC - 1) / NC * k_blocks;
+    int mr = by_sums ? 2 * MR : MR, nr = by_sums ? 2 * NR : NR;
+    int rows = mr * imax(1, imin(MC / MR, M / (5 * mr * threads)));
+    int length = block_length(K, by_sums ? SUMS_KC : KC), k_blocks = (K + length - 1) / length;
+    int blocks = (N + NC - 1) / NC * k_blocks;
     for (int i = 0; i < 2; i++)
-        if (!b_panels[i]) b_panels[i] = (real *)xcalloc((size_t)KC * NC, sizeof(real));
+        if (!b_panels[i]) b_panels[i] = (real *)xcalloc((size_t)SUMS_KC / 2 * (NC / 2) * 7, sizeof(real));
 #pragma omp parallel
     for (int packed = 0; packed <= blocks; packed++) {
         if (packed > 0) {
             int n0 = (packed - 1) / k_blocks * NC, n = imin(NC, N - n0);
             int k0 = (packed - 1) % k_blocks * length, k = imin(length, K - k0);
+            const real *panels = b_panels[(packed - 1) % 2];
 #pragma omp for schedule(dynamic) nowait
-            for (int m0 = 0; m0 < M; m0 += rows)
-                gemm_rows(imin(rows, M - m0), n, k, a + m0 * a_row + k0 * a_col, a_row, a_col,
-                          b_panels[(packed - 1) % 2], NR, k, c + m0 * ldc + n0, ldc, accumulate || k0 > 0);
+            for (int m0 = 0; m0 < M; m0 += rows) {
+                const real *a_rows = a + m0 * a_row + k0 * a_col;
+                real *c_rows = c + m0 * ldc + n0;
+                int m = imin(rows, M - m0), add = accumulate || k0 > 0;
+                if (by_sums) strassen_rows(m, n, k, a_rows, a_row, a_col, panels, c_rows, ldc, add);
+                else gemm_rows(m, n, k, a_rows, a_row, a_col, panels, NR, k, c_rows, ldc, add);
+            }
         }
         if (packed < blocks) {
             int n0 = packed / k_blocks * NC, n = imin(NC, N - n0);
             int k0 = packed % k_blocks * length, k = imin(length, K - k0);
+            const real *block = b + k0 * b_row + n0 * b_col;
+            real *panels = b_panels[packed % 2];
 #pragma omp for schedule(dynamic)
-            for (int j = 0; j < n; j += NR)
-                pack_panels(b_panels[packed % 2] + (size_t)j * k, b + k0 * b_row + (n0 + j) * b_col, b_col, b_row,
-                            imin(NR, n - j), k, NR);
+            for (int j = 0; j < n; j += nr)
+                if (by_sums)
+                    pack_sums(panels + (size_t)(j / nr) * 7 * half_length(k) * NR, block + j * b_col, b_col, b_row,
+                              imin(nr, n - j), k, NR, 1);
+                else pack_panels(panels + (size_t)j * k, block + j * b_col, b_col, b_row, imin(nr, n - j), k, NR);
         }
     }
 #endif

@@ -126,6 +126,59 @@ static void test_gemm(void) {
     check(error, IS_DOUBLE ? 1e-13 : 2e-6, "matmul_forward, matmul_backward, few rows and many, accumulate");
 }
 
+#ifndef USE_OPENBLAS
+// C of one product, the same for every number of threads bit for bit?
+static int same_bits(int M, int N, int K) {
+    double *a = normals((size_t)M * K, 0, 1), *b = normals((size_t)K * N, 0, 1);
+    size_t cells = (size_t)M * N;
+    real *A = reals((size_t)M * K, 0), *B = reals((size_t)K * N, 0), *C[2] = {reals(cells, 0), reals(cells, NAN)};
+    copy_to_real(A, a, (size_t)M * K);
+    copy_to_real(B, b, (size_t)K * N);
+    int same = 1;
+    for (int threads = 1; threads <= 5; threads++) {
+#ifdef _OPENMP
+        omp_set_num_threads(threads);
+#endif
+        gemm(M, N, K, A, K, 1, B, N, 1, C[threads > 1], N, 0);
+        same &= threads == 1 || !memcmp(C[0], C[1], cells * sizeof(real));
+    }
+#ifdef _OPENMP
+    omp_set_num_threads(1);
+#endif
+    free(a);
+    free(b);
+    free(A);
+    free(B);
+    free(C[0]);
+    free(C[1]);
+    return same;
+}
+
+static void test_strassen(void) {
+    static const int sizes[] = {1, 2, 11, 12, 13, 24, 31, 33, 64, 130}, inner[] = {1, 2, 3, 7, 8, 9, 31, 32, 33, 257};
+    static const int levels[] = {10, 10, 10, 2, 2, 2, 2};
+    double tolerance = IS_DOUBLE ? 1e-13 : 2e-6, worst = 0;
+    int usual = strassen_min;
+    strassen_min = 1;
+    Grid grid = pair_grid(7, levels);
+    for (int k = 0; k < grid.count; k++) {
+        const int *o = grid.level[k];
+        GemmCase g = {sizes[o[0]], sizes[o[1]], inner[o[2]], o[3], o[4], o[5], o[6] ? 5 : 0};
+        worst = fmax(worst, gemm_error(&g, 1));
+    }
+    check(worst, tolerance, "Strassen, %d combinations of odd sizes, strides, transposes, accumulate", grid.count);
+    strassen_min = usual;
+    GemmCase big[] = {{usual, usual, usual, 0, 1, 0, 0},   // as forward, from the first size on
+                      {521, 577, 721, 0, 0, 0, 3},         // as the gradient of the inputs; two blocks of K
+                      {usual, 513, 713, 1, 0, 1, 0},       // as the gradient of the weights
+                      {usual - 1, 513, 522, 1, 0, 1, 0},   // one row too few
+                      {513, 2118, usual, 1, 1, 1, 1}};     // two blocks of N
+    for (int k = 0; k < 5; k++)
+        check(gemm_error(&big[k], 1), tolerance, "Strassen %d x %d x %d", big[k].M, big[k].N, big[k].K);
+    check(!same_bits(600, 530, 1500), 0.5, "Strassen: the same bits on 1 to 5 threads");
+}
+#endif
+
 // ----------------------------------------------------------------------------------------------------------------
 // Elementary functions
 
