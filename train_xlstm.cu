@@ -133,6 +133,9 @@ struct Model {
     TensorTable table, states;
     RunConfig run;
     char *memory;  // the one allocation
+    char *window;  // its beginning, which the copies of comm_copies.cuh can reach on other ranks
+    size_t window_bytes;
+    char *workspace;  // of matmuls, on m->stream and on `side`
     cudaStream_t stream;
     size_t *offsets, total;  // of tensors; elements of one copy
     size_t *state_offsets, state_size, state_small;
@@ -146,7 +149,7 @@ struct Model {
     int *bucket_chunks;  // [num_buckets + 1] with own_moments: the first chunk of each bucket
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
-    cudaEvent_t worked, exchanged, reduced;         // on the three streams
+    cudaEvent_t worked, exchanged, reduced, gathered;
     size_t unsent;                                  // buckets whose gradients have not left, the first ones
     float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
     char *exchange;
@@ -824,27 +827,40 @@ static void model_forward(Model<F> *m, const Sequence *s, const int *tokens) {
                  rows, m->stream);
 }
 
+// The sum of squares of the gradients, of several ranks each its own pieces, to m->sums[1]
+template <typename F>
+static void enqueue_grad_norm(Model<F> *m) {
+    const Shards *s = &m->shards;
+    grad_norm_squared(m->sums + 1, m->norm_partial, m->grads + s->piece * (size_t)s->rank, s->piece, s->num_buckets,
+                      shards_bucket(s), m->stream);
+}
+
 // Gradients from element `complete` on are what they will be: their buckets leave to be summed over the world, while
-// the backward pass goes on. Last called with 0.
+// the backward pass goes on. Last called with 0: nothing is left to hide the last buckets behind, but the norm of what
+// is summed is taken while these are gathered.
 template <typename F>
 static void send_gradients(Model<F> *m, size_t complete) {
     const Shards *s = &m->shards;
     size_t size = shards_bucket(s), before = m->unsent;
-    for (; m->unsent > 0 && (m->unsent - 1) * size >= complete; m->unsent--) {
-        float *bucket = m->grads + (m->unsent - 1) * size, *piece = bucket + s->piece * (size_t)s->rank;
-        if (m->unsent == before) {
-            CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
-            CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
-        }
-        comm.data->reduce_scatter(COMM_WORLD, bucket, piece, s->piece, COMM_F32, "reduce-scatter of gradients",
-                                  m->gradient_stream);
-        if (!m->run.zero)
-            comm.data->all_gather(COMM_WORLD, piece, bucket, s->piece * sizeof(float), "all-gather of gradients",
-                                  m->gradient_stream);
+    float *pieces = m->grads + s->piece * (size_t)s->rank;
+    while (m->unsent > 0 && (m->unsent - 1) * size >= complete) m->unsent--;
+    if (m->unsent == before) return;
+    CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
+    for (size_t k = before; k-- > m->unsent;)
+        comm.data->reduce_scatter(COMM_WORLD, m->grads + k * size, pieces + k * size, s->piece, COMM_F32,
+                                  "reduce-scatter of gradients", m->gradient_stream);
+    if (complete == 0) {
+        CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
+        CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+        enqueue_grad_norm(m);
     }
-    if (complete > 0 || before == 0) return;
-    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
-    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+    for (size_t k = before; !m->run.zero && k-- > m->unsent;)
+        comm.data->all_gather(COMM_WORLD, pieces + k * size, m->grads + k * size, s->piece * sizeof(float),
+                              "all-gather of gradients", m->gradient_stream);
+    if (complete > 0) return;
+    CUDA_CHECK(cudaEventRecord(m->gathered, m->gradient_stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered, 0));
 }
 
 template <typename F>
@@ -1214,7 +1230,6 @@ static void take_activations(Arena *a, Model<F> *m) {
             MlstmShape shape = mlstm_shape(m, B, T, v1);
             mlstm_take_scratch(a, &shape, &m->mlstm_scratch[v1]);
         }
-    if (comm.sp_size > 1) m->exchange = take<char>(a, exchange_bytes(m));
     if (!m->run.training) return;
     scratch_widths(m, &wide, &mid);
     size_t cells = model_has(&m->config, BLOCK_SLSTM) ? slstm_rows(m) : 0;
@@ -1229,15 +1244,26 @@ static void take_activations(Arena *a, Model<F> *m) {
     m->norm_partial = take<double>(a, GRAD_NORM_BLOCKS);
 }
 
-// Everything but the activations: tensors, moments, states.
+// One for each stream that multiplies
+template <typename F>
+static size_t matmul_workspaces(const Model<F> *m) {
+    return (m->run.training && model_has(&m->config, BLOCK_SLSTM) ? 2 : 1) * MATMUL_WORKSPACE;
+}
+
+// Everything but the activations: tensors, moments, states. Up to the end of the window all ranks have the same in the
+// same places.
 template <typename F>
 static void take_tensors(Arena *a, Model<F> *m) {
     size_t rows = (size_t)m->run.max_batch, training = m->run.training != 0;
     size_t padded = shards_padded(&m->shards), moments = m->own_moments ? shards_owned(&m->shards) : padded;
     size_t segments = comm.sp_size > 1 ? rows * m->state_size : 0;
+    m->window = take<char>(a, copies_head_bytes(m->shards.piece));
     m->params = take<float>(a, padded);
     m->weights = sizeof(F) == 4 ? (F *)m->params : take<F>(a, padded);
     m->grads = take<float>(a, training * padded);
+    m->exchange = take<char>(a, comm.sp_size > 1 ? exchange_bytes(m) : 0);
+    m->window_bytes = a->used;
+    m->workspace = take<char>(a, matmul_workspaces(m));
     m->m = take<float>(a, training * moments);
     m->v = take<float>(a, training * moments);
     m->entering = take<float>(a, segments);
@@ -1251,19 +1277,13 @@ static void take_tensors(Arena *a, Model<F> *m) {
     m->decode_in = take<float>(a, m->state_small);
 }
 
-// One for each stream that multiplies
-template <typename F>
-static size_t matmul_workspaces(const Model<F> *m) {
-    return (m->run.training && model_has(&m->config, BLOCK_SLSTM) ? 2 : 1) * MATMUL_WORKSPACE;
-}
-
 template <typename F>
 static size_t planned_bytes(Model<F> *m, size_t *tensors) {
     Arena arena = {NULL, 0};
     take_tensors(&arena, m);
     if (tensors) *tensors = arena.used;
     take_activations(&arena, m);
-    return arena.used + matmul_workspaces(m);
+    return arena.used;
 }
 
 // Left for what is allocated beside the plan: code of kernels, graphs, cuBLASLt, the driver. test_xlstm.cu measures it:
@@ -1356,9 +1376,9 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     check_memory(m, free_bytes);
     if (cudaMalloc((void **)&m->memory, bytes) != cudaSuccess)
         die(EXIT_USAGE, "%.1f MiB are no longer free on the GPU; does another program use it?", (double)bytes / mib);
-    Arena arena = {m->memory + matmul_workspaces(m), 0};
+    Arena arena = {m->memory, 0};
     take_tensors(&arena, m);
-    CUDA_CHECK(cudaMemset(m->memory, 0, matmul_workspaces(m) + arena.used));
+    CUDA_CHECK(cudaMemset(m->memory, 0, arena.used));
     size_t begin = arena.used;
     take_activations(&arena, m);
 #ifdef TESTING  // NaN in both formats: a value that is read before it was written is seen in the results
@@ -1374,9 +1394,9 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->side, cudaStreamNonBlocking, low));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->exchange_stream, cudaStreamNonBlocking, high));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, high));
-    for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced})
+    for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced, &m->gathered})
         CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
-    matmul_init(m->memory, m->side);
+    matmul_init(m->workspace, m->side);
     m->staging = NULL;
     staging(m, &pinned);
     CUDA_CHECK(cudaMallocHost(&m->staging, pinned));
@@ -1386,17 +1406,16 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     free(chunks);
     CUDA_CHECK(cudaMemset(m->scale, 0, sizeof(float)));
     CUDA_CHECK(cudaDeviceSynchronize());
+    device_share_window(m->window, m->window_bytes, m->shards.piece);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // Optimiser, and what crosses the backend's border
 
 template <typename F>
-static double model_grad_norm(Model<F> *m) {  // each rank its own pieces, whoever else has them
+static double model_grad_norm(Model<F> *m) {
     Staging host = staging(m, NULL);
-    const Shards *s = &m->shards;
-    grad_norm_squared(m->sums + 1, m->norm_partial, m->grads + s->piece * (size_t)s->rank, s->piece, s->num_buckets,
-                      shards_bucket(s), m->stream);
+    if (comm.size == 1) enqueue_grad_norm(m);  // several ranks have done that: send_gradients
     CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums + 1, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
     device_wait(m->stream, "the gradient's norm");
     double sum = host.sums[0];
