@@ -153,6 +153,8 @@ struct Model {
     size_t unsent;                                  // buckets whose gradients have not left, the first ones
     float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
     char *exchange;
+    float *folded;                      // in it: the pairs that this rank is to fold, in order
+    int num_folded;
     int *whole_start;                   // doc_start of the rows that this rank's sLSTMs take, [rows, whole]
     float *stored;                      // [num_state_rows][state_size]
     float *state_in, *state_out;        // [max_batch][state_size]
@@ -418,15 +420,50 @@ static void mlstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> 
                        m->stream);
 }
 
-// Segments: all ranks of a sequence tell each other their pairs (mlstm_pairs.cuh), then each folds those before it
-// to the states that enter its segment, and in the backward pass those behind it. Between begin and end there is time
-// for other work; a forward pass that is done again begins the same way.
+// Segments: the ranks of a sequence tell each other their pairs (mlstm_pairs.cuh), and each folds those before it to
+// the states that enter its segment, in the backward pass those behind it. Between begin and end there is time for
+// other work; a forward pass that is done again begins the same way.
+
+// Up to as many ranks all gather all pairs. What travels then grows with their number, so more ranks double the
+// distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for tests.
+static int fold_by_gather = 8;
 template <typename F>
 static void mlstm_pairs(Model<F> *m, const MlstmShape *shape, float **own, float **all, size_t *size) {
     *size = (size_t)shape->B * mlstm_pair_row(shape);
     *own = (float *)m->exchange;
     *all = *own + *size;
 }
+// Doubling distances: `own` covers 1, 2, 4, ... segments up to this one (REVERSE: from this one on), `before` the same
+// without this one, which is what is to be folded. The four pairs change places.
+template <bool REVERSE, typename F>
+static void mlstm_scan_pairs(Model<F> *m, const MlstmShape *shape, const char *what) {
+    int P = comm.sp_size, me = comm.sp_rank;
+    float *own, *got, *before, *spare;
+    size_t size;
+    mlstm_pairs(m, shape, &own, &got, &size);
+    before = got + size, spare = before + size;
+    m->num_folded = 0;
+    for (int away = 1; away < P; away *= 2) {
+        int right = me + away < P ? me + away : -1, left = me - away < 0 ? -1 : me - away;
+        int to = REVERSE ? left : right, from = REVERSE ? right : left;
+        comm.data->send_recv(COMM_SP, own, to, got, from, size * sizeof(float), what, m->exchange_stream);
+        if (from < 0) continue;
+        mlstm_join<REVERSE>(shape, spare, got, own, m->exchange_stream);
+        float *joined = spare;
+        spare = before;
+        if (m->num_folded) {
+            mlstm_join<REVERSE>(shape, own, got, before, m->exchange_stream);
+            before = own;
+        } else {
+            before = got;
+            got = own;
+        }
+        own = joined;
+        m->num_folded = 1;
+    }
+    m->folded = before;
+}
+
 template <typename F>
 static void mlstm_enter_begins(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
@@ -438,41 +475,47 @@ static void mlstm_enter_begins(Model<F> *m, int b, const Sequence *s, BlockActs<
                        m->stream);
     if (s->again) return;
     exchange_begins(m);
+    if (comm.sp_size > fold_by_gather) {
+        mlstm_scan_pairs<false>(m, &shape, "scan of mLSTM states");
+        return;
+    }
     comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM states", m->exchange_stream);
+    m->folded = all;
+    m->num_folded = comm.sp_rank;
 }
 template <typename F>
 static void mlstm_enter_ends(Model<F> *m, int b, const Sequence *s) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
-    float *own, *all;
-    size_t size;
     if (!s->whole || s->again) return;
-    mlstm_pairs(m, &shape, &own, &all, &size);
     exchange_ends(m, "all-gather of mLSTM states");
-    mlstm_fold(&shape, mlstm_state(m, b, s->state_in), mlstm_state(m, b, s->state_first), all, comm.sp_rank, m->stream);
+    mlstm_fold(&shape, mlstm_state(m, b, s->state_in), mlstm_state(m, b, s->state_first), m->folded, m->num_folded,
+               m->stream);
 }
 template <typename F>
 static void mlstm_leave_begins(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a, const F *dh) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
     float *own, *all;
     size_t size;
+    int next = comm.sp_rank + 1;
     if (!s->whole) return;
     mlstm_pairs(m, &shape, &own, &all, &size);
     mlstm_pair_backward(shape, mlstm_input(m, b, a, s), dh, m->dh_dot_h, mlstm_pair_state(shape, own), &a->mlstm,
                         mlstm_scratch(m, b), m->stream);
     exchange_begins(m);
+    if (comm.sp_size > fold_by_gather) {
+        mlstm_scan_pairs<true>(m, &shape, "scan of mLSTM gradients");
+        return;
+    }
     comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM gradients", m->exchange_stream);
+    m->folded = all + (size_t)next * size;
+    m->num_folded = comm.sp_size - next;
 }
 template <typename F>
 static void mlstm_leave_ends(Model<F> *m, int b, const Sequence *s) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
-    float *own, *all;
-    size_t size;
-    int next = comm.sp_rank + 1;
     if (!s->whole) return;
-    mlstm_pairs(m, &shape, &own, &all, &size);
     exchange_ends(m, "all-gather of mLSTM gradients");
-    mlstm_fold_backward(&shape, mlstm_state(m, b, s->dstate), all + (size_t)next * size, comm.sp_size - next,
-                        m->stream);
+    mlstm_fold_backward(&shape, mlstm_state(m, b, s->dstate), m->folded, m->num_folded, m->stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -1175,7 +1218,7 @@ static size_t partial_floats(const Model<F> *m) {
     return most;
 }
 
-// Of what the ranks of a sequence exchange: an mLSTM's own pair and those of all; a window there and back; an sLSTM's
+// Of what the ranks of a sequence exchange: an mLSTM's own pair and those of all, or the four of a scan; a window there and back; an sLSTM's
 // pre-activations there and back, or its final states.
 template <typename F>
 static size_t exchange_bytes(const Model<F> *m) {
@@ -1183,7 +1226,8 @@ static size_t exchange_bytes(const Model<F> *m) {
     for (int type = 0; type < NUM_BLOCK_TYPES; type++) {
         if (!model_has(&m->config, (BlockType)type)) continue;
         MlstmShape shape = mlstm_shape(m, (int)B, m->run.max_len, type == BLOCK_MLSTM_V1);
-        size_t cell = (P + 1) * B * mlstm_pair_row(&shape) * sizeof(float);
+        size_t pairs = comm.sp_size <= fold_by_gather ? P + 1 : 4;
+        size_t cell = pairs * B * mlstm_pair_row(&shape) * sizeof(float);
         if (type == BLOCK_SLSTM) {
             size_t packed = 2 * slstm_rows(m) * 4 * D * sizeof(F) + 256, states = (P + 1) * B * 4 * D * sizeof(float);
             cell = packed > states ? packed : states;
@@ -1573,6 +1617,8 @@ static void check_shapes(const ModelConfig *c, const RunConfig *run) {
 }
 
 static void cuda_build(const ModelConfig *config, const TensorTable *table, const RunConfig *run) {
+    const char *gather = getenv("XLSTM_FOLD_BY_GATHER");
+    if (gather) fold_by_gather = atoi(gather);
     use_bf16 = run->bf16;
     check_shapes(config, run);
     choose_device();

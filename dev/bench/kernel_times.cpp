@@ -109,6 +109,9 @@ static void add_record(const CUpti_Activity *record, std::map<const char *, std:
     } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
         const CUpti_ActivityMemcpy5 *c = (const CUpti_ActivityMemcpy5 *)record;
         add_interval(copy_name(c->copyKind), c->start, c->end);
+    } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY2) {
+        const CUpti_ActivityMemcpyPtoP4 *c = (const CUpti_ActivityMemcpyPtoP4 *)record;
+        add_interval("[copy to another GPU]", c->start, c->end);
     } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
         const CUpti_ActivityMemset4 *m = (const CUpti_ActivityMemset4 *)record;
         add_interval("[memset]", m->start, m->end);
@@ -283,6 +286,7 @@ extern "C" int InitializeInjection(void) {
     if (!SUCCEEDS(cuptiActivityRegisterCallbacks(buffer_requested, buffer_completed)) ||
         !SUCCEEDS(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL)) ||
         !SUCCEEDS(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMCPY)) ||
+        !SUCCEEDS(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMCPY2)) ||
         !SUCCEEDS(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMSET)))
         return 0;
     if (atexit(finish) != 0) {
