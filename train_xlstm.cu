@@ -33,9 +33,10 @@ enum { ALIGN = 64 };             // elements; where tensors and states begin
 static int align_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Where tensors and states lie in device memory. Tensors that one matmul reads stand without a gap behind each other,
-// as in the table; every other tensor begins at a multiple of ALIGN. Gate weights end with zero rows, so that their
-// number is a multiple of 8: matmuls want that, and the gradient of a zero row stays zero.
+// Where tensors and states lie in device memory: first what is read in float, then what matmuls read in format F.
+// Tensors that one matmul reads stand without a gap behind each other, as in the table; every other tensor begins at a
+// multiple of ALIGN. Gate weights end with zero rows, so that their number is a multiple of 8: matmuls want that, and
+// the gradient of a zero row stays zero.
 
 static int gate_rows(int heads) { return align_up(2 * heads, 8); }
 
@@ -45,20 +46,35 @@ static int joins_previous(BlockType type, int slot) {
     return 0;
 }
 
-// offsets[tensor], in elements; returns the size of one copy of all tensors.
-static size_t device_layout(const ModelConfig *c, const TensorTable *t, size_t *offsets) {
-    size_t at = 0;
-    for (int k = 0; k < t->num_tensors; k++) {
-        const TensorSpec *s = &t->tensors[k];
-        BlockType type = s->block >= 0 ? (BlockType)c->block_types[s->block] : NUM_BLOCK_TYPES;
-        int slot = s->block >= 0 ? k - t->block_first[s->block] : 0;
-        if (!joins_previous(type, slot)) at = (at + ALIGN - 1) / ALIGN * ALIGN;
-        offsets[k] = at;
-        at += s->count;
-        if ((type == BLOCK_MLSTM && slot == M_FGATE) || (type == BLOCK_MLSTM_V1 && slot == V1_FGATE))
-            at = offsets[k - 1] + (size_t)gate_rows(c->num_heads) * (size_t)s->shape[1];
+static int for_matmul(const ModelConfig *c, const TensorTable *t, int k) {
+    int block = t->tensors[k].block, slot = block < 0 ? 0 : k - t->block_first[block];
+    if (block < 0) return k == t->shell[SHELL_HEAD];
+    switch (c->block_types[block]) {
+        case BLOCK_MLSTM: return (slot >= M_Q && slot <= M_FGATE) || slot == M_OUT_PROJ || slot >= M_FFN_GATE;
+        case BLOCK_MLSTM_V1: return slot == V1_UP || slot == V1_IGATE || slot == V1_FGATE || slot == V1_DOWN;
+        default: return (slot >= S_IGATE && slot <= S_RECURRENT) || slot >= S_FFN_UP;
     }
-    return (at + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+// offsets[tensor], in elements, and where those for matmuls begin; returns the size of one copy of all tensors.
+static size_t device_layout(const ModelConfig *c, const TensorTable *t, size_t *offsets, size_t *matmul_begin) {
+    size_t at = 0;
+    for (int matmul = 0; matmul < 2; matmul++) {
+        for (int k = 0; k < t->num_tensors; k++) {
+            const TensorSpec *s = &t->tensors[k];
+            if (for_matmul(c, t, k) != matmul) continue;
+            BlockType type = s->block >= 0 ? (BlockType)c->block_types[s->block] : NUM_BLOCK_TYPES;
+            int slot = s->block >= 0 ? k - t->block_first[s->block] : 0;
+            if (!joins_previous(type, slot)) at = (at + ALIGN - 1) / ALIGN * ALIGN;
+            offsets[k] = at;
+            at += s->count;
+            if ((type == BLOCK_MLSTM && slot == M_FGATE) || (type == BLOCK_MLSTM_V1 && slot == V1_FGATE))
+                at = offsets[k - 1] + (size_t)gate_rows(c->num_heads) * (size_t)s->shape[1];
+        }
+        at = (at + ALIGN - 1) / ALIGN * ALIGN;
+        if (!matmul) *matmul_begin = at;
+    }
+    return at;
 }
 
 // States of one sequence: all small ones first, then the matrices C, which generation updates in place.
@@ -138,6 +154,7 @@ struct Model {
     char *workspace;  // of matmuls, on m->stream and on `side`
     cudaStream_t stream;
     size_t *offsets, total;  // of tensors; elements of one copy
+    size_t matmul_begin;     // of those for matmuls
     size_t *state_offsets, state_size, state_small;
     Shards shards;          // of params, grads and weights
     int own_moments;        // 1: m and v hold this rank's pieces only, [shards_owned]
@@ -906,6 +923,14 @@ static void send_gradients(Model<F> *m, size_t complete) {
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered, 0));
 }
 
+// Where a block's weights for matmuls begin; what it has read in float is complete with the embedding.
+template <typename F>
+static size_t block_matmul_begin(const Model<F> *m, int b) {
+    int k = m->table.block_first[b];
+    while (!for_matmul(&m->config, &m->table, k)) k++;
+    return m->offsets[k];
+}
+
 template <typename F>
 static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
     int rows = s->B * s->T, last = m->config.num_blocks;
@@ -915,7 +940,7 @@ static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
                   m->partial, m->stream);
     for (int b = last - 1; b >= 0; b--) {
         block_backward(m, b, s);
-        if (!m->num_later) send_gradients(m, m->offsets[m->table.block_first[b]]);
+        if (!m->num_later) send_gradients(m, block_matmul_begin(m, b));
     }
     embedding_backward(m->grads + m->offsets[m->table.shell[SHELL_EMBEDDING]], m->dx, tokens, rows, dim(m, DIM_D),
                        dim(m, DIM_V), m->embedding_scratch, m->stream);
@@ -1368,23 +1393,28 @@ static void check_memory(Model<F> *m, size_t available) {
         (double)available / gib, recompute);
 }
 
-// The pieces that the optimiser works on; returns their number, `chunks` may be NULL. own: those of this rank's shards
-// only; first_of_bucket [num_buckets + 1] then says where each bucket's begin, or is NULL.
-static int update_chunks(const TensorTable *t, const size_t *offsets, const Shards *shards, int own,
-                         UpdateChunk *chunks, int *first_of_bucket) {
-    int count = 0, owner = 0;
+// The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own: those
+// of this rank's shards only; first_of_bucket [num_buckets + 1] then says where each bucket's begin, or is NULL.
+template <typename F>
+static int update_chunks(const Model<F> *m, UpdateChunk *chunks, int *first_of_bucket) {
+    const Shards *shards = &m->shards;
+    int count = 0, owner = 0, own = m->own_moments, num_tensors = m->table.num_tensors;
     size_t bucket = 0;
-    for (int k = 0; k < t->num_tensors; k++)
-        for (size_t at = 0, n; at < t->tensors[k].count; at += n) {
-            size_t place = offsets[k] + at, left = t->tensors[k].count - at, moments = place;
+    for (int pass = 0; pass < 2 * num_tensors; pass++) {
+        int k = pass % num_tensors;
+        const TensorSpec *s = &m->table.tensors[k];
+        if ((m->offsets[k] >= m->matmul_begin) != (pass >= num_tensors)) continue;
+        for (size_t at = 0, n; at < s->count; at += n) {
+            size_t place = m->offsets[k] + at, left = s->count - at, moments = place;
             n = left < (size_t)UPDATE_CHUNK ? left : (size_t)UPDATE_CHUNK;
             if (own) n = shards_run(shards, place, n, &owner, &moments);
             if (own && owner != shards->rank) continue;
             while (first_of_bucket && bucket <= place / shards_bucket(shards)) first_of_bucket[bucket++] = count;
-            UpdateChunk chunk = {place, moments, (unsigned)n, (float)t->tensors[k].decay};
+            UpdateChunk chunk = {place, moments, (unsigned)n, (float)s->decay};
             if (chunks) chunks[count] = chunk;
             count++;
         }
+    }
     while (first_of_bucket && bucket <= shards->num_buckets) first_of_bucket[bucket++] = count;
     return count;
 }
@@ -1401,11 +1431,11 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     m->run = *run;
     m->offsets = (size_t *)xcalloc((size_t)table->num_tensors, sizeof(size_t));
     m->state_offsets = (size_t *)xcalloc((size_t)m->states.num_tensors, sizeof(size_t));
-    m->total = device_layout(config, table, m->offsets);
+    m->total = device_layout(config, table, m->offsets, &m->matmul_begin);
     m->state_size = state_layout(&m->states, m->state_offsets, &m->state_small);
     m->shards = shards_make(m->total, comm.size, comm.rank);
     m->own_moments = run->zero && comm.size > 1;
-    m->num_chunks = update_chunks(table, m->offsets, &m->shards, m->own_moments, NULL, NULL);
+    m->num_chunks = update_chunks<F>(m, NULL, NULL);
     m->bucket_chunks = (int *)xcalloc(m->shards.num_buckets + 1, sizeof(int));
     m->x = (F **)xcalloc((size_t)config->num_blocks + 1, sizeof(F *));
     m->acts = (BlockActs<F> *)xcalloc((size_t)config->num_blocks, sizeof(BlockActs<F>));
@@ -1445,7 +1475,7 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     staging(m, &pinned);
     CUDA_CHECK(cudaMallocHost(&m->staging, pinned));
     UpdateChunk *chunks = (UpdateChunk *)xcalloc((size_t)m->num_chunks, sizeof(UpdateChunk));
-    update_chunks(table, m->offsets, &m->shards, m->own_moments, chunks, m->bucket_chunks);
+    update_chunks(m, chunks, m->bucket_chunks);
     CUDA_CHECK(cudaMemcpy(m->chunks, chunks, (size_t)m->num_chunks * sizeof(UpdateChunk), cudaMemcpyHostToDevice));
     free(chunks);
     CUDA_CHECK(cudaMemset(m->scale, 0, sizeof(float)));
@@ -1468,7 +1498,7 @@ static double model_grad_norm(Model<F> *m) {
 }
 
 // With its own moments only, a rank updates its piece of a bucket, and while the next bucket is updated the pieces of
-// this one are gathered.
+// this one are gathered: those for matmuls in format F only, whose float is nobody's but the owner's.
 template <typename F>
 static void model_update(Model<F> *m, const UpdateConfig *u) {
     AdamwArgs args = {(float)u->lr,
@@ -1480,21 +1510,25 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
                       (float)(1 / (1 - pow(u->beta2, u->step))),
                       (float)u->grad_scale};
     const Shards *s = &m->shards;
-    size_t size = shards_bucket(s);
+    size_t size = shards_bucket(s), mine = s->piece * (size_t)s->rank;
+    bf16 *weights = sizeof(F) == 2 ? (bf16 *)m->weights : NULL;
     if (!m->own_moments) {
-        adamw_update(m->params, sizeof(F) == 2 ? (bf16 *)m->weights : NULL, m->m, m->v, m->grads, m->chunks,
-                     m->num_chunks, args, m->stream);
+        adamw_update(m->params, weights, m->m, m->v, m->grads, m->chunks, m->num_chunks, args, m->stream);
         return;
     }
     for (size_t k = 0; k < s->num_buckets; k++) {
         int first = m->bucket_chunks[k], count = m->bucket_chunks[k + 1] - first;
         float *bucket = m->params + k * size;
-        if (count > 0) adamw_update(m->params, NULL, m->m, m->v, m->grads, m->chunks + first, count, args, m->stream);
+        if (count > 0)
+            adamw_update(m->params, weights, m->m, m->v, m->grads, m->chunks + first, count, args, m->stream);
         CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
         CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
-        comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank, bucket, s->piece * sizeof(float),
-                              "all-gather of weights", m->gradient_stream);
-        if (sizeof(F) == 2) convert_weights((bf16 *)m->weights + k * size, bucket, size, m->gradient_stream);
+        if (!weights || k * size < m->matmul_begin)
+            comm.data->all_gather(COMM_WORLD, bucket + mine, bucket, s->piece * sizeof(float), "all-gather of weights",
+                                  m->gradient_stream);
+        if (weights && (k + 1) * size > m->matmul_begin)
+            comm.data->all_gather(COMM_WORLD, weights + k * size + mine, weights + k * size, s->piece * sizeof(bf16),
+                                  "all-gather of weights", m->gradient_stream);
     }
     CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));

@@ -165,9 +165,14 @@ static __global__ void __launch_bounds__(1024)
     const float *C = mlstm_state_element(s, final, b, head, 0), *dC = mlstm_state_element(s, dfinal, b, head, 0);
     const float *n = mlstm_state_element(s, final, b, head, matrix),
                 *dn = mlstm_state_element(s, dfinal, b, head, matrix);
+    const size_t quads = matrix % 4 == 0 && ((size_t)C | (size_t)dC) % 16 == 0 ? matrix / 4 : 0;
     float sum = 0;
 #pragma unroll 8
-    for (size_t i = threadIdx.x; i < matrix; i += blockDim.x) sum += C[i] * dC[i];
+    for (size_t i = threadIdx.x; i < quads; i += blockDim.x) {
+        const float4 x = ((const float4 *)C)[i], y = ((const float4 *)dC)[i];
+        sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+    }
+    for (size_t i = 4 * quads + threadIdx.x; i < matrix; i += blockDim.x) sum += C[i] * dC[i];
     for (size_t i = threadIdx.x; i < (size_t)s.dk; i += blockDim.x) sum += n[i] * dn[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) tail[blockIdx.x] = sum;
