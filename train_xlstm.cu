@@ -167,12 +167,12 @@ struct Model {
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
     cudaEvent_t worked, exchanged, reduced, gathered;
-    size_t unsent;                                  // buckets whose gradients have not left, the first ones
-    float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
+    size_t unsent;                       // buckets whose gradients have not left, the first ones
+    float *entering, *leaving, *dstate;  // [max_batch][state_size] of this rank's segments: see Sequence
     char *exchange;
-    float *pairs;                       // [2][sp_size][max_batch][mlstm_pair_row]: gathered pairs, in turns
+    float *pairs;  // [2][sp_size][max_batch][mlstm_pair_row]: gathered pairs, in turns
     int pairs_turn;
-    float *folded;                      // the pairs that this rank is to fold, in order
+    float *folded;  // the pairs that this rank is to fold, in order
     int num_folded;
     int *whole_start;                   // doc_start of the rows that this rank's sLSTMs take, [rows, whole]
     float *stored;                      // [num_state_rows][state_size]
@@ -295,7 +295,8 @@ static void end_later(Model<F> *m) {
 // other work between begin and end.
 
 // Up to as many ranks all gather the pairs of all (mlstm_pairs.cuh). What travels then grows with their number, so more
-// ranks double the distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for tests.
+// ranks double the distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for
+// tests.
 static int fold_by_gather = 8;
 
 template <typename F>
@@ -1411,8 +1412,8 @@ static void check_memory(Model<F> *m, size_t available) {
         (double)available / gib, recompute);
 }
 
-// The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own: those
-// of this rank's shards only; first_of_bucket [num_buckets + 1]: where each bucket's begin, or NULL.
+// The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own:
+// those of this rank's shards only; first_of_bucket [num_buckets + 1]: where each bucket's begin, or NULL.
 template <typename F>
 static int update_chunks(const Model<F> *m, UpdateChunk *chunks, int *first_of_bucket) {
     const Shards *shards = &m->shards;

@@ -169,6 +169,10 @@ if part nccl; then
     whole_run 2 2 1 --recompute block
     check "recomputation changes no byte" diff -r "$(step kept_221 20)" "$(step run_221 20)"
     checkpoints 2 2
+    THREE=("${DATA[@]}" --blocks 'mlstm*3' --dim 64 --heads 2 --steps 6 --eval-every 1)
+    must "$GPU" "${THREE[@]}" --out three1
+    must ranks 2 "$GPU" "${THREE[@]}" --sp 2 --zero 1 --out three2
+    check "an odd number of exchanges in a pass: the loss curve of one" curves 2e-2 <(losses three1) <(losses three2)
     must ranks 2 "$GPU" "${RUN[@]}" --steps 2 --sample-every 1 --eval-every 1 --out looked
     check "samples and validation on the way" [ "$(grep -c '"val_loss"' looked/log.jsonl)" = 3 ]
 fi
