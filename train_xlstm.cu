@@ -297,7 +297,7 @@ static void end_later(Model<F> *m) {
 // Up to as many ranks all gather the pairs of all (mlstm_pairs.cuh). What travels then grows with their number, so more
 // ranks double the distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for
 // tests.
-static int fold_by_gather = 8;
+static int fold_by_gather = 32;
 
 template <typename F>
 static void exchange_begins(Model<F> *m) {

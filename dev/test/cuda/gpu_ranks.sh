@@ -118,7 +118,7 @@ if part share; then
     gradients 3 3 0
     gradients 3 1 1
     unset XLSTM_COPIES
-    export XLSTM_FOLD_BY_GATHER=2 # otherwise with more than 8 ranks only
+    export XLSTM_FOLD_BY_GATHER=2 # otherwise with more than 32 ranks only
     gradients 3 3 1
     gradients 4 4 0
     long_gradients 4 4 1
