@@ -260,8 +260,8 @@ static void print_trace(FILE *out) {  // after print_table: the intervals are so
         }
     for (const Interval &i : intervals)
         if (i.end > ends[0])
-            fprintf(out, "%.3f %.3f %s\n", 1e-3 * (double)(i.start - ends[0]), 1e-3 * (double)(i.end - ends[0]),
-                    names[i.name].c_str());
+            fprintf(out, "%.3f %.3f %s\n", 1e-3 * (double)(int64_t)(i.start - ends[0]),
+                    1e-3 * (double)(int64_t)(i.end - ends[0]), names[i.name].c_str());
 }
 
 static void finish(void) {
