@@ -33,9 +33,10 @@ enum { ALIGN = 64 };             // elements; where tensors and states begin
 static int align_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Where tensors and states lie in device memory. Tensors that one matmul reads stand without a gap behind each other,
-// as in the table; every other tensor begins at a multiple of ALIGN. Gate weights end with zero rows, so that their
-// number is a multiple of 8: matmuls want that, and the gradient of a zero row stays zero.
+// Where tensors and states lie in device memory: first what is read in float, then what matmuls read in format F.
+// Tensors that one matmul reads stand without a gap behind each other, as in the table; every other tensor begins at a
+// multiple of ALIGN. Gate weights end with zero rows, so that their number is a multiple of 8: matmuls want that, and
+// the gradient of a zero row stays zero.
 
 static int gate_rows(int heads) { return align_up(2 * heads, 8); }
 
@@ -45,20 +46,35 @@ static int joins_previous(BlockType type, int slot) {
     return 0;
 }
 
-// offsets[tensor], in elements; returns the size of one copy of all tensors.
-static size_t device_layout(const ModelConfig *c, const TensorTable *t, size_t *offsets) {
-    size_t at = 0;
-    for (int k = 0; k < t->num_tensors; k++) {
-        const TensorSpec *s = &t->tensors[k];
-        BlockType type = s->block >= 0 ? (BlockType)c->block_types[s->block] : NUM_BLOCK_TYPES;
-        int slot = s->block >= 0 ? k - t->block_first[s->block] : 0;
-        if (!joins_previous(type, slot)) at = (at + ALIGN - 1) / ALIGN * ALIGN;
-        offsets[k] = at;
-        at += s->count;
-        if ((type == BLOCK_MLSTM && slot == M_FGATE) || (type == BLOCK_MLSTM_V1 && slot == V1_FGATE))
-            at = offsets[k - 1] + (size_t)gate_rows(c->num_heads) * (size_t)s->shape[1];
+static int for_matmul(const ModelConfig *c, const TensorTable *t, int k) {
+    int block = t->tensors[k].block, slot = block < 0 ? 0 : k - t->block_first[block];
+    if (block < 0) return k == t->shell[SHELL_HEAD];
+    switch (c->block_types[block]) {
+        case BLOCK_MLSTM: return (slot >= M_Q && slot <= M_FGATE) || slot == M_OUT_PROJ || slot >= M_FFN_GATE;
+        case BLOCK_MLSTM_V1: return slot == V1_UP || slot == V1_IGATE || slot == V1_FGATE || slot == V1_DOWN;
+        default: return (slot >= S_IGATE && slot <= S_RECURRENT) || slot >= S_FFN_UP;
     }
-    return (at + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+// offsets[tensor], in elements, and where those for matmuls begin; returns the size of one copy of all tensors.
+static size_t device_layout(const ModelConfig *c, const TensorTable *t, size_t *offsets, size_t *matmul_begin) {
+    size_t at = 0;
+    for (int matmul = 0; matmul < 2; matmul++) {
+        for (int k = 0; k < t->num_tensors; k++) {
+            const TensorSpec *s = &t->tensors[k];
+            if (for_matmul(c, t, k) != matmul) continue;
+            BlockType type = s->block >= 0 ? (BlockType)c->block_types[s->block] : NUM_BLOCK_TYPES;
+            int slot = s->block >= 0 ? k - t->block_first[s->block] : 0;
+            if (!joins_previous(type, slot)) at = (at + ALIGN - 1) / ALIGN * ALIGN;
+            offsets[k] = at;
+            at += s->count;
+            if ((type == BLOCK_MLSTM && slot == M_FGATE) || (type == BLOCK_MLSTM_V1 && slot == V1_FGATE))
+                at = offsets[k - 1] + (size_t)gate_rows(c->num_heads) * (size_t)s->shape[1];
+        }
+        at = (at + ALIGN - 1) / ALIGN * ALIGN;
+        if (!matmul) *matmul_begin = at;
+    }
+    return at;
 }
 
 // States of one sequence: all small ones first, then the matrices C, which generation updates in place.
@@ -133,8 +149,12 @@ struct Model {
     TensorTable table, states;
     RunConfig run;
     char *memory;  // the one allocation
+    char *window;  // its beginning, which the copies of comm_copies.cuh can reach on other ranks
+    size_t window_bytes;
+    char *workspace;  // of matmuls, on m->stream and on `side`
     cudaStream_t stream;
     size_t *offsets, total;  // of tensors; elements of one copy
+    size_t matmul_begin;     // of those for matmuls
     size_t *state_offsets, state_size, state_small;
     Shards shards;          // of params, grads and weights
     int own_moments;        // 1: m and v hold this rank's pieces only, [shards_owned]
@@ -146,10 +166,14 @@ struct Model {
     int *bucket_chunks;  // [num_buckets + 1] with own_moments: the first chunk of each bucket
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
-    cudaEvent_t worked, exchanged, reduced;         // on the three streams
-    size_t unsent;                                  // buckets whose gradients have not left, the first ones
-    float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
+    cudaEvent_t worked, exchanged, reduced, gathered;
+    size_t unsent;                       // buckets whose gradients have not left, the first ones
+    float *entering, *leaving, *dstate;  // [max_batch][state_size] of this rank's segments: see Sequence
     char *exchange;
+    float *pairs;  // [2][sp_size][max_batch][mlstm_pair_row]: gathered pairs, in turns
+    int pairs_turn;
+    float *folded;  // the pairs that this rank is to fold, in order
+    int num_folded;
     int *whole_start;                   // doc_start of the rows that this rank's sLSTMs take, [rows, whole]
     float *stored;                      // [num_state_rows][state_size]
     float *state_in, *state_out;        // [max_batch][state_size]
@@ -270,6 +294,11 @@ static void end_later(Model<F> *m) {
 // Between the ranks that share a sequence. What they exchange goes over a stream of its own, so that m->stream can do
 // other work between begin and end.
 
+// Up to as many ranks all gather the pairs of all (mlstm_pairs.cuh). What travels then grows with their number, so more
+// ranks double the distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for
+// tests.
+static int fold_by_gather = 32;
+
 template <typename F>
 static void exchange_begins(Model<F> *m) {
     CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
@@ -360,6 +389,17 @@ static MlstmShape mlstm_shape(const Model<F> *m, int B, int T, int v1) {
 }
 
 template <typename F>
+static size_t pairs_floats(const Model<F> *m) {  // of all ranks of a sequence, the most that any block has
+    size_t most = 0;
+    for (int v1 = 0; v1 < 2 && comm.sp_size <= fold_by_gather; v1++) {
+        if (!model_has(&m->config, v1 ? BLOCK_MLSTM_V1 : BLOCK_MLSTM)) continue;
+        MlstmShape s = mlstm_shape(m, m->run.max_batch, m->run.max_len, v1);
+        if (mlstm_pair_row(&s) > most) most = mlstm_pair_row(&s);
+    }
+    return (size_t)comm.sp_size * (size_t)m->run.max_batch * most;
+}
+
+template <typename F>
 static const MlstmScratch<F> *mlstm_scratch(const Model<F> *m, int b) {
     return &m->mlstm_scratch[m->config.block_types[b] == BLOCK_MLSTM_V1];
 }
@@ -415,15 +455,50 @@ static void mlstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> 
                        m->stream);
 }
 
-// Segments: all ranks of a sequence tell each other their pairs (mlstm_pairs.cuh), then each folds those before it
-// to the states that enter its segment, and in the backward pass those behind it. Between begin and end there is time
-// for other work; a forward pass that is done again begins the same way.
+// Segments: the ranks of a sequence tell each other their pairs (mlstm_pairs.cuh), and each folds those before it to
+// the states that enter its segment, in the backward pass those behind it. Between begin and end there is time for
+// other work; a forward pass that is done again begins the same way.
+// A rank's own pair, and where those of all are gathered; in a scan, which gathers none, three places more
 template <typename F>
 static void mlstm_pairs(Model<F> *m, const MlstmShape *shape, float **own, float **all, size_t *size) {
     *size = (size_t)shape->B * mlstm_pair_row(shape);
     *own = (float *)m->exchange;
     *all = *own + *size;
+    if (comm.sp_size > fold_by_gather) return;
+    *all = m->pairs + (size_t)m->pairs_turn * pairs_floats(m);
+    *own = *all + (size_t)comm.sp_rank * *size;
 }
+// Doubling distances: `own` covers 1, 2, 4, ... segments up to this one (REVERSE: from this one on), `before` the same
+// without this one, which is what is to be folded. The four pairs change places.
+template <bool REVERSE, typename F>
+static void mlstm_scan_pairs(Model<F> *m, const MlstmShape *shape, const char *what) {
+    int P = comm.sp_size, me = comm.sp_rank;
+    float *own, *got, *before, *spare;
+    size_t size;
+    mlstm_pairs(m, shape, &own, &got, &size);
+    before = got + size, spare = before + size;
+    m->num_folded = 0;
+    for (int away = 1; away < P; away *= 2) {
+        int right = me + away < P ? me + away : -1, left = me - away < 0 ? -1 : me - away;
+        int to = REVERSE ? left : right, from = REVERSE ? right : left;
+        comm.data->send_recv(COMM_SP, own, to, got, from, size * sizeof(float), what, m->exchange_stream);
+        if (from < 0) continue;
+        mlstm_join<REVERSE>(shape, spare, got, own, m->exchange_stream);
+        float *joined = spare;
+        spare = before;
+        if (m->num_folded) {
+            mlstm_join<REVERSE>(shape, own, got, before, m->exchange_stream);
+            before = own;
+        } else {
+            before = got;
+            got = own;
+        }
+        own = joined;
+        m->num_folded = 1;
+    }
+    m->folded = before;
+}
+
 template <typename F>
 static void mlstm_enter_begins(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
@@ -435,41 +510,49 @@ static void mlstm_enter_begins(Model<F> *m, int b, const Sequence *s, BlockActs<
                        m->stream);
     if (s->again) return;
     exchange_begins(m);
+    if (comm.sp_size > fold_by_gather) {
+        mlstm_scan_pairs<false>(m, &shape, "scan of mLSTM states");
+        return;
+    }
     comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM states", m->exchange_stream);
+    m->pairs_turn ^= 1;
+    m->folded = all;
+    m->num_folded = comm.sp_rank;
 }
 template <typename F>
 static void mlstm_enter_ends(Model<F> *m, int b, const Sequence *s) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
-    float *own, *all;
-    size_t size;
     if (!s->whole || s->again) return;
-    mlstm_pairs(m, &shape, &own, &all, &size);
     exchange_ends(m, "all-gather of mLSTM states");
-    mlstm_fold(&shape, mlstm_state(m, b, s->state_in), mlstm_state(m, b, s->state_first), all, comm.sp_rank, m->stream);
+    mlstm_fold(&shape, mlstm_state(m, b, s->state_in), mlstm_state(m, b, s->state_first), m->folded, m->num_folded,
+               m->stream);
 }
 template <typename F>
 static void mlstm_leave_begins(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a, const F *dh) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
     float *own, *all;
     size_t size;
+    int next = comm.sp_rank + 1;
     if (!s->whole) return;
     mlstm_pairs(m, &shape, &own, &all, &size);
     mlstm_pair_backward(shape, mlstm_input(m, b, a, s), dh, m->dh_dot_h, mlstm_pair_state(shape, own), &a->mlstm,
                         mlstm_scratch(m, b), m->stream);
     exchange_begins(m);
+    if (comm.sp_size > fold_by_gather) {
+        mlstm_scan_pairs<true>(m, &shape, "scan of mLSTM gradients");
+        return;
+    }
     comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM gradients", m->exchange_stream);
+    m->pairs_turn ^= 1;
+    m->folded = all + (size_t)next * size;
+    m->num_folded = comm.sp_size - next;
 }
 template <typename F>
 static void mlstm_leave_ends(Model<F> *m, int b, const Sequence *s) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
-    float *own, *all;
-    size_t size;
-    int next = comm.sp_rank + 1;
     if (!s->whole) return;
-    mlstm_pairs(m, &shape, &own, &all, &size);
     exchange_ends(m, "all-gather of mLSTM gradients");
-    mlstm_fold_backward(&shape, mlstm_state(m, b, s->dstate), all + (size_t)next * size, comm.sp_size - next,
-                        m->stream);
+    mlstm_fold_backward(&shape, mlstm_state(m, b, s->dstate), m->folded, m->num_folded, m->stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -824,27 +907,41 @@ static void model_forward(Model<F> *m, const Sequence *s, const int *tokens) {
                  rows, m->stream);
 }
 
+// The sum of squares of the gradients, of several ranks each its own pieces, to m->sums[1]
+template <typename F>
+static void enqueue_grad_norm(Model<F> *m) {
+    const Shards *s = &m->shards;
+    grad_norm_squared(m->sums + 1, m->norm_partial, m->grads + s->piece * (size_t)s->rank, s->piece, s->num_buckets,
+                      shards_bucket(s), m->stream);
+}
+
 // Gradients from element `complete` on are what they will be: their buckets leave to be summed over the world, while
 // the backward pass goes on. Last called with 0.
 template <typename F>
 static void send_gradients(Model<F> *m, size_t complete) {
     const Shards *s = &m->shards;
     size_t size = shards_bucket(s), before = m->unsent;
-    for (; m->unsent > 0 && (m->unsent - 1) * size >= complete; m->unsent--) {
-        float *bucket = m->grads + (m->unsent - 1) * size, *piece = bucket + s->piece * (size_t)s->rank;
-        if (m->unsent == before) {
-            CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
-            CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
-        }
-        comm.data->reduce_scatter(COMM_WORLD, bucket, piece, s->piece, COMM_F32, "reduce-scatter of gradients",
-                                  m->gradient_stream);
-        if (!m->run.zero)
-            comm.data->all_gather(COMM_WORLD, piece, bucket, s->piece * sizeof(float), "all-gather of gradients",
-                                  m->gradient_stream);
-    }
-    if (complete > 0 || before == 0) return;
+    float *pieces = m->grads + s->piece * (size_t)s->rank;
+    while (m->unsent > 0 && (m->unsent - 1) * size >= complete) m->unsent--;
+    if (m->unsent == before) return;
+    CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
+    for (size_t k = before; k-- > m->unsent;)
+        comm.data->reduce_scatter(COMM_WORLD, m->grads + k * size, pieces + k * size, s->piece, COMM_F32,
+                                  "reduce-scatter of gradients", m->gradient_stream);
+    if (complete > 0) return;
+    copies_settle(COMM_WORLD, m->gradient_stream);
     CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+    enqueue_grad_norm(m);
+}
+
+// Where a block's weights for matmuls begin; what it has read in float is complete with the embedding.
+template <typename F>
+static size_t block_matmul_begin(const Model<F> *m, int b) {
+    int k = m->table.block_first[b];
+    while (!for_matmul(&m->config, &m->table, k)) k++;
+    return m->offsets[k];
 }
 
 template <typename F>
@@ -856,7 +953,7 @@ static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
                   m->partial, m->stream);
     for (int b = last - 1; b >= 0; b--) {
         block_backward(m, b, s);
-        if (!m->num_later) send_gradients(m, m->offsets[m->table.block_first[b]]);
+        if (!m->num_later) send_gradients(m, block_matmul_begin(m, b));
     }
     embedding_backward(m->grads + m->offsets[m->table.shell[SHELL_EMBEDDING]], m->dx, tokens, rows, dim(m, DIM_D),
                        dim(m, DIM_V), m->embedding_scratch, m->stream);
@@ -937,11 +1034,17 @@ static void enqueue_step(Model<F> *m, const GraphKey *k, float *logits_out) {
     Sequence s = {k->B, k->T, m->doc_start, k->stateful ? m->state_in : NULL, k->stateful ? m->state_out : NULL, 0};
     if (k->whole) share_sequence(m, &s, k->whole);
     m->unsent = k->reduce && comm.size > 1 ? m->shards.num_buckets : 0;
+    m->pairs_turn = 0;
     model_forward(m, &s, m->inputs);
     classifier(m, k->B * k->T, k->training, m->targets, logits_out);
     loss_sum(m->sums, m->losses, k->B * k->T, m->stream);
     if (k->training) model_backward(m, &s, m->inputs);
     if (k->whole && k->stateful) share_final_states(m, &s);
+    if (k->whole) {
+        exchange_begins(m);
+        copies_settle(COMM_SP, m->exchange_stream);
+        exchange_ends(m, "end of a micro-step");
+    }
 }
 
 // Runs `enqueue` eagerly the first time, as a captured graph from the second on.
@@ -1052,7 +1155,7 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
         CUDA_CHECK(cudaFree(logits));
     }
     if (stateful) CUDA_CHECK(cudaMemcpyAsync(stored, m->state_out, B * row_bytes, cudaMemcpyDeviceToDevice, m->stream));
-    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, 2 * sizeof(double), cudaMemcpyDeviceToHost, m->stream));
     if (batch->meanwhile) batch->meanwhile(batch->meanwhile_arg);
     device_wait(m->stream, "a training step");
     return host.sums[0];
@@ -1159,7 +1262,7 @@ static size_t partial_floats(const Model<F> *m) {
     return most;
 }
 
-// Of what the ranks of a sequence exchange: an mLSTM's own pair and those of all; a window there and back; an sLSTM's
+// Of what the ranks of a sequence exchange otherwise: the four pairs of a scan; a window there and back; an sLSTM's
 // pre-activations there and back, or its final states.
 template <typename F>
 static size_t exchange_bytes(const Model<F> *m) {
@@ -1167,7 +1270,7 @@ static size_t exchange_bytes(const Model<F> *m) {
     for (int type = 0; type < NUM_BLOCK_TYPES; type++) {
         if (!model_has(&m->config, (BlockType)type)) continue;
         MlstmShape shape = mlstm_shape(m, (int)B, m->run.max_len, type == BLOCK_MLSTM_V1);
-        size_t cell = (P + 1) * B * mlstm_pair_row(&shape) * sizeof(float);
+        size_t cell = (P <= (size_t)fold_by_gather ? 0 : 4) * B * mlstm_pair_row(&shape) * sizeof(float);
         if (type == BLOCK_SLSTM) {
             size_t packed = 2 * slstm_rows(m) * 4 * D * sizeof(F) + 256, states = (P + 1) * B * 4 * D * sizeof(float);
             cell = packed > states ? packed : states;
@@ -1214,7 +1317,6 @@ static void take_activations(Arena *a, Model<F> *m) {
             MlstmShape shape = mlstm_shape(m, B, T, v1);
             mlstm_take_scratch(a, &shape, &m->mlstm_scratch[v1]);
         }
-    if (comm.sp_size > 1) m->exchange = take<char>(a, exchange_bytes(m));
     if (!m->run.training) return;
     scratch_widths(m, &wide, &mid);
     size_t cells = model_has(&m->config, BLOCK_SLSTM) ? slstm_rows(m) : 0;
@@ -1229,15 +1331,27 @@ static void take_activations(Arena *a, Model<F> *m) {
     m->norm_partial = take<double>(a, GRAD_NORM_BLOCKS);
 }
 
-// Everything but the activations: tensors, moments, states.
+// One for each stream that multiplies
+template <typename F>
+static size_t matmul_workspaces(const Model<F> *m) {
+    return (m->run.training && model_has(&m->config, BLOCK_SLSTM) ? 2 : 1) * MATMUL_WORKSPACE;
+}
+
+// Everything but the activations: tensors, moments, states. Up to the end of the window all ranks have the same in the
+// same places.
 template <typename F>
 static void take_tensors(Arena *a, Model<F> *m) {
     size_t rows = (size_t)m->run.max_batch, training = m->run.training != 0;
     size_t padded = shards_padded(&m->shards), moments = m->own_moments ? shards_owned(&m->shards) : padded;
     size_t segments = comm.sp_size > 1 ? rows * m->state_size : 0;
+    m->window = take<char>(a, copies_head_bytes(m->shards.piece));
     m->params = take<float>(a, padded);
     m->weights = sizeof(F) == 4 ? (F *)m->params : take<F>(a, padded);
     m->grads = take<float>(a, training * padded);
+    m->pairs = take<float>(a, comm.sp_size > 1 ? 2 * pairs_floats(m) : 0);
+    m->window_bytes = a->used;
+    m->exchange = take<char>(a, comm.sp_size > 1 ? exchange_bytes(m) : 0);
+    m->workspace = take<char>(a, matmul_workspaces(m));
     m->m = take<float>(a, training * moments);
     m->v = take<float>(a, training * moments);
     m->entering = take<float>(a, segments);
@@ -1251,19 +1365,13 @@ static void take_tensors(Arena *a, Model<F> *m) {
     m->decode_in = take<float>(a, m->state_small);
 }
 
-// One for each stream that multiplies
-template <typename F>
-static size_t matmul_workspaces(const Model<F> *m) {
-    return (m->run.training && model_has(&m->config, BLOCK_SLSTM) ? 2 : 1) * MATMUL_WORKSPACE;
-}
-
 template <typename F>
 static size_t planned_bytes(Model<F> *m, size_t *tensors) {
     Arena arena = {NULL, 0};
     take_tensors(&arena, m);
     if (tensors) *tensors = arena.used;
     take_activations(&arena, m);
-    return arena.used + matmul_workspaces(m);
+    return arena.used;
 }
 
 // Left for what is allocated beside the plan: code of kernels, graphs, cuBLASLt, the driver. test_xlstm.cu measures it:
@@ -1304,23 +1412,27 @@ static void check_memory(Model<F> *m, size_t available) {
         (double)available / gib, recompute);
 }
 
-// The pieces that the optimiser works on; returns their number, `chunks` may be NULL. own: those of this rank's shards
-// only; first_of_bucket [num_buckets + 1] then says where each bucket's begin, or is NULL.
-static int update_chunks(const TensorTable *t, const size_t *offsets, const Shards *shards, int own,
-                         UpdateChunk *chunks, int *first_of_bucket) {
-    int count = 0, owner = 0;
+// The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own:
+// those of this rank's shards only; first_of_bucket [num_buckets + 1]: where each bucket's begin, or NULL.
+template <typename F>
+static int update_chunks(const Model<F> *m, UpdateChunk *chunks, int *first_of_bucket) {
+    const Shards *shards = &m->shards;
+    int count = 0, owner = 0, own = m->own_moments, num_tensors = m->table.num_tensors;
     size_t bucket = 0;
-    for (int k = 0; k < t->num_tensors; k++)
-        for (size_t at = 0, n; at < t->tensors[k].count; at += n) {
-            size_t place = offsets[k] + at, left = t->tensors[k].count - at, moments = place;
-            n = left < (size_t)UPDATE_CHUNK ? left : (size_t)UPDATE_CHUNK;
-            if (own) n = shards_run(shards, place, n, &owner, &moments);
+    for (int pass = 0; pass < 2 * num_tensors; pass++) {
+        int k = pass % num_tensors;
+        const TensorSpec *s = &m->table.tensors[k];
+        if ((m->offsets[k] >= m->matmul_begin) != (pass >= num_tensors)) continue;
+        for (size_t at = 0, n; at < s->count; at += n) {
+            size_t place = m->offsets[k] + at, left = s->count - at, moments;
+            n = shards_run(shards, place, left < (size_t)UPDATE_CHUNK ? left : UPDATE_CHUNK, &owner, &moments);
             if (own && owner != shards->rank) continue;
             while (first_of_bucket && bucket <= place / shards_bucket(shards)) first_of_bucket[bucket++] = count;
-            UpdateChunk chunk = {place, moments, (unsigned)n, (float)t->tensors[k].decay};
+            UpdateChunk chunk = {place, own ? moments : place, (unsigned)n, (float)s->decay};
             if (chunks) chunks[count] = chunk;
             count++;
         }
+    }
     while (first_of_bucket && bucket <= shards->num_buckets) first_of_bucket[bucket++] = count;
     return count;
 }
@@ -1337,11 +1449,11 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     m->run = *run;
     m->offsets = (size_t *)xcalloc((size_t)table->num_tensors, sizeof(size_t));
     m->state_offsets = (size_t *)xcalloc((size_t)m->states.num_tensors, sizeof(size_t));
-    m->total = device_layout(config, table, m->offsets);
+    m->total = device_layout(config, table, m->offsets, &m->matmul_begin);
     m->state_size = state_layout(&m->states, m->state_offsets, &m->state_small);
     m->shards = shards_make(m->total, comm.size, comm.rank);
     m->own_moments = run->zero && comm.size > 1;
-    m->num_chunks = update_chunks(table, m->offsets, &m->shards, m->own_moments, NULL, NULL);
+    m->num_chunks = update_chunks<F>(m, NULL, NULL);
     m->bucket_chunks = (int *)xcalloc(m->shards.num_buckets + 1, sizeof(int));
     m->x = (F **)xcalloc((size_t)config->num_blocks + 1, sizeof(F *));
     m->acts = (BlockActs<F> *)xcalloc((size_t)config->num_blocks, sizeof(BlockActs<F>));
@@ -1356,9 +1468,9 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     check_memory(m, free_bytes);
     if (cudaMalloc((void **)&m->memory, bytes) != cudaSuccess)
         die(EXIT_USAGE, "%.1f MiB are no longer free on the GPU; does another program use it?", (double)bytes / mib);
-    Arena arena = {m->memory + matmul_workspaces(m), 0};
+    Arena arena = {m->memory, 0};
     take_tensors(&arena, m);
-    CUDA_CHECK(cudaMemset(m->memory, 0, matmul_workspaces(m) + arena.used));
+    CUDA_CHECK(cudaMemset(m->memory, 0, arena.used));
     size_t begin = arena.used;
     take_activations(&arena, m);
 #ifdef TESTING  // NaN in both formats: a value that is read before it was written is seen in the results
@@ -1374,38 +1486,41 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->side, cudaStreamNonBlocking, low));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->exchange_stream, cudaStreamNonBlocking, high));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, high));
-    for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced})
+    for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced, &m->gathered})
         CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
-    matmul_init(m->memory, m->side);
+    matmul_init(m->workspace, m->side);
     m->staging = NULL;
     staging(m, &pinned);
     CUDA_CHECK(cudaMallocHost(&m->staging, pinned));
     UpdateChunk *chunks = (UpdateChunk *)xcalloc((size_t)m->num_chunks, sizeof(UpdateChunk));
-    update_chunks(table, m->offsets, &m->shards, m->own_moments, chunks, m->bucket_chunks);
+    update_chunks(m, chunks, m->bucket_chunks);
     CUDA_CHECK(cudaMemcpy(m->chunks, chunks, (size_t)m->num_chunks * sizeof(UpdateChunk), cudaMemcpyHostToDevice));
     free(chunks);
     CUDA_CHECK(cudaMemset(m->scale, 0, sizeof(float)));
     CUDA_CHECK(cudaDeviceSynchronize());
+    device_share_window(m->window, m->window_bytes, m->shards.piece);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // Optimiser, and what crosses the backend's border
 
 template <typename F>
-static double model_grad_norm(Model<F> *m) {  // each rank its own pieces, whoever else has them
+static double model_grad_norm(Model<F> *m) {
     Staging host = staging(m, NULL);
-    const Shards *s = &m->shards;
-    grad_norm_squared(m->sums + 1, m->norm_partial, m->grads + s->piece * (size_t)s->rank, s->piece, s->num_buckets,
-                      shards_bucket(s), m->stream);
-    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums + 1, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
-    device_wait(m->stream, "the gradient's norm");
-    double sum = host.sums[0];
+    if (comm.size == 1) {  // several ranks have done that in send_gradients()
+        enqueue_grad_norm(m);
+        CUDA_CHECK(cudaMemcpyAsync(host.sums + 1, m->sums + 1, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
+        device_wait(m->stream, "the gradient's norm");
+    }
+    double sum = host.sums[1];
     comm_sum(&sum, 1, "sum of the gradient's norm");
     return sqrt(sum);
 }
 
-// With its own moments only, a rank updates its piece of a bucket, and while the next bucket is updated the pieces of
-// this one are gathered.
+// Bucket by bucket, and meanwhile the one before or behind is gathered. With all moments on all ranks a bucket's
+// gradients are gathered, of which each rank has the sums of its piece, and then all of it is updated. With its own
+// moments only, a rank updates its piece, and then the weights are gathered: those for matmuls in format F only, whose
+// float is nobody's but the owner's.
 template <typename F>
 static void model_update(Model<F> *m, const UpdateConfig *u) {
     AdamwArgs args = {(float)u->lr,
@@ -1417,24 +1532,31 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
                       (float)(1 / (1 - pow(u->beta2, u->step))),
                       (float)u->grad_scale};
     const Shards *s = &m->shards;
-    size_t size = shards_bucket(s);
-    if (!m->own_moments) {
-        adamw_update(m->params, sizeof(F) == 2 ? (bf16 *)m->weights : NULL, m->m, m->v, m->grads, m->chunks,
-                     m->num_chunks, args, m->stream);
-        return;
-    }
+    size_t size = shards_bucket(s), mine = s->piece * (size_t)s->rank;
+    bf16 *weights = sizeof(F) == 2 ? (bf16 *)m->weights : NULL;
+    auto gather = [&](auto *all, size_t k, const char *what) {
+        comm.data->all_gather(COMM_WORLD, all + k * size + mine, all + k * size, s->piece * sizeof *all, what,
+                              m->gradient_stream);
+    };
     for (size_t k = 0; k < s->num_buckets; k++) {
         int first = m->bucket_chunks[k], count = m->bucket_chunks[k + 1] - first;
-        float *bucket = m->params + k * size;
-        if (count > 0) adamw_update(m->params, NULL, m->m, m->v, m->grads, m->chunks + first, count, args, m->stream);
+        if (comm.size > 1 && !m->own_moments) {
+            gather(m->grads, k, "all-gather of gradients");
+            CUDA_CHECK(cudaEventRecord(m->gathered, m->gradient_stream));
+            CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered, 0));
+        }
+        if (count > 0)
+            adamw_update(m->params, weights, m->m, m->v, m->grads, m->chunks + first, count, args, m->stream);
+        if (!m->own_moments) continue;
         CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
         CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
-        comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank, bucket, s->piece * sizeof(float),
-                              "all-gather of weights", m->gradient_stream);
-        if (sizeof(F) == 2) convert_weights((bf16 *)m->weights + k * size, bucket, size, m->gradient_stream);
+        if (!weights || k * size < m->matmul_begin) gather(m->params, k, "all-gather of weights");
+        if (weights && (k + 1) * size > m->matmul_begin) gather(weights, k, "all-gather of weights");
     }
-    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
-    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+    if (comm.size == 1) return;
+    copies_settle(COMM_WORLD, m->gradient_stream);
+    CUDA_CHECK(cudaEventRecord(m->gathered, m->gradient_stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered, 0));
 }
 
 template <typename F>
@@ -1455,6 +1577,7 @@ static void model_collect(Model<F> *m, int kind) {
         comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank, bucket, s->piece * sizeof(float),
                               what[kind], m->stream);
     }
+    copies_settle(COMM_WORLD, m->stream);
     if (kind == KIND_WEIGHT && sizeof(F) == 2)
         convert_weights((bf16 *)m->weights, m->params, shards_padded(s), m->stream);
     device_wait(m->stream, what[kind]);
@@ -1554,6 +1677,8 @@ static void check_shapes(const ModelConfig *c, const RunConfig *run) {
 }
 
 static void cuda_build(const ModelConfig *config, const TensorTable *table, const RunConfig *run) {
+    const char *gather = getenv("XLSTM_FOLD_BY_GATHER");
+    if (gather) fold_by_gather = atoi(gather);
     use_bf16 = run->bf16;
     check_shapes(config, run);
     choose_device();

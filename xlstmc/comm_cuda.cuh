@@ -4,12 +4,15 @@
 // the rest. The second is slow and waits in every call, but lets several ranks share a GPU: tests of many ranks run on
 // one (XLSTM_SHARE_GPU=1).
 //
+// On one host, all-gathers and reduce-scatters are copies between GPUs instead (comm_copies.cuh).
+//
 // A GPU that waits for a rank that has died would wait for ever, and so would cudaStreamSynchronize: device_wait()
 // polls. Calls within a graph leave a note in host memory, so that a message can name what did not end.
 #ifndef XLSTMC_COMM_CUDA_CUH
 #define XLSTMC_COMM_CUDA_CUH
 
 #include "comm.h"
+#include "comm_copies.cuh"
 #include "cuda_util.cuh"
 #ifdef USE_NCCL
 #include <nccl.h>
@@ -19,9 +22,9 @@ enum { MAX_DEVICE_CALLS = 64 };
 
 static struct {
     int graphs;                           // 1: calls may be captured
-    const char *calls[MAX_DEVICE_CALLS];  // what there is within graphs
+    const char *calls[MAX_DEVICE_CALLS];  // what there has been
     int num_calls;
-    volatile int *under_way;  // [NUM_COMM_GROUPS] pinned: 1 + index of the call that a graph has begun, 0: none
+    volatile int *under_way;  // [NUM_COMM_GROUPS] pinned: 1 + index of the call that the GPU has begun, 0: none
 #ifdef USE_NCCL
     ncclComm_t comms[NUM_COMM_GROUPS];  // NULL: a group of one
 #endif
@@ -79,6 +82,16 @@ static void device_wait(cudaStream_t stream, const char *what) {
     cuda_check_(status, what, __FILE__, __LINE__);
 }
 
+// What the stream does from here on for the ranks of a group, NULL: nothing any more
+static void device_note(CommGroup group, const char *what, cudaStream_t stream) {
+    int call = 0;
+    if (!device_comm.under_way) return;
+    while (what && call < device_comm.num_calls && device_comm.calls[call] != what) call++;
+    if (what && call == device_comm.num_calls && call < MAX_DEVICE_CALLS)
+        device_comm.calls[device_comm.num_calls++] = what;
+    stream_write(stream, device_comm.under_way + group, what ? call + 1 : 0);
+}
+
 static bool device_captures(cudaStream_t stream) {
     cudaStreamCaptureStatus status;
     CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
@@ -89,29 +102,12 @@ static bool device_captures(cudaStream_t stream) {
 // NCCL
 
 #ifdef USE_NCCL
-static __global__ void device_note_kernel(volatile int *word, int value) { *word = value; }
-
-// Before and behind a call. While a graph is captured, notes become part of it; else the call itself may wait: its
-// first use makes connections.
+// Before and behind a call. One that is not captured into a graph may itself wait: its first use makes connections.
 static void nccl_begin(CommGroup group, const char *what, cudaStream_t stream) {
-    if (!device_captures(stream)) {
-        comm_guard(what);
-        return;
-    }
-    int call = 0;
-    while (call < device_comm.num_calls && device_comm.calls[call] != what) call++;
-    if (call == device_comm.num_calls && call < MAX_DEVICE_CALLS) device_comm.calls[device_comm.num_calls++] = what;
-    device_note_kernel<<<1, 1, 0, stream>>>(device_comm.under_way + group, call + 1);
-    LAUNCH_CHECK();
+    if (device_captures(stream)) device_note(group, what, stream);
+    else comm_guard(what);
 }
-static void nccl_end(CommGroup group, cudaStream_t stream) {
-    if (!device_captures(stream)) {
-        comm_guard(NULL);
-        return;
-    }
-    device_note_kernel<<<1, 1, 0, stream>>>(device_comm.under_way + group, 0);
-    LAUNCH_CHECK();
-}
+static void nccl_end(CommGroup group, cudaStream_t stream) { nccl_begin(group, NULL, stream); }
 
 static void nccl_all_gather(CommGroup group, const void *src, void *dst, size_t bytes, const char *what, void *stream) {
     nccl_begin(group, what, (cudaStream_t)stream);
@@ -274,11 +270,21 @@ static void device_check_shared(const char *bus) {
     free(all);
 }
 
+// All ranks have laid out the first bytes of an allocation alike, zero up to copies_head_bytes(max_count): from here on
+// what lies there is exchanged by copies, where that is possible. XLSTM_COPIES: 0 forbids it, 1 also lets ranks do it
+// that share a GPU.
+static void device_share_window(void *window, size_t bytes, size_t max_count) {
+    const char *wanted = getenv("XLSTM_COPIES");
+    copies_start(wanted ? *wanted == '1' : device_comm.graphs, window, bytes, max_count, device_note);
+}
+
 // Sets comm.data, after cudaSetDevice.
 static void device_comm_start(int device) {
     const char *share = getenv("XLSTM_SHARE_GPU");
     char bus[32];
     if (comm.size == 1) return;
+    CUDA_CHECK(cudaMallocHost((void **)&device_comm.under_way, NUM_COMM_GROUPS * sizeof(int)));
+    for (int group = 0; group < NUM_COMM_GROUPS; group++) device_comm.under_way[group] = 0;
     if (share && *share == '1') {
         device_comm.graphs = 0;
         comm.data = &comm_staged;
@@ -287,8 +293,6 @@ static void device_comm_start(int device) {
     CUDA_CHECK(cudaDeviceGetPCIBusId(bus, sizeof bus, device));
     device_check_shared(bus);
 #ifdef USE_NCCL
-    CUDA_CHECK(cudaMallocHost((void **)&device_comm.under_way, NUM_COMM_GROUPS * sizeof(int)));
-    for (int group = 0; group < NUM_COMM_GROUPS; group++) device_comm.under_way[group] = 0;
     nccl_start();
 #else
     die(EXIT_USAGE, "several GPUs need NCCL, and this program was built without it: install libnccl-dev, then make");

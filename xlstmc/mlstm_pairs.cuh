@@ -81,21 +81,25 @@ static void mlstm_pair(const MlstmShape *s, MlstmState pair, const float *segmen
 // ----------------------------------------------------------------------------------------------------------------
 // Folds
 
-static __global__ void mlstm_fwd_fold_kernel(MlstmShape s, MlstmState enter, MlstmState first, float *pairs,
-                                             int count) {
+// Of pairs (first and enter are such, too) also the sum of their G
+static __global__ void mlstm_fwd_fold_kernel(MlstmShape s, MlstmState enter, MlstmState first, float *pairs, int count,
+                                             bool of_pairs) {
     extern __shared__ float factors[];  // [count][2] of what is there already, and of the pair
     const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH;
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, record = s.NH * ((size_t)s.dk * s.dv + s.dk + 2);
     if (threadIdx.x == 0) {
         double m = first.C ? first.m[b * first.row + head] : 0;
+        float sum = of_pairs ? first.m[b * first.row + s.NH + head] : 0;
         for (int p = 0; p < count; p++) {
             const float *of_pair = mlstm_pair_state(s, pairs + p * s.B * record).m + b * record + head;
             double G = of_pair[s.NH], right = of_pair[0], next = (float)fmax(G + m, right);
             factors[2 * p] = (float)exp(G + m - next);
             factors[2 * p + 1] = (float)exp(right - next);
             m = next;
+            sum += of_pair[s.NH];
         }
         if (blockIdx.x == 0) enter.m[b * enter.row + head] = (float)m;
+        if (blockIdx.x == 0 && of_pairs) enter.m[b * enter.row + s.NH + head] = sum;
     }
     __syncthreads();
     if (i >= (size_t)s.dk * s.dv + s.dk) return;
@@ -111,26 +115,43 @@ MAYBE_UNUSED
 static void mlstm_fold(const MlstmShape *s, MlstmState enter, MlstmState first, float *pairs, int count,
                        cudaStream_t stream) {
     mlstm_fwd_fold_kernel<<<mlstm_element_grid(s), 256, 2 * (size_t)count * sizeof(float), stream>>>(
-        *s, enter, first, pairs, count);
+        *s, enter, first, pairs, count, false);
     LAUNCH_CHECK();
 }
 
-static __global__ void mlstm_bwd_fold_kernel(MlstmShape s, MlstmState dfinal, float *pairs, int count) {
+// last: the pair behind all others, then dfinal is a pair, too; last.C == NULL: dfinal is a gradient of states
+static __global__ void mlstm_bwd_fold_kernel(MlstmShape s, MlstmState dfinal, float *pairs, int count,
+                                             MlstmState last) {
     const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH;
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, record = s.NH * ((size_t)s.dk * s.dv + s.dk + 2);
     if (i >= (size_t)s.dk * s.dv + s.dk) return;
-    float d = 0;
+    float d = last.C ? *mlstm_state_element(s, last, b, head, i) : 0;
+    float keep = last.C ? last.m[b * last.row + s.NH + head] : 0;
     for (int p = count - 1; p >= 0; p--) {
         MlstmState pair = mlstm_pair_state(s, pairs + p * s.B * record);
         d = *mlstm_state_element(s, pair, b, head, i) + pair.m[b * pair.row + s.NH + head] * d;
+        keep *= pair.m[b * pair.row + s.NH + head];
     }
     *mlstm_state_element(s, dfinal, b, head, i) = d;
+    if (i == 0 && last.C) dfinal.m[b * dfinal.row + s.NH + head] = keep;
 }
 
 // dfinal := the gradient of the states that leave a segment, from the pairs of the `count` segments behind it
 MAYBE_UNUSED
 static void mlstm_fold_backward(const MlstmShape *s, MlstmState dfinal, float *pairs, int count, cudaStream_t stream) {
-    mlstm_bwd_fold_kernel<<<mlstm_element_grid(s), 256, 0, stream>>>(*s, dfinal, pairs, count);
+    const MlstmState none = {NULL, NULL, NULL, 0};
+    mlstm_bwd_fold_kernel<<<mlstm_element_grid(s), 256, 0, stream>>>(*s, dfinal, pairs, count, none);
+    LAUNCH_CHECK();
+}
+
+// joined := two neighbouring pairs [B][mlstm_pair_row] as one: `far`, then `near`, of forward pairs; of backward pairs
+// (REVERSE) `near`, then `far`. joined must be neither.
+template <bool REVERSE>
+static void mlstm_join(const MlstmShape *s, float *joined, float *far, float *near, cudaStream_t stream) {
+    const dim3 grid = mlstm_element_grid(s);
+    MlstmState to = mlstm_pair_state(*s, joined), from = mlstm_pair_state(*s, far);
+    if (REVERSE) mlstm_bwd_fold_kernel<<<grid, 256, 0, stream>>>(*s, to, near, 1, from);
+    else mlstm_fwd_fold_kernel<<<grid, 256, 2 * sizeof(float), stream>>>(*s, to, from, near, 1, true);
     LAUNCH_CHECK();
 }
 
@@ -144,9 +165,14 @@ static __global__ void __launch_bounds__(1024)
     const float *C = mlstm_state_element(s, final, b, head, 0), *dC = mlstm_state_element(s, dfinal, b, head, 0);
     const float *n = mlstm_state_element(s, final, b, head, matrix),
                 *dn = mlstm_state_element(s, dfinal, b, head, matrix);
+    const size_t quads = matrix % 4 == 0 && ((size_t)C | (size_t)dC) % 16 == 0 ? matrix / 4 : 0;
     float sum = 0;
 #pragma unroll 8
-    for (size_t i = threadIdx.x; i < matrix; i += blockDim.x) sum += C[i] * dC[i];
+    for (size_t i = threadIdx.x; i < quads; i += blockDim.x) {
+        const float4 x = ((const float4 *)C)[i], y = ((const float4 *)dC)[i];
+        sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+    }
+    for (size_t i = 4 * quads + threadIdx.x; i < matrix; i += blockDim.x) sum += C[i] * dC[i];
     for (size_t i = threadIdx.x; i < (size_t)s.dk; i += blockDim.x) sum += n[i] * dn[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) tail[blockIdx.x] = sum;

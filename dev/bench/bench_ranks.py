@@ -32,7 +32,9 @@ CASES = {
             ("2 GPUs, 2 x 8 x 2048", 2, ["--batch", "8", "--seq-len", "2048"]),
             ("2 GPUs, --zero 1", 2, ["--batch", "8", "--seq-len", "2048", "--zero", "1"])], 5, 30),
     "16384": ([("1 GPU, 8192", 1, ["--batch", "1", "--seq-len", "8192"]),
-               ("2 GPUs, --sp 2, 16384", 2, ["--batch", "1", "--seq-len", "16384", "--sp", "2"])], 5, 30),
+               ("2 GPUs, --sp 2, 16384", 2, ["--batch", "1", "--seq-len", "16384", "--sp", "2"]),
+               ("2 GPUs, --sp 2, --zero 1", 2, ["--batch", "1", "--seq-len", "16384", "--sp", "2", "--zero", "1"])], 5,
+              30),
     "262144": ([("1 GPU, 131072", 1, LONG + ["--seq-len", "131072"]),
                 ("2 GPUs, --sp 2, 262144", 2, LONG + ["--seq-len", "262144", "--sp", "2"])], 2, 5),
     "1048576": ([("1 GPU, 524288", 1, LONG + ["--seq-len", "524288"]),
@@ -79,7 +81,7 @@ def run(program, ranks, flags, shard, steps):
 
 
 def collectives(program, library, ranks, flags, shard, steps):
-    """{kernel of NCCL: (ms a step, ms a step alone)} on the slowest rank."""
+    """{kernel of NCCL or copy: (ms a step, ms a step alone)} on the slowest rank."""
     worst = {}
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run(command(program, ranks, flags, shard, steps, []), stdout=subprocess.DEVNULL, check=True,
@@ -89,7 +91,8 @@ def collectives(program, library, ranks, flags, shard, steps):
             with open(f"{tmp}/kernels.{rank}") as f:
                 text = f.read()
             count = int(re.search(r"^steps (\d+)", text, re.M).group(1))
-            for words in (line.split(None, 5) for line in text.splitlines() if "nccl" in line):
+            for words in (line.split(None, 5) for line in text.splitlines()
+                          if re.search("nccl|another GPU|copies", line)):
                 total, alone = float(words[1]) / count, float(words[2]) / count
                 if alone >= worst.get(words[5], (0, 0))[1]:
                     worst[words[5]] = (total, alone)

@@ -109,6 +109,9 @@ static void add_record(const CUpti_Activity *record, std::map<const char *, std:
     } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
         const CUpti_ActivityMemcpy5 *c = (const CUpti_ActivityMemcpy5 *)record;
         add_interval(copy_name(c->copyKind), c->start, c->end);
+    } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY2) {
+        const CUpti_ActivityMemcpyPtoP4 *c = (const CUpti_ActivityMemcpyPtoP4 *)record;
+        add_interval("[copy to another GPU]", c->start, c->end);
     } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
         const CUpti_ActivityMemset4 *m = (const CUpti_ActivityMemset4 *)record;
         add_interval("[memset]", m->start, m->end);
@@ -257,8 +260,8 @@ static void print_trace(FILE *out) {  // after print_table: the intervals are so
         }
     for (const Interval &i : intervals)
         if (i.end > ends[0])
-            fprintf(out, "%.3f %.3f %s\n", 1e-3 * (double)(i.start - ends[0]), 1e-3 * (double)(i.end - ends[0]),
-                    names[i.name].c_str());
+            fprintf(out, "%.3f %.3f %s\n", 1e-3 * (double)(int64_t)(i.start - ends[0]),
+                    1e-3 * (double)(int64_t)(i.end - ends[0]), names[i.name].c_str());
 }
 
 static void finish(void) {
@@ -283,6 +286,7 @@ extern "C" int InitializeInjection(void) {
     if (!SUCCEEDS(cuptiActivityRegisterCallbacks(buffer_requested, buffer_completed)) ||
         !SUCCEEDS(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL)) ||
         !SUCCEEDS(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMCPY)) ||
+        !SUCCEEDS(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMCPY2)) ||
         !SUCCEEDS(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMSET)))
         return 0;
     if (atexit(finish) != 0) {

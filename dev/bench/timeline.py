@@ -10,7 +10,7 @@ import html
 
 WIDTH, LEFT, LANE, GAP = 1000, 96, 34, 14
 KINDS = [("mLSTM", ("mlstm",), "#d9822b"), ("matrix products", ("gemm", "nvjet", "cutlass", "splitK"), "#4a7fb5"),
-         ("sLSTM", ("slstm",), "#8a5fb0"), ("collectives", ("nccl",), "#b5384a"), ("all else", ("",), "#8a9a8a")]
+         ("sLSTM", ("slstm",), "#8a5fb0"), ("collectives", ("nccl", "another GPU", "copies"), "#b5384a"), ("all else", ("",), "#8a9a8a")]
 
 
 def kind_of(name):

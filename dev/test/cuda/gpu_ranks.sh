@@ -4,8 +4,9 @@
 #   bash dev/test/cuda/gpu_ranks.sh              (make test-gpu runs it)
 #   bash dev/test/cuda/gpu_ranks.sh nccl kill    only the parts named: share, nccl, kill
 #
-# share: 2, 3 and 4 ranks on one GPU, which exchange through host memory: the kernels and all that is around them.
-# nccl, kill: 2 ranks on 2 GPUs; left out where there is one. KILLS (default 1): how often a rank is killed, and how
+# share: 2, 3 and 4 ranks on one GPU, which exchange through host memory or copy into each other's buffers: the kernels
+# and all that is around them.
+# nccl, kill: 2 ranks on 2 GPUs, by copies and over NCCL; left out where there is one GPU. KILLS (default 1): how often a rank is killed, and how
 # often one is stopped. Prints what failed and, last, "N passed, N failed".
 set -u
 export LC_ALL=C OMP_NUM_THREADS=2
@@ -113,6 +114,15 @@ if part share; then
     done
     long_gradients 2 2 1
     long_gradients 3 3 0
+    export XLSTM_COPIES=1
+    gradients 3 3 0
+    gradients 3 1 1
+    unset XLSTM_COPIES
+    export XLSTM_FOLD_BY_GATHER=2 # otherwise with more than 32 ranks only
+    gradients 3 3 1
+    gradients 4 4 0
+    long_gradients 4 4 1
+    unset XLSTM_FOLD_BY_GATHER
     whole_run 4 2 1
     whole_run 3 3 1 --recompute block
     CARRY=("${RUN[@]}" --precision fp32 --carry-state --steps 6 --save-every 3)
@@ -145,12 +155,24 @@ if part nccl; then
         check "--sp $sp: --zero 0 and 1 give the same bytes" diff -r "$(step run_2${sp}0 20)" "$(step run_2${sp}1 20)"
     done
     mv run_221 first_221
+    XLSTM_COPIES=0 gradients 2 2 1
+    for layout in "2 1 0" "2 2 1"; do
+        read -r n sp zero <<<"$layout"
+        [ "$sp" = 1 ] && mv run_210 first_210
+        XLSTM_COPIES=0 whole_run "$n" "$sp" "$zero"
+        check "--sp $sp --zero $zero: NCCL and copies give the same bytes" \
+            diff -r "$(step first_2$sp$zero 20)" "$(step run_2$sp$zero 20)"
+    done
     whole_run 2 2 1
     check "the same command twice: the same bytes" diff -r "$(step first_221 20)" "$(step run_221 20)"
     mv run_221 kept_221
     whole_run 2 2 1 --recompute block
     check "recomputation changes no byte" diff -r "$(step kept_221 20)" "$(step run_221 20)"
     checkpoints 2 2
+    THREE=("${DATA[@]}" --blocks 'mlstm*3' --dim 64 --heads 2 --steps 6 --eval-every 1)
+    must "$GPU" "${THREE[@]}" --out three1
+    must ranks 2 "$GPU" "${THREE[@]}" --sp 2 --zero 1 --out three2
+    check "an odd number of exchanges in a pass: the loss curve of one" curves 2e-2 <(losses three1) <(losses three2)
     must ranks 2 "$GPU" "${RUN[@]}" --steps 2 --sample-every 1 --eval-every 1 --out looked
     check "samples and validation on the way" [ "$(grep -c '"val_loss"' looked/log.jsonl)" = 3 ]
 fi

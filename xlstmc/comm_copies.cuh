@@ -1,0 +1,253 @@
+// comm_copies.cuh: all-gather and reduce-scatter between the GPUs of one host, by copy engines.
+//
+// Kernels that communicate take multiprocessors, and a matrix product that fills a GPU in one go then takes two. Copy
+// engines take none. So a rank opens the memory of its neighbours (CUDA IPC) and copies straight into their buffers.
+// Only the sums of a reduce-scatter are a kernel, a short one, and the next copies run beside it. Behind its copies a
+// rank tells all others so and waits for the same word from them: a meeting. Meetings are memory operations of streams,
+// no kernels either. All of it can be part of a CUDA graph.
+//
+// There is no meeting before the copies. Others may write what this rank is to receive in a call as soon as it has left
+// the meeting of the call before. So whatever it still reads there must be done by then, which two buffers that take
+// turns see to; and by copies_settle() the last call is complete.
+//
+// It works on the "window", the first bytes of the one allocation, which are laid out alike on all ranks: a place in it
+// is the same distance from the window's begin everywhere.
+#ifndef XLSTMC_COMM_COPIES_CUH
+#define XLSTMC_COMM_COPIES_CUH
+
+#include <cuda.h>
+
+#include "comm.h"
+#include "cuda_util.cuh"
+
+// ----------------------------------------------------------------------------------------------------------------
+// Memory operations of streams. The driver's function is found at run time, so that nothing is linked with the driver.
+
+typedef CUresult (*StreamMemoryOps)(CUstream, unsigned, CUstreamBatchMemOpParams *, unsigned);
+
+static StreamMemoryOps stream_memory_ops(void) {
+    static StreamMemoryOps ops;
+    if (ops) return ops;
+    void *found = NULL;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuStreamBatchMemOp", &found, 12000, cudaEnableDefault, &result));
+#else
+    CUDA_CHECK(cudaGetDriverEntryPoint("cuStreamBatchMemOp", &found, cudaEnableDefault, &result));
+#endif
+    if (result != cudaDriverEntryPointSuccess || !found)
+        die(EXIT_RUN, "the CUDA driver has no cuStreamBatchMemOp; a driver for CUDA 12.0 or newer is needed");
+    return ops = (StreamMemoryOps)found;
+}
+
+static CUstreamBatchMemOpParams memory_op(CUstreamBatchMemOpType type, volatile void *word, unsigned value) {
+    CUstreamBatchMemOpParams op;
+    memset(&op, 0, sizeof op);
+    if (type == CU_STREAM_MEM_OP_WRITE_VALUE_32) {
+        op.writeValue.operation = type;
+        op.writeValue.address = (CUdeviceptr)word;
+        op.writeValue.value = value;
+    } else {
+        op.waitValue.operation = type;
+        op.waitValue.address = (CUdeviceptr)word;
+        op.waitValue.value = value;
+        op.waitValue.flags = CU_STREAM_WAIT_VALUE_EQ;
+    }
+    return op;
+}
+
+static void memory_ops(cudaStream_t stream, CUstreamBatchMemOpParams *ops, int count) {
+    CUresult status = stream_memory_ops()((CUstream)stream, (unsigned)count, ops, 0);
+    if (status != CUDA_SUCCESS) die(EXIT_RUN, "cuStreamBatchMemOp: error %d", (int)status);
+}
+
+// The stream writes `value` to a word of device or pinned memory.
+static void stream_write(cudaStream_t stream, volatile void *word, int value) {
+    CUstreamBatchMemOpParams op = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, word, (unsigned)value);
+    memory_ops(stream, &op, 1);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// The window
+
+static struct {
+    char **of;                  // [size] where the windows of all ranks are seen from here; NULL: no copies
+    size_t bytes;               // of each
+    unsigned *flags;            // in the window: [NUM_COMM_GROUPS][2][size], 1: that rank has come
+    int turn[NUM_COMM_GROUPS];  // which of the two flags, and buffers, is next
+    float *received;            // in the window: [2][size][max_count] what a reduce-scatter gets from the others
+    size_t max_count;
+    cudaStream_t sums;  // of reduce-scatters
+    cudaEvent_t arrived, summed;
+    int summing;               // 1: a group's stream has not waited for `summed` yet
+    const CommOps *otherwise;  // for what lies outside
+    CUstreamBatchMemOpParams *ops;
+    void (*note)(CommGroup, const char *, cudaStream_t);  // `what` begins, NULL: has ended
+} copies;
+
+// What the window must begin with
+static size_t copies_flag_bytes(void) {
+    return (NUM_COMM_GROUPS * 2 * (size_t)comm.size * sizeof(unsigned) + 255) / 256 * 256;
+}
+static size_t copies_head_bytes(size_t max_count) {
+    return comm.size == 1 ? 0 : copies_flag_bytes() + 2 * (size_t)comm.size * max_count * sizeof(float);
+}
+
+static char *copies_address(CommGroup group, int rank, const void *mine) {
+    return copies.of[comm_world_rank(group, rank)] + ((const char *)mine - copies.of[comm.rank]);
+}
+static int copies_reach(const void *begin, size_t bytes) {
+    size_t at = (size_t)((const char *)begin - copies.of[comm.rank]);
+    return (const char *)begin >= copies.of[comm.rank] && at + bytes <= copies.bytes;
+}
+
+// Every flag goes from 0 to 1 by its rank, and back by the one who waited. Nobody sets it again before that, since two
+// take turns; what a graph holds is the same each time, so a graph holds an even number of meetings (copies_settle).
+static void copies_meet(CommGroup group, cudaStream_t stream) {
+    int ranks = comm_group_size(group), me = comm_group_rank(group), n = 0;
+    unsigned *row = copies.flags + (2 * (size_t)group + (size_t)copies.turn[group]) * (size_t)comm.size;
+    for (int k = 1; k < ranks; k++) {
+        int r = (me + k) % ranks;
+        copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, copies_address(group, r, row + me), 1);
+    }
+    for (int r = 0; r < ranks; r++) {
+        if (r == me) continue;
+        copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WAIT_VALUE_32, row + r, 1);
+        copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, row + r, 0);
+    }
+    memory_ops(stream, copies.ops, n);
+    copies.turn[group] ^= 1;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// The functions of comm.data. COMM_WORLD alone reduces.
+
+static void copies_wait_for_sums(CommGroup group, cudaStream_t stream) {
+    if (group != COMM_WORLD || !copies.summing) return;
+    CUDA_CHECK(cudaStreamWaitEvent(stream, copies.summed, 0));
+    copies.summing = 0;
+}
+
+static void copies_all_gather(CommGroup group, const void *src, void *dst, size_t bytes, const char *what,
+                              void *stream) {
+    int ranks = comm_group_size(group), me = comm_group_rank(group);
+    cudaStream_t on = (cudaStream_t)stream;
+    char *part = (char *)dst + (size_t)me * bytes;
+    if (!copies_reach(dst, (size_t)ranks * bytes)) {
+        copies.otherwise->all_gather(group, src, dst, bytes, what, stream);
+        return;
+    }
+    copies.note(group, what, on);
+    copies_wait_for_sums(group, on);
+    for (int k = 1; k < ranks; k++)
+        CUDA_CHECK(
+            cudaMemcpyAsync(copies_address(group, (me + k) % ranks, part), src, bytes, cudaMemcpyDeviceToDevice, on));
+    if (part != src) CUDA_CHECK(cudaMemcpyAsync(part, src, bytes, cudaMemcpyDeviceToDevice, on));
+    copies_meet(group, on);
+    copies.note(group, NULL, on);
+}
+
+// dst [count] = the sum over ranks, in their order, of own (of rank `me`) and received [ranks][count] (of the others)
+static __global__ void __launch_bounds__(256)
+    copies_sum_kernel(float *dst, const float *own, const float *__restrict__ received, int ranks, int me,
+                      size_t quads) {
+    const size_t step = (size_t)gridDim.x * blockDim.x;
+#pragma unroll 2
+    for (size_t k = (size_t)blockIdx.x * blockDim.x + threadIdx.x; k < quads; k += step) {
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int r = 0; r < ranks; r++) {
+            float4 x = ((const float4 *)(r == me ? own : received + 4 * quads * (size_t)r))[k];
+            sum = r == 0 ? x : make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+        }
+        ((float4 *)dst)[k] = sum;
+    }
+}
+
+static void copies_reduce_scatter(CommGroup group, const void *src, void *dst, size_t count, CommType type,
+                                  const char *what, void *stream) {
+    int ranks = comm_group_size(group), me = comm_group_rank(group);
+    cudaStream_t on = (cudaStream_t)stream;
+    const float *parts = (const float *)src;
+    float *received = copies.received + (size_t)copies.turn[group] * (size_t)comm.size * copies.max_count;
+    if (group != COMM_WORLD || type != COMM_F32 || count > copies.max_count || count % 4) {
+        copies.otherwise->reduce_scatter(group, src, dst, count, type, what, stream);
+        return;
+    }
+    copies.note(group, what, on);
+    for (int k = 1; k < ranks; k++) {
+        int r = (me + k) % ranks;
+        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, received + (size_t)me * count), parts + (size_t)r * count,
+                                   count * sizeof(float), cudaMemcpyDeviceToDevice, on));
+    }
+    copies_wait_for_sums(group, on);  // of the call before: its buffer is the next to be written
+    copies_meet(group, on);
+    CUDA_CHECK(cudaEventRecord(copies.arrived, on));
+    CUDA_CHECK(cudaStreamWaitEvent(copies.sums, copies.arrived, 0));
+    copies_sum_kernel<<<imin(ceil_div(count, 2048), 1056), 256, 0, copies.sums>>>(
+        (float *)dst, parts + (size_t)me * count, received, ranks, me, count / 4);
+    LAUNCH_CHECK();
+    CUDA_CHECK(cudaEventRecord(copies.summed, copies.sums));
+    copies.summing = 1;
+    copies.note(group, NULL, on);
+}
+
+// Behind the last call of a group in a step, and in a graph: what came before on the stream is complete.
+static void copies_settle(CommGroup group, cudaStream_t stream) {
+    if (!copies.of) return;
+    copies_wait_for_sums(group, stream);
+    if (copies.turn[group]) copies_meet(group, stream);
+}
+
+static CommOps comm_copies;
+
+// ----------------------------------------------------------------------------------------------------------------
+// Start
+
+// Sets comm.data to copies if that is wanted and possible: all ranks on one host, and their GPUs see each other's
+// memory. memory: the beginning of an allocation; its first `bytes` are the window, they are 0 up to
+// copies_head_bytes(max_count), and both numbers are the same on all ranks.
+static void copies_start(int wanted, void *memory, size_t bytes, size_t max_count,
+                         void (*note)(CommGroup, const char *, cudaStream_t)) {
+    int apart = !wanted;
+    cudaIpcMemHandle_t mine, *all;
+    if (comm.size == 1) return;
+    for (int r = 0; r < comm.size; r++) apart |= strcmp(comm.peers[r].host, comm.peers[0].host) != 0;
+    if (comm_any(apart || cudaIpcGetMemHandle(&mine, memory) != cudaSuccess, "looking for GPUs of one host")) {
+        cudaGetLastError();  // what is not there is no error
+        return;
+    }
+    all = (cudaIpcMemHandle_t *)xcalloc((size_t)comm.size, sizeof *all);
+    copies.of = (char **)xcalloc((size_t)comm.size, sizeof *copies.of);
+    comm.host->all_gather(COMM_WORLD, &mine, all, sizeof mine, "opening the memory of other GPUs", NULL);
+    for (int r = 0; r < comm.size; r++) {
+        void *opened = memory;
+        if (r != comm.rank && cudaIpcOpenMemHandle(&opened, all[r], cudaIpcMemLazyEnablePeerAccess) != cudaSuccess)
+            apart = 1;
+        copies.of[r] = (char *)opened;
+    }
+    free(all);
+    if (comm_any(apart, "opening the memory of other GPUs")) {
+        cudaGetLastError();
+        copies.of = NULL;
+        return;
+    }
+    int low, high;
+    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&low, &high));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&copies.sums, cudaStreamNonBlocking, high));
+    CUDA_CHECK(cudaEventCreateWithFlags(&copies.arrived, cudaEventDisableTiming));
+    CUDA_CHECK(cudaEventCreateWithFlags(&copies.summed, cudaEventDisableTiming));
+    copies.bytes = bytes;
+    copies.flags = (unsigned *)memory;
+    copies.received = (float *)((char *)memory + copies_flag_bytes());
+    copies.max_count = max_count;
+    copies.note = note;
+    copies.ops = (CUstreamBatchMemOpParams *)xcalloc(3 * (size_t)comm.size, sizeof *copies.ops);
+    copies.otherwise = comm.data;
+    comm_copies = *comm.data;
+    comm_copies.name = "copies";
+    comm_copies.all_gather = copies_all_gather;
+    comm_copies.reduce_scatter = copies_reduce_scatter;
+    comm.data = &comm_copies;
+}
+
+#endif
