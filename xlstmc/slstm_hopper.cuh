@@ -322,8 +322,8 @@ __device__ __forceinline__ float slstm_unit_step(SlstmUnitState *s, const float 
     return o * s->c * over_n;
 }
 
-// Fragments of R for gates 2 m and 2 m + 1 of the block's group of units `to` and 16 units from which they are fed, step
-// k of the sum.
+// Fragments of R for gates 2 m and 2 m + 1 of the block's group of units `to` and 16 units from which they are fed,
+// step k of the sum.
 template <typename Tile>
 __device__ __forceinline__ uint4 slstm_forward_weights(const SlstmJob<bf16> &job, const SlstmPlace &p, int to, int k,
                                                        int m) {
@@ -607,7 +607,8 @@ __device__ __forceinline__ void slstm_preactivations(const SlstmForward<Tile> &f
         float4 quarter[CELLS][4];
 #pragma unroll
         for (int n = 0; n < 4 * CELLS; n++)
-            quarter[n % CELLS][n / CELLS] = shared_load_floats(from + (n / CELLS * Tile::WARPS * CELLS + n % CELLS) * 512);
+            quarter[n % CELLS][n / CELLS] =
+                shared_load_floats(from + (n / CELLS * Tile::WARPS * CELLS + n % CELLS) * 512);
 #pragma unroll
         for (int e = 0; e < CELLS; e++) {
             const float4(&s)[4] = quarter[e];

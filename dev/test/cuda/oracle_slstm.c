@@ -1,9 +1,9 @@
 // oracle_slstm.c: the sLSTM cell of the CPU trainer, for the tests of the CUDA kernels.
 #include "../../../train_xlstm.c"
 
-// Forward and backward through time, fp32. in, out, dout, din: y, c, n, m [B, NH * d] of the initial and final states and
-// of their gradients; in, dout NULL: zeros, din NULL: not wanted. Written: final states, din, y and y_prev [B, T, NH, d],
-// dx [B, T, NH, 4, d]; dbias [NH, 4, d] is added to.
+// Forward and backward through time, fp32. in, out, dout, din: y, c, n, m [B, NH * d] of the initial and final states
+// and of their gradients; in, dout NULL: zeros, din NULL: not wanted. Written: final states, din, y and y_prev [B, T,
+// NH, d], dx [B, T, NH, 4, d]; dbias [NH, 4, d] is added to.
 void oracle_slstm(int B, int T, int NH, int d, const unsigned char *resets, const float *x, const float *R,
                   const float *bias, float *const in[4], float *const out[4], float *const dout[4], float *const din[4],
                   const float *dy, float *y, float *y_prev, float *dx, float *dbias) {
