@@ -727,7 +727,7 @@ static void slstm_take_scratch(Arena *a, const SlstmShape *s, SlstmScratch *scra
 
 // Elements of `partial` for slstm_backward.
 MAYBE_UNUSED
-static size_t slstm_partial_size(const SlstmShape *s) { return (size_t)ceil_div(s->B, 8) * 4 * s->NH * s->d; }
+static size_t slstm_partial_size(const SlstmShape *s) { return (size_t)ceil_div(s->B, 4) * 4 * s->NH * s->d; }
 
 // Runs one pass, with clusters if it can. Returns the sequences of a group.
 template <typename F>
@@ -736,7 +736,7 @@ static int slstm_run(SlstmJob<F> *job, int backward, SlstmScratch *scratch, cuda
         SlstmClusterPlan clusters = slstm_cluster_plan(&job->shape, backward);
         if (clusters.kernels) {
             slstm_cluster_launch(&clusters, job, stream);
-            return 8;
+            return clusters.kernels->sequences;
         }
     }
     SlstmPlan plan = slstm_plan<F>(&job->shape, backward);

@@ -54,6 +54,11 @@ __device__ __forceinline__ void send_two(unsigned to, uint2 v, unsigned bar) {  
         "r"(v.x), "r"(v.y), "r"(bar)
         : "memory");
 }
+__device__ __forceinline__ void send_word_async(unsigned to, unsigned v, unsigned bar) {  // 4 bytes
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(v),
+                 "r"(bar)
+                 : "memory");
+}
 __device__ __forceinline__ uint4 shared_load_vector(unsigned from) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -83,6 +88,9 @@ __device__ __forceinline__ unsigned shared_load_word(unsigned from) {
 __device__ __forceinline__ void shared_store_vector(unsigned to, uint4 v) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
+}
+__device__ __forceinline__ void shared_store_word(unsigned to, unsigned v) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
 __device__ __forceinline__ void shared_store_two(unsigned to, uint2 v) {
     asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
@@ -139,8 +147,8 @@ struct SlstmCluster {
     static constexpr int SEQUENCES = Sequences, CELLS = SEQUENCES / 4, APART = 8 / SEQUENCES;  // of a tile; a thread
     static constexpr int ROWS = SEQUENCES * TILES, U = 8 * WARPS, HALF = WARPS / 2;  // sequences; units a block
     static constexpr bool DIVIDED = TILES > 1;  // some warps multiply, others have the units of a tile
-    static constexpr bool SPLIT = CTAS > 8;     // forward, eight warps multiply, each for half of the units
-    static constexpr int THREADS = 32 * WARPS * (DIVIDED ? 1 + TILES : 1), FORWARD_THREADS = SPLIT ? 256 : THREADS;
+    static constexpr bool SPLIT = CTAS > 8;     // eight warps multiply, whether they have units or not
+    static constexpr int MULTIPLY = SPLIT ? 8 : WARPS, THREADS = 32 * (DIVIDED ? WARPS * (1 + TILES) : MULTIPLY);
     static constexpr int MANY = 208, FEW = 96;  // registers of a thread that multiplies, that has units
     static_assert(WARPS % 2 == 0 && (CTAS == 1 || CTAS % 2 == 0), "");
     static_assert(!DIVIDED || (WARPS % 4 == 0 && (MANY + TILES * FEW) * 32 * WARPS <= 65536), "");
@@ -209,18 +217,26 @@ struct SlstmCluster {
     static constexpr int AT_R = AT_PRODUCTS + TILES * WARPS * PRODUCT_BYTES;
     static constexpr int FORWARD_BYTES = AT_R + (SPLIT ? 8 * SPLIT_SHARED : WARPS * IN_SHARED * 2) * 512;
 
-    // Backward. A warp takes PANELS panels of 16 units, each of another block, and sums over the block's 4 U gates. In
-    // a cluster of one block it takes its own 8 units, and half of each panel is zero. A message holds the sums of a
-    // panel, four for each lane, in a cluster of 16 rounded to bf16: there they are many, and room is scarce.
-    static constexpr int PANELS = CTAS == 1 ? 1 : CTAS / 2, BACK_STEPS = 2 * WARPS, FRAGMENTS = PANELS * BACK_STEPS;
+    // Backward. A warp takes PANELS panels of 16 units of one block, and sums over the own block's 4 U gates. In a
+    // cluster of one block it takes its own 8 units, and half of each panel is zero. A message holds the sums of a
+    // panel, two for each cell of a lane, in a cluster of 16 rounded to bf16: there they are many.
+    static constexpr int PANELS = CTAS == 1 ? 1 : CTAS * HALF / MULTIPLY, BACK_STEPS = 2 * WARPS;
+    static constexpr int FRAGMENTS = PANELS * BACK_STEPS;
     static constexpr bool ROUNDED = CTAS > 8;
-    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : FRAGMENTS <= 48 ? 32 : ROUNDED ? 32 + WARPS : 28;
+    static constexpr int BACK_MOST = SPLIT ? 40 - 2 * CELLS : FRAGMENTS <= 48 ? 32 : 28;
+    static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : BACK_MOST;
     static constexpr int BACK_SHARED = FRAGMENTS - BACK_HELD;
+    // Fragments in shared memory before the n-th
+    static __host__ __device__ constexpr int back_before(int n) {
+        return SPLIT ? n * BACK_SHARED / FRAGMENTS : n < BACK_SHARED ? n : BACK_SHARED;
+    }
     static constexpr int TOGETHER = WARPS > 4 ? 1 : 2;  // panels that are multiplied at the same time
     static constexpr int D_PITCH = 64 * WARPS, D_TILE = 8 * D_PITCH, D_SLOT = TILES * D_TILE;
-    static constexpr int SUMS_LANE = ROUNDED ? 8 : 16, SUMS_PANEL = 32 * SUMS_LANE, SUMS_TILE = HALF * SUMS_PANEL;
+    static constexpr int SUMS_LANE = CELLS * (ROUNDED ? 4 : 8), SUMS_PANEL = 32 * SUMS_LANE;
+    static constexpr int SUMS_TILE = HALF * SUMS_PANEL;
     static constexpr int SUMS_SLICE = TILES * SUMS_TILE, SUMS_SLOT = CTAS == 1 ? 0 : CTAS * SUMS_SLICE;
-    static constexpr int SUMS_SWAP = ROUNDED ? 2 : 1;                 // bit of g by which the halves change places
+    // Bit of g by which the halves change places; 3: they do not, where a word holds both
+    static constexpr int SUMS_SWAP = !ROUNDED ? 1 : CELLS == 2 ? 2 : 3;
     static constexpr int SUMS_EXPECTED = (CTAS - 1) * SUMS_PANEL;     // bytes that a barrier counts
     static __device__ unsigned sums_barrier(int slot, int tile, int panel) {
         return 8 * ((slot * TILES + tile) * HALF + panel);
@@ -228,7 +244,7 @@ struct SlstmCluster {
     static __device__ unsigned dr_barrier(int slot, int tile) { return 8 * (2 * TILES * HALF + slot * TILES + tile); }
     static constexpr int AT_DY = 512, TRACE_BYTES = 768;  // of a token: gates; dy, y_prev
     static constexpr int AT_D = 256, AT_SUMS = AT_D + 2 * D_SLOT, AT_TRACE = AT_SUMS + 2 * SUMS_SLOT;
-    static constexpr int BACK_RING = ROUNDED ? 2 : FRAGMENTS > 48 ? 4 : 8;  // R leaves less room
+    static constexpr int BACK_RING = FRAGMENTS > 48 ? 4 : 8;  // R leaves less room
     static constexpr int AT_BACK_DOC = AT_TRACE + TILES * WARPS * BACK_RING * TRACE_BYTES;
     static constexpr int AT_BACK_R = AT_BACK_DOC + TILES * WARPS * DOC_BYTES;
     static constexpr int BACKWARD_BYTES = AT_BACK_R + WARPS * BACK_SHARED * 512;
@@ -247,7 +263,7 @@ __device__ __forceinline__ SlstmPlace slstm_place(const SlstmShape &s, int warp 
     int groups = (s.B + Tile::ROWS - 1) / Tile::ROWS, task = blockIdx.x / Tile::CTAS;
     p.rank = cluster_rank();
     p.lane = threadIdx.x % 32;
-    p.warp = warp % Tile::WARPS;
+    p.warp = Tile::DIVIDED ? warp % Tile::WARPS : warp;
     p.tile = Tile::DIVIDED ? warp / Tile::WARPS - 1 : 0;
     asm volatile("" : "+r"(p.lane), "+r"(p.warp), "+r"(p.tile));  // to be kept, not read again in each step
     p.g = p.lane / 4;
@@ -346,7 +362,7 @@ __device__ __forceinline__ void slstm_forward_start(const SlstmJob<bf16> &job, c
                                                     unsigned char *shared) {
     int T = job.shape.T, NH = job.shape.NH, d = job.shape.d, first = p.b0 - Tile::SEQUENCES * max(p.tile, 0);
     unsigned bars = shared_address(shared);
-    for (int k = threadIdx.x; k < (Tile::AT_R - Tile::AT_Y) / 4; k += Tile::FORWARD_THREADS)
+    for (int k = threadIdx.x; k < (Tile::AT_R - Tile::AT_Y) / 4; k += Tile::THREADS)
         ((unsigned *)(shared + Tile::AT_Y))[k] = 0;
     if (threadIdx.x == 0) {
         for (int k = 0; k < Tile::Y_BARRIERS; k++) barrier_init(bars + 8 * k, k % Tile::PARTS ? 1 : Tile::WARPS);
@@ -361,7 +377,7 @@ __device__ __forceinline__ void slstm_forward_start(const SlstmJob<bf16> &job, c
         }
     }
     __syncthreads();
-    for (int k = threadIdx.x; k < Tile::ROWS * Tile::CHUNKS * 8; k += Tile::FORWARD_THREADS) {
+    for (int k = threadIdx.x; k < Tile::ROWS * Tile::CHUNKS * 8; k += Tile::THREADS) {
         int sequence = k / (Tile::CHUNKS * 8), chunk = k / 8 % Tile::CHUNKS, b = first + sequence;
         int row = sequence * Tile::APART;
         int unit = Tile::unit_of_chunk(chunk, p.rank) + k % 8;
@@ -780,7 +796,7 @@ __device__ __forceinline__ void slstm_forward_units(SlstmForward<Tile> &f, const
 }
 
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::FORWARD_THREADS, 1)
+__global__ void __launch_bounds__(Tile::THREADS, 1)
     slstm_cluster_forward_kernel(const __grid_constant__ SlstmJob<bf16> job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) unsigned char slstm_cluster_shared[];
@@ -821,13 +837,25 @@ __global__ void __launch_bounds__(Tile::FORWARD_THREADS, 1)
 // ----------------------------------------------------------------------------------------------------------------
 // Backward
 
+// The warp's i-th panel: part `third` of the units of the block with the rank larger by `slice`, CTAS: of the own one.
+struct SlstmPanel {
+    int slice, third;
+};
+template <typename Tile>
+__device__ __forceinline__ SlstmPanel slstm_panel(int warp, int i) {
+    if (!Tile::SPLIT) return {2 * (i + 1) - warp % 2, warp / 2};
+    const int number = Tile::MULTIPLY * i + warp, slice = number / Tile::HALF;
+    return {1 + slice, number - slice * Tile::HALF};
+}
+
 // Fragment of R^T for the warp's panel i and step k of the sum over the block's gates. Row r of a panel is its unit r,
 // but some of rows r and r + 8 change places, so that the receivers' loads share no banks.
 template <typename Tile>
 __device__ __forceinline__ uint4 slstm_backward_weights(const SlstmJob<bf16> &job, const SlstmPlace &p, int i, int k) {
     int d = job.shape.d, chunk = 4 * (k / 2) + p.q, gate = chunk / Tile::WARPS;
     int to = p.rank * Tile::U + chunk % Tile::WARPS * 8 + k % 2 * 4, swap = p.g >> Tile::SUMS_SWAP & 1;
-    int from = (p.rank + 2 * (i + 1) - p.warp % 2) % Tile::CTAS * Tile::U + p.warp / 2 * 16 + p.g;
+    const SlstmPanel panel = slstm_panel<Tile>(p.warp, i);
+    int from = (p.rank + panel.slice) % Tile::CTAS * Tile::U + panel.third * 16 + p.g;
     unsigned w[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int e = 0; e < 4; e++) {  // e % 2: row g or g + 8; e / 2: units 0, 1 or 2, 3
@@ -863,16 +891,16 @@ struct SlstmBackward {  // what a thread keeps through all steps. e: one of its 
     SlstmPlace p;
     unsigned bars, slots;       // barriers; the warp's R
     unsigned d_even, d_odd;     // right operands, even and odd groups, of tile 0
-    unsigned sums, bar;         // what is sent here, for the lane; the barrier that counts it; of tile 0
-    uint4 held[Tile::BACK_HELD];  // fragment i * BACK_STEPS + k: panel i, step k
+    unsigned sent, sums, bar;   // what is sent here, for the lane; of its panel; the barrier that counts it; of tile 0
+    uint4 held[Tile::BACK_HELD];  // of fragments i * BACK_STEPS + k, panel i, step k, those not in shared memory
     // of a warp that has units
     unsigned ring, docs, own;           // what was saved, doc_start, dr of the lane
     size_t at;                          // element of gates and dx, of the current token
     const bf16 *other;                  // dy or y_prev of the current token
-    bool row_valid;                     // there is sequence lane % 8
+    bool row_valid;                     // there is a sequence in row lane % 8
     unsigned saved[4];                  // gates of the token to come, two sequences a word
-    float h_initial[2], dh[2], dL[2], dbias[4];
-    float dy_back[2];  // through R, from the token after the current one
+    float h_initial[Tile::CELLS], dh[Tile::CELLS], dL[Tile::CELLS], dbias[4];
+    float dy_back[Tile::CELLS];  // through R, from the token after the current one
     SlstmResets resets;
     unsigned cut;  // sequences into whose token nothing flows back
 };
@@ -881,31 +909,35 @@ struct SlstmBackward {  // what a thread keeps through all steps. e: one of its 
 // sequences of units g and g + 8 of the panel.
 template <typename Tile>
 __device__ __forceinline__ void slstm_backward_load_weights(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
-    constexpr int STEPS = Tile::BACK_STEPS, IN_SHARED = Tile::BACK_SHARED;
+    constexpr int STEPS = Tile::BACK_STEPS;
     const SlstmPlace &p = f.p;
     const unsigned flip = chunk_flip(p.g);
     f.d_even = f.bars + Tile::AT_D + p.g * Tile::D_PITCH + ((p.q ^ flip) << 4);
     f.d_odd = f.bars + Tile::AT_D + p.g * Tile::D_PITCH + (((4 + p.q) ^ flip) << 4);
     f.slots = f.bars + Tile::AT_BACK_R + p.warp * Tile::BACK_SHARED * 512 + p.lane * 16;
 #pragma unroll
-    for (int k = 0; k < Tile::BACK_HELD; k++)
-        f.held[k] = slstm_backward_weights<Tile>(job, p, (IN_SHARED + k) / STEPS, (IN_SHARED + k) % STEPS);
-    for (int k = 0; k < IN_SHARED; k++)
-        shared_store_vector(f.slots + k * 512, slstm_backward_weights<Tile>(job, p, k / STEPS, k % STEPS));
+    for (int n = 0; n < Tile::FRAGMENTS; n++)
+        if (Tile::back_before(n + 1) == Tile::back_before(n))
+            f.held[n - Tile::back_before(n)] = slstm_backward_weights<Tile>(job, p, n / STEPS, n % STEPS);
+#pragma unroll 1
+    for (int n = 0; n < Tile::FRAGMENTS; n++)
+        if (Tile::back_before(n + 1) > Tile::back_before(n))
+            shared_store_vector(f.slots + Tile::back_before(n) * 512,
+                                slstm_backward_weights<Tile>(job, p, n / STEPS, n % STEPS));
 }
 
 // Lane l stores and writes gate l / 8 of sequence l % 8 of its tile.
 template <typename Tile>
 __device__ __forceinline__ void slstm_backward_addresses(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
     const SlstmPlace &p = f.p;
-    const int row = p.lane % 8, gate = p.lane / 8, T = job.shape.T, d = job.shape.d;
+    const int row = p.lane % 8, gate = p.lane / 8, T = job.shape.T, d = job.shape.d, b = p.b0 + row / Tile::APART;
     const int warp = p.tile * Tile::WARPS + p.warp;
-    const size_t D = (size_t)job.shape.NH * d, last = ((size_t)(p.b0 + row) * T + T - 1) * D + (size_t)p.head * d;
+    const size_t D = (size_t)job.shape.NH * d, last = ((size_t)b * T + T - 1) * D + (size_t)p.head * d;
     f.ring = f.bars + Tile::AT_TRACE + warp * Tile::BACK_RING * Tile::TRACE_BYTES + p.lane * 16;
     f.docs = f.bars + Tile::AT_BACK_DOC + warp * Tile::DOC_BYTES;
     f.own = f.bars + Tile::AT_D + p.tile * Tile::D_TILE + row * Tile::D_PITCH +
             (((gate * Tile::WARPS + p.warp) ^ chunk_flip(row)) << 4);
-    f.row_valid = p.b0 + row < job.shape.B && p.first < d;
+    f.row_valid = row % Tile::APART == 0 && b < job.shape.B && p.first < d;
     f.at = 4 * last + (size_t)gate * d + p.first;
     f.other = (gate == 0 ? job.dy : job.saved.y_prev) + last + p.first;
 }
@@ -915,8 +947,8 @@ template <typename Tile>
 __device__ __forceinline__ void slstm_backward_load_units(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
     const SlstmPlace &p = f.p;
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-        int b = p.b0 + 2 * p.q + e;
+    for (int e = 0; e < Tile::CELLS; e++) {
+        int b = p.b0 + Tile::CELLS * p.q + e;
         SlstmCell cell = {};
         SlstmStateBack entering = {};
         const size_t at = (size_t)p.head * job.shape.d + p.unit;
@@ -951,7 +983,7 @@ __device__ __forceinline__ void slstm_fetch(const SlstmBackward<Tile> &f, const 
 // All of a step that can be made before the gradient of y arrives; dy is its part from above.
 template <typename Tile>
 __device__ __forceinline__ void slstm_prepare(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job, int k,
-                                              SlstmBack (&back)[2], float2 &dy) {
+                                              SlstmBack (&back)[Tile::CELLS], float2 &dy) {
     unsigned now[4], two[2];
     prefetch_wait<Tile::BACK_RING - 2>();
     __syncwarp();
@@ -962,7 +994,7 @@ __device__ __forceinline__ void slstm_prepare(SlstmBackward<Tile> &f, const Slst
     for (int m = 0; m < 4; m++) now[m] = f.saved[m];
     ldmatrix_trans(f.saved, slstm_ring_slot(f, k + 1));
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
+    for (int e = 0; e < Tile::CELLS; e++) {
         float v[4], o_prev;  // gates; the last one also of the token before
 #pragma unroll
         for (int m = 0; m < 4; m++) v[m] = e ? unpack_two(now[m]).y : unpack_two(now[m]).x;
@@ -981,8 +1013,9 @@ __device__ __forceinline__ void slstm_prepare(SlstmBackward<Tile> &f, const Slst
 template <typename Tile>
 __device__ __forceinline__ void slstm_receive_sums(SlstmBackward<Tile> &f, int k) {
     const int slot = k & 1 ^ 1, half = f.p.warp % 2 ^ (f.p.g >> Tile::SUMS_SWAP & 1);
-    const unsigned from = f.sums + slot * Tile::SUMS_SLOT + f.p.tile * Tile::SUMS_TILE + half * (Tile::SUMS_LANE / 2);
-    float2 part[Tile::CTAS];
+    const unsigned from = f.sums + slot * Tile::SUMS_SLOT + f.p.tile * Tile::SUMS_TILE +
+                          (Tile::CELLS == 2 ? half * (Tile::SUMS_LANE / 2) : 0);
+    float2 part[Tile::CTAS];  // two sequences, or two halves
     barrier_wait(f.bar + Tile::sums_barrier(slot, f.p.tile, 0), (k - 1) >> 1 & 1);
 #pragma unroll
     for (int s = 0; s < Tile::CTAS; s++)
@@ -993,41 +1026,52 @@ __device__ __forceinline__ void slstm_receive_sums(SlstmBackward<Tile> &f, int k
         part[0].x += part[s].x;
         part[0].y += part[s].y;
     }
-    f.dy_back[0] = part[0].x;
-    f.dy_back[1] = part[0].y;
+    if (Tile::CELLS == 2) {
+        f.dy_back[0] = part[0].x;
+        f.dy_back[Tile::CELLS - 1] = part[0].y;
+    } else f.dy_back[0] = half ? part[0].y : part[0].x;
 }
 
 // dr, to the block's right operands
 template <typename Tile>
-__device__ __forceinline__ void slstm_make_dr(SlstmBackward<Tile> &f, int k, const SlstmBack (&back)[2], float2 dy) {
-    float dr[2][4];
+__device__ __forceinline__ void slstm_make_dr(SlstmBackward<Tile> &f, int k, const SlstmBack (&back)[Tile::CELLS],
+                                              float2 dy) {
+    constexpr int LAST = Tile::CELLS - 1;
+    float dr[Tile::CELLS][4];
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-        bool cut = f.cut >> (2 * f.p.q + e) & 1;
+    for (int e = 0; e < Tile::CELLS; e++) {
+        bool cut = f.cut >> (Tile::CELLS * f.p.q + e) & 1;
         slstm_finish_back(back[e], (e ? dy.y : dy.x) + (cut ? 0.0f : f.dy_back[e]), dr[e], &f.dh[e], &f.dL[e]);
 #pragma unroll
         for (int m = 0; m < 4; m++) f.dbias[m] += dr[e][m];
     }
-    matrices_store_transposed(f.own + (k & 1) * Tile::D_SLOT, pack_two(dr[0][0], dr[1][0]),
-                              pack_two(dr[0][1], dr[1][1]), pack_two(dr[0][2], dr[1][2]), pack_two(dr[0][3], dr[1][3]));
+    matrices_store_transposed(f.own + (k & 1) * Tile::D_SLOT, pack_two(dr[0][0], dr[LAST][0]),
+                              pack_two(dr[0][1], dr[LAST][1]), pack_two(dr[0][2], dr[LAST][2]),
+                              pack_two(dr[0][3], dr[LAST][3]));
 }
 
-// The sums of the warp's i-th panel to the block that owns the units. at, bar: of the step and tile
+// The sums of the warp's i-th panel to the block that owns the units. slot, tile: of the step
 template <typename Tile>
-__device__ __forceinline__ void slstm_send_panel(const SlstmBackward<Tile> &f, int i, unsigned at, unsigned bar,
+__device__ __forceinline__ void slstm_send_panel(const SlstmBackward<Tile> &f, int i, int slot, int tile,
                                                  const float (&total)[4]) {
     const uint4 sums = make_uint4(__float_as_uint(total[0]), __float_as_uint(total[1]), __float_as_uint(total[2]),
                                   __float_as_uint(total[3]));
     const uint2 rounded = make_uint2(pack_two(total[0], total[1]), pack_two(total[2], total[3]));
-    const int slice = 2 * (i + 1) - f.p.warp % 2;
-    if (slice == Tile::CTAS) {
-        if (Tile::ROUNDED) shared_store_two(f.sums + at, rounded);
-        else shared_store_vector(f.sums + at, sums);
+    const unsigned word = pack_two(total[0], total[2]);
+    const SlstmPanel panel = slstm_panel<Tile>(f.p.warp, i);
+    const unsigned at = slot * Tile::SUMS_SLOT + tile * Tile::SUMS_TILE;
+    const unsigned here = Tile::SPLIT ? f.sent + panel.third * Tile::SUMS_PANEL : f.sums;
+    const unsigned bar = Tile::SPLIT ? f.bars + Tile::sums_barrier(0, 0, panel.third) : f.bar;
+    if (panel.slice == Tile::CTAS) {
+        if (Tile::SUMS_LANE == 4) shared_store_word(here + at, word);
+        else if (Tile::ROUNDED) shared_store_two(here + at, rounded);
+        else shared_store_vector(here + at, sums);
     } else {
-        const int peer = f.p.rank + slice < Tile::CTAS ? f.p.rank + slice : f.p.rank + slice - Tile::CTAS;
-        const unsigned to = peer_address(f.sums + slice * Tile::SUMS_SLICE, peer) + at;
-        const unsigned count = peer_address(f.bar, peer) + bar;
-        if (Tile::ROUNDED) send_two(to, rounded, count);
+        const int next = f.p.rank + panel.slice, peer = next < Tile::CTAS ? next : next - Tile::CTAS;
+        const unsigned to = peer_address(here + panel.slice * Tile::SUMS_SLICE, peer) + at;
+        const unsigned count = peer_address(bar, peer) + Tile::sums_barrier(slot, tile, 0);
+        if (Tile::SUMS_LANE == 4) send_word_async(to, word, count);
+        else if (Tile::ROUNDED) send_two(to, rounded, count);
         else send_vector(to, sums, count);
     }
 }
@@ -1036,9 +1080,8 @@ __device__ __forceinline__ void slstm_send_panel(const SlstmBackward<Tile> &f, i
 // products wait for earlier ones, whose sums are sent meanwhile.
 template <typename Tile>
 __device__ __forceinline__ void slstm_send_sums(SlstmBackward<Tile> &f, int k, int tile, unsigned zero) {
-    constexpr int WARPS = Tile::WARPS, PANELS = Tile::PANELS, STEPS = Tile::BACK_STEPS, IN_SHARED = Tile::BACK_SHARED;
+    constexpr int WARPS = Tile::WARPS, PANELS = Tile::PANELS, STEPS = Tile::BACK_STEPS;
     const int slot = k & 1;
-    const unsigned at = slot * Tile::SUMS_SLOT + tile * Tile::SUMS_TILE, bar = Tile::sums_barrier(slot, tile, 0);
     uint4 v[WARPS];
 #pragma unroll
     for (int group = 0; group < WARPS; group++)
@@ -1057,8 +1100,9 @@ __device__ __forceinline__ void slstm_send_sums(SlstmBackward<Tile> &f, int k, i
         float sum[4][4] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            const int n = panel * STEPS + step;
-            uint4 w = n < IN_SHARED ? shared_load_vector(f.slots + n * 512) : f.held[n < IN_SHARED ? 0 : n - IN_SHARED];
+            const int n = panel * STEPS + step, before = Tile::back_before(n);
+            const bool held = Tile::back_before(n + 1) == before;
+            uint4 w = held ? f.held[held ? n - before : 0] : shared_load_vector(f.slots + before * 512);
             const uint4 &part = v[step / 2];
             mma(sum[step % 4], w, step % 2 ? part.z : part.x, step % 2 ? part.w : part.y);
         }
@@ -1066,14 +1110,15 @@ __device__ __forceinline__ void slstm_send_sums(SlstmBackward<Tile> &f, int k, i
         for (int e = 0; e < 4; e++) total[e] = add_chains(sum, e);
         if constexpr (Tile::CTAS == 1) {
             f.dy_back[0] = total[0];
-            f.dy_back[1] = total[1];
+            f.dy_back[Tile::CELLS - 1] = total[Tile::CELLS - 1];
         } else {
-            slstm_send_panel(f, panel, at, bar, total);
+            slstm_send_panel(f, panel, slot, tile, total);
         }
     }
-    if (Tile::CTAS > 1 && f.p.warp % 2 == 0) {
+    const SlstmPanel last = slstm_panel<Tile>(f.p.warp, PANELS - 1);
+    if (Tile::CTAS > 1 && last.slice == Tile::CTAS) {
         __syncwarp();
-        if (f.p.lane == 0) barrier_arrive(f.bar + bar);
+        if (f.p.lane == 0) barrier_arrive(f.bars + Tile::sums_barrier(slot, tile, last.third));
     }
 }
 
@@ -1092,6 +1137,18 @@ __device__ __forceinline__ void slstm_backward_products(SlstmBackward<Tile> &f, 
             barrier_wait(f.bars + Tile::dr_barrier(k & 1, tile), k >> 1 & 1);
             slstm_send_sums(f, k, tile, zero);
         }
+}
+
+// A warp without units in a cluster in which all multiply, through all steps
+template <typename Tile>
+__device__ __forceinline__ void slstm_backward_help(SlstmBackward<Tile> &f, const SlstmJob<bf16> &job, unsigned zero) {
+    const int sends = slstm_sends(job);
+    cluster_barrier();
+#pragma unroll 1
+    for (int k = 0; k < job.shape.T; k++) {
+        __syncthreads();  // dr is complete
+        if (k < sends) slstm_send_sums(f, k, 0, zero);
+    }
 }
 
 // Sums of dr over the tokens and the tile's sequences: first the thread's own, then over q.
@@ -1113,8 +1170,8 @@ template <typename Tile>
 __device__ __forceinline__ void slstm_store_state_gradients(const SlstmBackward<Tile> &f, const SlstmJob<bf16> &job) {
     const SlstmPlace &p = f.p;
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-        const int b = p.b0 + 2 * p.q + e;
+    for (int e = 0; e < Tile::CELLS; e++) {
+        const int b = p.b0 + Tile::CELLS * p.q + e;
         if (b >= job.shape.B || p.unit >= job.shape.d) continue;
         const bool fresh = job.doc_start[(size_t)b * job.shape.T] == 0;
         slstm_leave_back(job.initial, job.dinitial, b, (size_t)p.head * job.shape.d + p.unit,
@@ -1148,7 +1205,7 @@ __device__ __forceinline__ void slstm_backward_units(SlstmBackward<Tile> &f, con
             fetch_resets<Tile>(f.docs + (k / 32 + 1) % 2 * 1024, job, f.p.b0, T - k - 32 - f.p.lane);
         }
         f.cut = resets_at(f.resets, k % 32);
-        SlstmBack back[2];
+        SlstmBack back[Tile::CELLS];
         float2 dy;
         slstm_prepare(f, job, k, back, dy);
         if (CTAS > 1 && k > 0) slstm_receive_sums(f, k);
@@ -1181,9 +1238,13 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     f.p = slstm_place<Tile>(job.shape);
     f.bars = shared_address(slstm_cluster_shared);
     f.bar = f.bars + Tile::sums_barrier(0, 0, f.p.warp / 2);
-    f.sums = f.bars + Tile::AT_SUMS + f.p.warp / 2 * Tile::SUMS_PANEL + f.p.lane * Tile::SUMS_LANE;
+    f.sent = f.bars + Tile::AT_SUMS + f.p.lane * Tile::SUMS_LANE;
+    f.sums = f.sent + f.p.warp / 2 * Tile::SUMS_PANEL;
     slstm_backward_start<Tile>(slstm_cluster_shared);
-    if (Tile::DIVIDED && f.p.tile < 0) {
+    if (Tile::SPLIT && f.p.warp >= Tile::WARPS) {
+        slstm_backward_load_weights(f, job);
+        slstm_backward_help(f, job, zero);
+    } else if (Tile::DIVIDED && f.p.tile < 0) {
         registers_grow<Tile::MANY>();
         slstm_backward_load_weights(f, job);
         cluster_barrier();
@@ -1202,7 +1263,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 // Launchers
 
 typedef struct {
-    int ctas, warps, rows;
+    int ctas, warps, sequences, rows;  // blocks; groups of 8 units; sequences of a tile, of a cluster
     struct {
         const void *kernel;
         int threads, bytes;  // of a block; its shared memory
@@ -1212,13 +1273,12 @@ typedef struct {
 
 template <typename Tile>
 static SlstmClusterKernels slstm_cluster_kernels(float forward_us, float backward_us) {
-    const void *backward = NULL;  // needs 8 sequences
-    if constexpr (Tile::SEQUENCES == 8) backward = (const void *)slstm_cluster_backward_kernel<Tile>;
     return {Tile::CTAS,
             Tile::WARPS,
+            Tile::SEQUENCES,
             Tile::ROWS,
-            {{(const void *)slstm_cluster_forward_kernel<Tile>, Tile::FORWARD_THREADS, Tile::FORWARD_BYTES, forward_us},
-             {backward, Tile::THREADS, Tile::BACKWARD_BYTES, backward_us}}};
+            {{(const void *)slstm_cluster_forward_kernel<Tile>, Tile::THREADS, Tile::FORWARD_BYTES, forward_us},
+             {(const void *)slstm_cluster_backward_kernel<Tile>, Tile::THREADS, Tile::BACKWARD_BYTES, backward_us}}};
 }
 
 enum { SLSTM_CLUSTERS = 12, SLSTM_ANY = -1, SLSTM_NO_CLUSTER = -2 };
@@ -1234,8 +1294,8 @@ static const SlstmClusterKernels *slstm_cluster_table(void) {
         slstm_cluster_kernels<SlstmCluster<8, 6, 1>>(1.12f, 1.24f),
         slstm_cluster_kernels<SlstmCluster<16, 4, 1>>(1.40f, 1.38f),
         slstm_cluster_kernels<SlstmCluster<8, 8, 1>>(1.80f, 1.82f),
-        slstm_cluster_kernels<SlstmCluster<16, 6, 1, 4>>(1.60f, 0),
-        slstm_cluster_kernels<SlstmCluster<6, 4, 1, 4>>(0.64f, 0),
+        slstm_cluster_kernels<SlstmCluster<16, 6, 1, 4>>(1.60f, 1.60f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 1, 4>>(0.64f, 0.66f),
         slstm_cluster_kernels<SlstmCluster<16, 6, 1>>(2.19f, 2.22f),
     };
     return table;
@@ -1298,7 +1358,7 @@ static SlstmClusterPlan slstm_cluster_plan(const SlstmShape *s, int backward) {
     for (int row = 0; row < SLSTM_CLUSTERS; row++) {
         SlstmClusterPlan plan = {table + row, backward, s->NH * ceil_div(s->B, table[row].rows)};
         int units = 8 * table[row].ctas * table[row].warps, bytes = table[row].pass[backward].bytes;
-        if (!table[row].pass[backward].kernel || units < s->d) continue;
+        if (units < s->d) continue;
         if (slstm_cluster_choice >= 0 && slstm_cluster_choice != row) continue;
         for (int alone = 1; alone >= 0; alone--) {
             plan.shared = alone && bytes < ALONE ? (int)ALONE : bytes;
