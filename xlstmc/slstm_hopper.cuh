@@ -157,16 +157,18 @@ struct SlstmCluster {
     // with the block's own; slice s holds those of the block with the rank smaller by s. They come in parts, each
     // with its own barrier: part 0 is the block's own, the others are told apart by when they are sent.
     static constexpr int CHUNKS = CTAS * WARPS, GROUPS = (CHUNKS + 3) / 4, STEPS = 2 * GROUPS;
-    static constexpr bool BY_SLICE = CTAS > 4, BY_WARP = !BY_SLICE && CTAS > 1 && WARPS > 4;
-    static constexpr int PARTS = CTAS == 1 ? 1 : BY_SLICE ? (CTAS + 6) / 4 : BY_WARP ? 3 : 2;
+    static constexpr bool BY_SLICE = CTAS > 4 && !SPLIT, BY_WARP = CTAS > 1 && CTAS <= 4 && WARPS > 4;
+    static constexpr int PARTS = CTAS == 1 ? 1 : BY_SLICE ? (CTAS + 6) / 4 : BY_WARP || SPLIT ? 3 : 2;
     static __host__ __device__ constexpr int part_begin(int part) {  // its first chunk
         return part == 0                ? 0
                : part >= PARTS          ? CHUNKS
                : part == 1              ? WARPS
+               : SPLIT                  ? CTAS / 2 * WARPS
                : BY_SLICE               ? (4 * part - 3) * WARPS
                                         : WARPS + (CTAS - 1) * HALF;
     }
     static __device__ int part(int slice, int warp) {
+        if (SPLIT) return slice == 0 ? 0 : 1 + slice / (CTAS / 2);
         return slice == 0 ? 0 : BY_SLICE ? (slice + 3) / 4 : BY_WARP ? 1 + warp / HALF : 1;
     }
     static __device__ int chunk(int slice, int warp) {
@@ -199,15 +201,33 @@ struct SlstmCluster {
     static constexpr int MOST = 20;                                  // steps of 16 units with R in registers, at most
     static constexpr int HELD = STEPS < MOST ? STEPS : MOST;         // the last ones
     static constexpr int IN_SHARED = STEPS - HELD;                   // the first ones, in shared memory
-    // Forward, split: a warp sums over every fourth group, for 8 HALF units. A fragment of R is one of TOGETHER that
-    // take the same right operand; of every step some are in registers, some in shared memory, so that neither the
-    // tensor cores nor shared memory wait for the other.
-    static constexpr int QUARTER_GROUPS = GROUPS / 4, QUARTER = 2 * QUARTER_GROUPS, TILES16 = 2 * HALF;
-    static constexpr int SPLIT_MOST = 44, SPLIT_ALL = QUARTER * TILES16;
-    static constexpr int SPLIT_HELD = SPLIT_ALL < SPLIT_MOST ? SPLIT_ALL : SPLIT_MOST;
-    static constexpr int SPLIT_SHARED = SPLIT_ALL - SPLIT_HELD;
-    // Fragments in shared memory of steps before the k-th
-    static __host__ __device__ constexpr int shared_before(int k) { return (SPLIT_SHARED * k + QUARTER - 1) / QUARTER; }
+    // Forward, split: the four warps of half of the units share the groups. Those that have units too, HALF of the
+    // four, are busy with these while the others can begin, and so take fewer: `early` groups of the first half, which
+    // comes first, then groups of the second half. i: a warp's i-th group; of the next warp it is the next group.
+    static constexpr int REST = SPLIT ? 4 - HALF : 1, MIDDLE = GROUPS / 2, OWN_EARLY = HALF == 3 ? 3 : 2;
+    static __host__ __device__ constexpr int early(bool units) {
+        return units ? OWN_EARLY : (MIDDLE - HALF * OWN_EARLY) / REST;
+    }
+    static __host__ __device__ constexpr int share(bool units) {
+        return units ? 2 * OWN_EARLY - 1 : (GROUPS - HALF * (2 * OWN_EARLY - 1)) / REST;
+    }
+    static __host__ __device__ constexpr int group(bool units, int i) {
+        const int late = i - early(units), step = units ? HALF : REST;
+        return late < 0 ? (units ? 0 : HALF * OWN_EARLY) + step * i
+                        : MIDDLE + (units ? 0 : HALF * (OWN_EARLY - 1)) + step * late;
+    }
+    // Of the fragments of R for a warp's groups, some of each group are in shared memory, so that neither tensor cores
+    // nor shared memory wait for the other: in_shared() of those before the i-th. The others are held in registers.
+    static constexpr int OF_GROUP = 4 * HALF;
+    static __host__ __device__ constexpr int split_held(bool units) {
+        const int all = share(units) * OF_GROUP, most = units ? 38 : 44;
+        return all < most ? all : most;
+    }
+    static __host__ __device__ constexpr int in_shared(bool units, int i) {
+        const int shared = share(units) * OF_GROUP - split_held(units);
+        return SPLIT ? (shared * i + share(units) - 1) / share(units) : 0;
+    }
+    static constexpr int SHARED_UNITS = in_shared(true, share(true)), SHARED_REST = in_shared(false, share(false));
     static constexpr int RING = CTAS > 8 ? 4 : 8;                    // tokens on their way
     static constexpr int Y_PITCH = (CHUNKS + 7) / 8 * 128, Y_TILE = 8 * Y_PITCH, Y_SLOT = TILES * Y_TILE;
     static constexpr int X_BYTES = 512, DOC_BYTES = 2048;  // of a token; doc_start of 8 sequences, two times 32 tokens
@@ -215,7 +235,9 @@ struct SlstmCluster {
     static constexpr int AT_Y = 256, AT_X = AT_Y + 2 * Y_SLOT, AT_DOC = AT_X + TILES * WARPS * RING * X_BYTES;
     static constexpr int AT_PRODUCTS = AT_DOC + TILES * WARPS * DOC_BYTES;
     static constexpr int AT_R = AT_PRODUCTS + TILES * WARPS * PRODUCT_BYTES;
-    static constexpr int FORWARD_BYTES = AT_R + (SPLIT ? 8 * SPLIT_SHARED : WARPS * IN_SHARED * 2) * 512;
+    static constexpr int AT_R_REST = AT_R + WARPS * SHARED_UNITS * 512;
+    static constexpr int FORWARD_BYTES =
+        SPLIT ? AT_R_REST + 2 * REST * SHARED_REST * 512 : AT_R + WARPS * IN_SHARED * 1024;
 
     // Backward. A warp takes PANELS panels of 16 units of one block, and sums over the own block's 4 U gates. In a
     // cluster of one block it takes its own 8 units, and half of each panel is zero. A message holds the sums of a
@@ -223,7 +245,7 @@ struct SlstmCluster {
     static constexpr int PANELS = CTAS == 1 ? 1 : CTAS * HALF / MULTIPLY, BACK_STEPS = 2 * WARPS;
     static constexpr int FRAGMENTS = PANELS * BACK_STEPS;
     static constexpr bool ROUNDED = CTAS > 8;
-    static constexpr int BACK_MOST = SPLIT ? 40 - 2 * CELLS : FRAGMENTS <= 48 ? 32 : 28;
+    static constexpr int BACK_MOST = SPLIT ? 36 : FRAGMENTS <= 48 ? 32 : 28;
     static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : BACK_MOST;
     static constexpr int BACK_SHARED = FRAGMENTS - BACK_HELD;
     // Fragments in shared memory before the n-th
@@ -397,8 +419,9 @@ struct SlstmForward {  // what a thread keeps through all steps. e: one of its t
     SlstmPlace p;
     unsigned bars;                // barriers
     unsigned slots, products;     // the warp's R; sums that other warps have made for this one, of tile 0
-    unsigned y_even, y_odd;       // right operands of even and odd groups, of tile 0
-    uint4 held[Tile::SPLIT ? Tile::SPLIT_HELD : 2 * Tile::HELD];  // R
+    unsigned y_even, y_odd;       // right operands of even and odd groups, of tile 0; split: of group 0 of the row
+    unsigned chunk, flip;         // split: of the warp's first group
+    uint4 held[Tile::SPLIT ? 44 : 2 * Tile::HELD];  // R
     // of a warp that has units
     unsigned ring, docs, row, own;                // the warp's pre-activations, doc_start, chunks to write and to send
     unsigned peer_chunk[SENDS], peer_bar[SENDS];  // where the chunk goes
@@ -430,29 +453,36 @@ __device__ __forceinline__ void slstm_forward_load_weights(SlstmForward<Tile> &f
             shared_store_vector(f.slots + k * 1024 + m * 512, slstm_forward_weights<Tile>(job, p, p.warp, k, m));
 }
 
-// The same for a warp that sums over every fourth group: `half` of the block's units, `quarter` of the groups.
-template <typename Tile>
-__device__ __forceinline__ void slstm_split_load_weights(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int half,
-                                                         int quarter) {
-    constexpr int HALF = Tile::HALF, M = 2 * HALF;
+// The same for one of the four warps that share the sums of `half` of the block's units: the `number`-th of those that
+// have units, or of the others.
+template <typename Tile, bool UNITS>
+__device__ __forceinline__ void slstm_share_load_weights(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int half,
+                                                         int number) {
+    constexpr int HALF = Tile::HALF, OF_GROUP = Tile::OF_GROUP;
     const SlstmPlace &p = f.p;
-    f.y_even = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + (((4 * quarter + p.q) ^ chunk_flip(p.g)) << 4);
-    f.slots = f.bars + Tile::AT_R + (4 * half + quarter) * Tile::SPLIT_SHARED * 512 + p.lane * 16;
-    f.products = f.bars + Tile::AT_PRODUCTS + (quarter * Tile::WARPS + half * HALF) * Tile::CELLS * 512 + p.lane * 16;
-    auto weights = [&](int k, int i) {
-        return slstm_forward_weights<Tile>(job, p, half * HALF + i / 2, 2 * (k / 2 * 4 + quarter) + k % 2, i % 2);
+    const int turn = UNITS ? number : HALF + number;
+    f.y_even = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH;
+    f.chunk = 4 * number + p.q;
+    f.flip = chunk_flip(p.g);
+    f.slots = f.bars + p.lane * 16 +
+              (UNITS ? Tile::AT_R + (half * HALF + number) * Tile::SHARED_UNITS * 512
+                     : Tile::AT_R_REST + (half * Tile::REST + number) * Tile::SHARED_REST * 512);
+    f.products = f.bars + Tile::AT_PRODUCTS + (turn * Tile::WARPS + half * HALF) * Tile::CELLS * 512 + p.lane * 16;
+    auto weights = [&](int i, int n) {  // n-th fragment of the i-th group: half of it, unit, gates
+        return slstm_forward_weights<Tile>(job, p, half * HALF + n % (2 * HALF) / 2,
+                                           2 * (Tile::group(UNITS, i) + number) + n / (2 * HALF), n % 2);
     };
 #pragma unroll
-    for (int k = 0; k < Tile::QUARTER; k++) {
-        const int first = Tile::shared_before(k), shared = Tile::shared_before(k + 1) - first;
+    for (int i = 0; i < Tile::share(UNITS); i++) {
+        const int first = Tile::in_shared(UNITS, i), shared = Tile::in_shared(UNITS, i + 1) - first;
 #pragma unroll
-        for (int i = shared; i < M; i++) f.held[k * M - first + i - shared] = weights(k, i);
+        for (int n = shared; n < OF_GROUP; n++) f.held[i * OF_GROUP - first + n - shared] = weights(i, n);
     }
 #pragma unroll 1
-    for (int k = 0; k < Tile::QUARTER; k++) {
-        const int first = Tile::shared_before(k), shared = Tile::shared_before(k + 1) - first;
+    for (int i = 0; i < Tile::share(UNITS); i++) {
+        const int first = Tile::in_shared(UNITS, i), shared = Tile::in_shared(UNITS, i + 1) - first;
 #pragma unroll 1
-        for (int i = 0; i < shared; i++) shared_store_vector(f.slots + (first + i) * 512, weights(k, i));
+        for (int n = 0; n < shared; n++) shared_store_vector(f.slots + (first + n) * 512, weights(i, n));
     }
 }
 
@@ -563,32 +593,41 @@ __device__ __forceinline__ float add_chains(const float (&sum)[CHAINS][4], int a
     return (sum[0][at] + sum[1][at]) + (sum[2][at] + sum[3][at]);
 }
 
-// A quarter of R y at token t, to those who add up the quarters: gates [quarter][group of units][e][lane]
-template <typename Tile>
-__device__ __forceinline__ void slstm_multiply_quarter(const SlstmForward<Tile> &f, int t) {
-    constexpr int M = 2 * Tile::HALF, EARLY = 2;  // steps whose R is loaded before the wait
+// A warp's share of R y at token t, to those who add up the four: gates [share][group of units][e][lane]. What can be
+// loaded of the next group is asked for before a group is multiplied.
+template <bool UNITS, typename Tile>
+__device__ __forceinline__ void slstm_multiply_share(const SlstmForward<Tile> &f, int t) {
+    constexpr int M = 2 * Tile::HALF, OF_GROUP = Tile::OF_GROUP, EARLY = Tile::early(UNITS), ALL = Tile::share(UNITS);
     const unsigned y = f.y_even + (t & 1) * Tile::Y_SLOT;
     float sum[M][4] = {};
-    uint4 early[Tile::shared_before(EARLY) > 0 ? Tile::shared_before(EARLY) : 1];
+    uint4 w[2][OF_GROUP], v[2];  // of even and odd groups
+    auto load_shared = [&](int i) {
+        const int first = Tile::in_shared(UNITS, i), shared = Tile::in_shared(UNITS, i + 1) - first;
 #pragma unroll
-    for (int n = 0; n < Tile::shared_before(EARLY); n++) early[n] = shared_load_vector(f.slots + n * 512);
+        for (int n = 0; n < shared; n++) w[i % 2][n] = shared_load_vector(f.slots + (first + n) * 512);
+    };
+    auto load_y = [&](int i) {
+        v[i % 2] = shared_load_vector(y + ((f.chunk + 4 * Tile::group(UNITS, i) ^ f.flip) << 4));
+    };
+    auto wait = [&](int part) { barrier_wait(f.bars + Tile::y_barrier(t & 1, 0, part), t >> 1 & 1); };
+    load_shared(0);
+    wait(0);
+    wait(1);
+    load_y(0);
 #pragma unroll
-    for (int group = 0; group < Tile::QUARTER_GROUPS; group++) {
+    for (int i = 0; i < ALL; i++) {
+        if (i == EARLY) {
+            wait(2);
+            load_y(i);
+        }
+        if (i + 1 < ALL) load_shared(i + 1);
+        if (i + 1 < ALL && i + 1 != EARLY) load_y(i + 1);
+        const int first = Tile::in_shared(UNITS, i), shared = Tile::in_shared(UNITS, i + 1) - first;
 #pragma unroll
-        for (int part = 0; part < Tile::PARTS; part++)  // that begins in these groups of all quarters
-            if (Tile::part_begin(part) / 16 == group)
-                barrier_wait(f.bars + Tile::y_barrier(t & 1, 0, part), t >> 1 & 1);
-        const uint4 v = shared_load_vector(y + group * 256);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int k = 2 * group + h, first = Tile::shared_before(k), shared = Tile::shared_before(k + 1) - first;
-#pragma unroll
-            for (int i = 0; i < M; i++) {
-                uint4 w = i >= shared ? f.held[i >= shared ? k * M - first + i - shared : 0]
-                          : k < EARLY ? early[k < EARLY ? first + i : 0]
-                                      : shared_load_vector(f.slots + (first + i) * 512);
-                mma(sum[i], w, h ? v.z : v.x, h ? v.w : v.y);
-            }
+        for (int n = 0; n < OF_GROUP; n++) {
+            const bool held = n >= shared;
+            const uint4 a = held ? f.held[held ? i * OF_GROUP - first + n - shared : 0] : w[i % 2][n];
+            mma(sum[n % M], a, n < M ? v[i % 2].x : v[i % 2].z, n < M ? v[i % 2].y : v[i % 2].w);
         }
     }
 #pragma unroll
@@ -617,17 +656,17 @@ __device__ __forceinline__ void slstm_preactivations(const SlstmForward<Tile> &f
     }
     if constexpr (Tile::SPLIT) {
         constexpr int CELLS = Tile::CELLS;
-        slstm_multiply_quarter(f, t);
+        slstm_multiply_share<true>(f, t);
         slstm_half_barrier(f.p.warp >= Tile::HALF);
         const unsigned from = f.bars + Tile::AT_PRODUCTS + f.p.warp * CELLS * 512 + f.p.lane * 16;
-        float4 quarter[CELLS][4];
+        float4 share[CELLS][4];
 #pragma unroll
         for (int n = 0; n < 4 * CELLS; n++)
-            quarter[n % CELLS][n / CELLS] =
+            share[n % CELLS][n / CELLS] =
                 shared_load_floats(from + (n / CELLS * Tile::WARPS * CELLS + n % CELLS) * 512);
 #pragma unroll
         for (int e = 0; e < CELLS; e++) {
-            const float4(&s)[4] = quarter[e];
+            const float4(&s)[4] = share[e];
             r[e][0] = known[0][e] + ((s[0].x + s[1].x) + (s[2].x + s[3].x));
             r[e][1] = known[1][e] + ((s[0].y + s[1].y) + (s[2].y + s[3].y));
             r[e][2] = known[2][e] + ((s[0].z + s[1].z) + (s[2].z + s[3].z));
@@ -682,11 +721,11 @@ __device__ __forceinline__ void slstm_forward_products(const SlstmForward<Tile> 
 }
 
 template <typename Tile>  // A warp that multiplies for others alone, through all steps
-__device__ __forceinline__ void slstm_forward_quarters(const SlstmForward<Tile> &f, int T, int half) {
+__device__ __forceinline__ void slstm_forward_shares(const SlstmForward<Tile> &f, int T, int half) {
     cluster_barrier();
 #pragma unroll 1
     for (int t = 0; t < T; t++) {
-        slstm_multiply_quarter(f, t);
+        slstm_multiply_share<false>(f, t);
         slstm_half_barrier(half);
     }
 }
@@ -801,21 +840,21 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) unsigned char slstm_cluster_shared[];
     SlstmForward<Tile> f;
-    const int half = threadIdx.x / 128, quarter = threadIdx.x / 32 % 4;
-    const int turn = half ? 3 - quarter : quarter;  // of warps that have units, two or one a scheduler
+    const int half = threadIdx.x / 128, turn = half ? 3 - threadIdx.x / 32 % 4 : threadIdx.x / 32;
     f.p = slstm_place<Tile>(job.shape, Tile::SPLIT ? half * Tile::HALF + min(turn, Tile::HALF - 1) : threadIdx.x / 32);
     f.bars = shared_address(slstm_cluster_shared);
     f.products = f.bars + Tile::AT_PRODUCTS + (max(f.p.tile, 0) * Tile::WARPS + f.p.warp) * Tile::PRODUCT_BYTES +
                  f.p.lane * 16;
     slstm_forward_start<Tile>(job, f.p, slstm_cluster_shared);
     if constexpr (Tile::SPLIT) {
-        slstm_split_load_weights(f, job, half, quarter);
         if (turn < Tile::HALF) {
+            slstm_share_load_weights<Tile, true>(f, job, half, turn);
             slstm_forward_load_units(f, job);
             slstm_forward_addresses(f, job);
             slstm_forward_units(f, job);
         } else {
-            slstm_forward_quarters(f, job.shape.T, half);
+            slstm_share_load_weights<Tile, false>(f, job, half, turn - Tile::HALF);
+            slstm_forward_shares(f, job.shape.T, half);
         }
         return;
     }
