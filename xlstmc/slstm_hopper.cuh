@@ -201,33 +201,14 @@ struct SlstmCluster {
     static constexpr int MOST = 20;                                  // steps of 16 units with R in registers, at most
     static constexpr int HELD = STEPS < MOST ? STEPS : MOST;         // the last ones
     static constexpr int IN_SHARED = STEPS - HELD;                   // the first ones, in shared memory
-    // Forward, split: the four warps of half of the units share the groups. Those that have units too, HALF of the
-    // four, are busy with these while the others can begin, and so take fewer: `early` groups of the first half, which
-    // comes first, then groups of the second half. i: a warp's i-th group; of the next warp it is the next group.
-    static constexpr int REST = SPLIT ? 4 - HALF : 1, MIDDLE = GROUPS / 2, OWN_EARLY = HALF == 3 ? 3 : 2;
-    static __host__ __device__ constexpr int early(bool units) {
-        return units ? OWN_EARLY : (MIDDLE - HALF * OWN_EARLY) / REST;
+    // Forward, split: of the four warps that make the sums of half of the units, each takes every fourth group. Some of
+    // the fragments of R of each group are in registers and the others in shared memory, in_shared() of those before the
+    // i-th group, so that neither tensor cores nor shared memory wait for the other.
+    static constexpr int SHARE = GROUPS / 4, OF_GROUP = 4 * HALF, SPLIT_MOST = 38;
+    static constexpr int SPLIT_HELD = SHARE * OF_GROUP < SPLIT_MOST ? SHARE * OF_GROUP : SPLIT_MOST;
+    static __host__ __device__ constexpr int in_shared(int i) {
+        return SPLIT ? ((SHARE * OF_GROUP - SPLIT_HELD) * i + SHARE - 1) / SHARE : 0;
     }
-    static __host__ __device__ constexpr int share(bool units) {
-        return units ? 2 * OWN_EARLY - 1 : (GROUPS - HALF * (2 * OWN_EARLY - 1)) / REST;
-    }
-    static __host__ __device__ constexpr int group(bool units, int i) {
-        const int late = i - early(units), step = units ? HALF : REST;
-        return late < 0 ? (units ? 0 : HALF * OWN_EARLY) + step * i
-                        : MIDDLE + (units ? 0 : HALF * (OWN_EARLY - 1)) + step * late;
-    }
-    // Of the fragments of R for a warp's groups, some of each group are in shared memory, so that neither tensor cores
-    // nor shared memory wait for the other: in_shared() of those before the i-th. The others are held in registers.
-    static constexpr int OF_GROUP = 4 * HALF;
-    static __host__ __device__ constexpr int split_held(bool units) {
-        const int all = share(units) * OF_GROUP, most = units ? 38 : 44;
-        return all < most ? all : most;
-    }
-    static __host__ __device__ constexpr int in_shared(bool units, int i) {
-        const int shared = share(units) * OF_GROUP - split_held(units);
-        return SPLIT ? (shared * i + share(units) - 1) / share(units) : 0;
-    }
-    static constexpr int SHARED_UNITS = in_shared(true, share(true)), SHARED_REST = in_shared(false, share(false));
     static constexpr int RING = CTAS > 8 ? 4 : 8;                    // tokens on their way
     static constexpr int Y_PITCH = (CHUNKS + 7) / 8 * 128, Y_TILE = 8 * Y_PITCH, Y_SLOT = TILES * Y_TILE;
     static constexpr int X_BYTES = 512, DOC_BYTES = 2048;  // of a token; doc_start of 8 sequences, two times 32 tokens
@@ -235,9 +216,8 @@ struct SlstmCluster {
     static constexpr int AT_Y = 256, AT_X = AT_Y + 2 * Y_SLOT, AT_DOC = AT_X + TILES * WARPS * RING * X_BYTES;
     static constexpr int AT_PRODUCTS = AT_DOC + TILES * WARPS * DOC_BYTES;
     static constexpr int AT_R = AT_PRODUCTS + TILES * WARPS * PRODUCT_BYTES;
-    static constexpr int AT_R_REST = AT_R + WARPS * SHARED_UNITS * 512;
-    static constexpr int FORWARD_BYTES =
-        SPLIT ? AT_R_REST + 2 * REST * SHARED_REST * 512 : AT_R + WARPS * IN_SHARED * 1024;
+    static constexpr int SPLIT_SHARED = SPLIT ? SHARE * OF_GROUP - SPLIT_HELD : 0;
+    static constexpr int FORWARD_BYTES = AT_R + (SPLIT ? MULTIPLY * SPLIT_SHARED : WARPS * IN_SHARED * 2) * 512;
 
     // Backward. A warp takes PANELS panels of 16 units of one block, and sums over the own block's 4 U gates. In a
     // cluster of one block it takes its own 8 units, and half of each panel is zero. A message holds the sums of a
@@ -269,7 +249,7 @@ struct SlstmCluster {
     static constexpr int BACK_RING = FRAGMENTS > 48 ? 4 : 8;  // R leaves less room
     static constexpr int AT_BACK_DOC = AT_TRACE + TILES * WARPS * BACK_RING * TRACE_BYTES;
     static constexpr int AT_BACK_R = AT_BACK_DOC + TILES * WARPS * DOC_BYTES;
-    static constexpr int BACKWARD_BYTES = AT_BACK_R + WARPS * BACK_SHARED * 512;
+    static constexpr int BACKWARD_BYTES = AT_BACK_R + MULTIPLY * BACK_SHARED * 512;
     static_assert(8 * (Y_BARRIERS + TILES * WARPS) <= AT_Y && 16 * TILES * (HALF + 1) <= AT_D, "");
 };
 
@@ -419,9 +399,8 @@ struct SlstmForward {  // what a thread keeps through all steps. e: one of its t
     SlstmPlace p;
     unsigned bars;                // barriers
     unsigned slots, products;     // the warp's R; sums that other warps have made for this one, of tile 0
-    unsigned y_even, y_odd;       // right operands of even and odd groups, of tile 0; split: of group 0 of the row
-    unsigned chunk, flip;         // split: of the warp's first group
-    uint4 held[Tile::SPLIT ? 44 : 2 * Tile::HELD];  // R
+    unsigned y_even, y_odd;       // right operands of even and odd groups, of tile 0; split: the first, of its groups
+    uint4 held[Tile::SPLIT ? Tile::SPLIT_HELD : 2 * Tile::HELD];  // R
     // of a warp that has units
     unsigned ring, docs, row, own;                // the warp's pre-activations, doc_start, chunks to write and to send
     unsigned peer_chunk[SENDS], peer_bar[SENDS];  // where the chunk goes
@@ -453,34 +432,28 @@ __device__ __forceinline__ void slstm_forward_load_weights(SlstmForward<Tile> &f
             shared_store_vector(f.slots + k * 1024 + m * 512, slstm_forward_weights<Tile>(job, p, p.warp, k, m));
 }
 
-// The same for one of the four warps that share the sums of `half` of the block's units: the `number`-th of those that
-// have units, or of the others.
-template <typename Tile, bool UNITS>
+// The same for the `turn`-th of four warps that share the sums of `half` of the block's units
+template <typename Tile>
 __device__ __forceinline__ void slstm_share_load_weights(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int half,
-                                                         int number) {
+                                                         int turn) {
     constexpr int HALF = Tile::HALF, OF_GROUP = Tile::OF_GROUP;
     const SlstmPlace &p = f.p;
-    const int turn = UNITS ? number : HALF + number;
-    f.y_even = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH;
-    f.chunk = 4 * number + p.q;
-    f.flip = chunk_flip(p.g);
-    f.slots = f.bars + p.lane * 16 +
-              (UNITS ? Tile::AT_R + (half * HALF + number) * Tile::SHARED_UNITS * 512
-                     : Tile::AT_R_REST + (half * Tile::REST + number) * Tile::SHARED_REST * 512);
+    f.y_even = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + (((4 * turn + p.q) ^ chunk_flip(p.g)) << 4);
+    f.slots = f.bars + Tile::AT_R + (4 * half + turn) * Tile::SPLIT_SHARED * 512 + p.lane * 16;
     f.products = f.bars + Tile::AT_PRODUCTS + (turn * Tile::WARPS + half * HALF) * Tile::CELLS * 512 + p.lane * 16;
     auto weights = [&](int i, int n) {  // n-th fragment of the i-th group: half of it, unit, gates
         return slstm_forward_weights<Tile>(job, p, half * HALF + n % (2 * HALF) / 2,
-                                           2 * (Tile::group(UNITS, i) + number) + n / (2 * HALF), n % 2);
+                                           2 * (4 * i + turn) + n / (2 * HALF), n % 2);
     };
 #pragma unroll
-    for (int i = 0; i < Tile::share(UNITS); i++) {
-        const int first = Tile::in_shared(UNITS, i), shared = Tile::in_shared(UNITS, i + 1) - first;
+    for (int i = 0; i < Tile::SHARE; i++) {
+        const int first = Tile::in_shared(i), shared = Tile::in_shared(i + 1) - first;
 #pragma unroll
         for (int n = shared; n < OF_GROUP; n++) f.held[i * OF_GROUP - first + n - shared] = weights(i, n);
     }
 #pragma unroll 1
-    for (int i = 0; i < Tile::share(UNITS); i++) {
-        const int first = Tile::in_shared(UNITS, i), shared = Tile::in_shared(UNITS, i + 1) - first;
+    for (int i = 0; i < Tile::SHARE; i++) {
+        const int first = Tile::in_shared(i), shared = Tile::in_shared(i + 1) - first;
 #pragma unroll 1
         for (int n = 0; n < shared; n++) shared_store_vector(f.slots + (first + n) * 512, weights(i, n));
     }
@@ -595,20 +568,18 @@ __device__ __forceinline__ float add_chains(const float (&sum)[CHAINS][4], int a
 
 // A warp's share of R y at token t, to those who add up the four: gates [share][group of units][e][lane]. What can be
 // loaded of the next group is asked for before a group is multiplied.
-template <bool UNITS, typename Tile>
+template <typename Tile>
 __device__ __forceinline__ void slstm_multiply_share(const SlstmForward<Tile> &f, int t) {
-    constexpr int M = 2 * Tile::HALF, OF_GROUP = Tile::OF_GROUP, EARLY = Tile::early(UNITS), ALL = Tile::share(UNITS);
+    constexpr int M = 2 * Tile::HALF, OF_GROUP = Tile::OF_GROUP, ALL = Tile::SHARE, MIDDLE = ALL / 2;
     const unsigned y = f.y_even + (t & 1) * Tile::Y_SLOT;
     float sum[M][4] = {};
     uint4 w[2][OF_GROUP], v[2];  // of even and odd groups
     auto load_shared = [&](int i) {
-        const int first = Tile::in_shared(UNITS, i), shared = Tile::in_shared(UNITS, i + 1) - first;
+        const int first = Tile::in_shared(i), shared = Tile::in_shared(i + 1) - first;
 #pragma unroll
         for (int n = 0; n < shared; n++) w[i % 2][n] = shared_load_vector(f.slots + (first + n) * 512);
     };
-    auto load_y = [&](int i) {
-        v[i % 2] = shared_load_vector(y + ((f.chunk + 4 * Tile::group(UNITS, i) ^ f.flip) << 4));
-    };
+    auto load_y = [&](int i) { v[i % 2] = shared_load_vector(y + i * 256); };
     auto wait = [&](int part) { barrier_wait(f.bars + Tile::y_barrier(t & 1, 0, part), t >> 1 & 1); };
     load_shared(0);
     wait(0);
@@ -616,13 +587,13 @@ __device__ __forceinline__ void slstm_multiply_share(const SlstmForward<Tile> &f
     load_y(0);
 #pragma unroll
     for (int i = 0; i < ALL; i++) {
-        if (i == EARLY) {
+        if (i == MIDDLE) {
             wait(2);
             load_y(i);
         }
         if (i + 1 < ALL) load_shared(i + 1);
-        if (i + 1 < ALL && i + 1 != EARLY) load_y(i + 1);
-        const int first = Tile::in_shared(UNITS, i), shared = Tile::in_shared(UNITS, i + 1) - first;
+        if (i + 1 < ALL && i + 1 != MIDDLE) load_y(i + 1);
+        const int first = Tile::in_shared(i), shared = Tile::in_shared(i + 1) - first;
 #pragma unroll
         for (int n = 0; n < OF_GROUP; n++) {
             const bool held = n >= shared;
@@ -656,7 +627,7 @@ __device__ __forceinline__ void slstm_preactivations(const SlstmForward<Tile> &f
     }
     if constexpr (Tile::SPLIT) {
         constexpr int CELLS = Tile::CELLS;
-        slstm_multiply_share<true>(f, t);
+        slstm_multiply_share(f, t);
         slstm_half_barrier(f.p.warp >= Tile::HALF);
         const unsigned from = f.bars + Tile::AT_PRODUCTS + f.p.warp * CELLS * 512 + f.p.lane * 16;
         float4 share[CELLS][4];
@@ -725,7 +696,7 @@ __device__ __forceinline__ void slstm_forward_shares(const SlstmForward<Tile> &f
     cluster_barrier();
 #pragma unroll 1
     for (int t = 0; t < T; t++) {
-        slstm_multiply_share<false>(f, t);
+        slstm_multiply_share(f, t);
         slstm_half_barrier(half);
     }
 }
@@ -847,13 +818,12 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
                  f.p.lane * 16;
     slstm_forward_start<Tile>(job, f.p, slstm_cluster_shared);
     if constexpr (Tile::SPLIT) {
+        slstm_share_load_weights(f, job, half, turn);
         if (turn < Tile::HALF) {
-            slstm_share_load_weights<Tile, true>(f, job, half, turn);
             slstm_forward_load_units(f, job);
             slstm_forward_addresses(f, job);
             slstm_forward_units(f, job);
         } else {
-            slstm_share_load_weights<Tile, false>(f, job, half, turn - Tile::HALF);
             slstm_forward_shares(f, job.shape.T, half);
         }
         return;
