@@ -15,6 +15,10 @@
 // tile after the other, and every tile has warps of its own for gates and states. While what one tile has handed over
 // is on its way, the others are worked for. The tiles know nothing of each other.
 //
+// In a cluster of 16, R is larger than a block's registers. So that all of these are used, and all four schedulers of
+// the tensor cores alike, eight warps multiply, though only six or four have units. Forward, four of them share the
+// sums of half of the units, each over every fourth group of outputs, and those that have the units add them up.
+//
 // Each tile has its buffers and barriers of the exchange twice, for even and odd steps. That is enough: what a block
 // sends in step s + 2 depends on everything that its peers sent in step s + 1, and every warp of a peer sent that only
 // after it had read all it was sent in step s.
@@ -201,9 +205,9 @@ struct SlstmCluster {
     static constexpr int MOST = 20;                                  // steps of 16 units with R in registers, at most
     static constexpr int HELD = STEPS < MOST ? STEPS : MOST;         // the last ones
     static constexpr int IN_SHARED = STEPS - HELD;                   // the first ones, in shared memory
-    // Forward, split: of the four warps that make the sums of half of the units, each takes every fourth group. Some of
-    // the fragments of R of each group are in registers and the others in shared memory, in_shared() of those before the
-    // i-th group, so that neither tensor cores nor shared memory wait for the other.
+    // Forward, split: of the four warps that make the sums of half of the units, each takes every fourth group. Of each
+    // group some fragments of R are in registers and the others in shared memory, in_shared() of those before the i-th
+    // group, so that neither tensor cores nor shared memory wait for the other.
     static constexpr int SHARE = GROUPS / 4, OF_GROUP = 4 * HALF, SPLIT_MOST = 38;
     static constexpr int SPLIT_HELD = SHARE * OF_GROUP < SPLIT_MOST ? SHARE * OF_GROUP : SPLIT_MOST;
     static __host__ __device__ constexpr int in_shared(int i) {
