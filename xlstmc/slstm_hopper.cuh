@@ -172,7 +172,7 @@ struct SlstmCluster {
                                         : WARPS + (CTAS - 1) * HALF;
     }
     static __device__ int part(int slice, int warp) {
-        if (SPLIT) return slice == 0 ? 0 : 1 + slice / (CTAS / 2);
+        if constexpr (SPLIT) return slice == 0 ? 0 : 1 + slice / (CTAS / 2);
         return slice == 0 ? 0 : BY_SLICE ? (slice + 3) / 4 : BY_WARP ? 1 + warp / HALF : 1;
     }
     static __device__ int chunk(int slice, int warp) {
