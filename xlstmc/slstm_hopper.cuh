@@ -161,18 +161,16 @@ struct SlstmCluster {
     // with the block's own; slice s holds those of the block with the rank smaller by s. They come in parts, each
     // with its own barrier: part 0 is the block's own, the others are told apart by when they are sent.
     static constexpr int CHUNKS = CTAS * WARPS, GROUPS = (CHUNKS + 3) / 4, STEPS = 2 * GROUPS;
-    static constexpr bool BY_SLICE = CTAS > 4 && !SPLIT, BY_WARP = CTAS > 1 && CTAS <= 4 && WARPS > 4;
-    static constexpr int PARTS = CTAS == 1 ? 1 : BY_SLICE ? (CTAS + 6) / 4 : BY_WARP || SPLIT ? 3 : 2;
+    static constexpr bool BY_SLICE = CTAS > 4, BY_WARP = CTAS > 1 && !BY_SLICE && WARPS > 4;
+    static constexpr int PARTS = CTAS == 1 ? 1 : BY_SLICE ? (CTAS + 6) / 4 : BY_WARP ? 3 : 2;
     static __host__ __device__ constexpr int part_begin(int part) {  // its first chunk
         return part == 0                ? 0
                : part >= PARTS          ? CHUNKS
                : part == 1              ? WARPS
-               : SPLIT                  ? CTAS / 2 * WARPS
                : BY_SLICE               ? (4 * part - 3) * WARPS
                                         : WARPS + (CTAS - 1) * HALF;
     }
     static __device__ int part(int slice, int warp) {
-        if constexpr (SPLIT) return slice == 0 ? 0 : 1 + slice / (CTAS / 2);
         return slice == 0 ? 0 : BY_SLICE ? (slice + 3) / 4 : BY_WARP ? 1 + warp / HALF : 1;
     }
     static __device__ int chunk(int slice, int warp) {
@@ -205,13 +203,15 @@ struct SlstmCluster {
     static constexpr int MOST = 20;                                  // steps of 16 units with R in registers, at most
     static constexpr int HELD = STEPS < MOST ? STEPS : MOST;         // the last ones
     static constexpr int IN_SHARED = STEPS - HELD;                   // the first ones, in shared memory
-    // Forward, split: of the four warps that make the sums of half of the units, each takes every fourth group. Of each
-    // group some fragments of R are in registers and the others in shared memory, in_shared() of those before the i-th
-    // group, so that neither tensor cores nor shared memory wait for the other.
-    static constexpr int SHARE = GROUPS / 4, OF_GROUP = 4 * HALF, SPLIT_MOST = 38;
-    static constexpr int SPLIT_HELD = SHARE * OF_GROUP < SPLIT_MOST ? SHARE * OF_GROUP : SPLIT_MOST;
-    static __host__ __device__ constexpr int in_shared(int i) {
-        return SPLIT ? ((SHARE * OF_GROUP - SPLIT_HELD) * i + SHARE - 1) / SHARE : 0;
+    // Forward, split: of the four warps that make the sums of half of the units, each takes every fourth group. Of the
+    // fragments of R that take the same right operand some are in registers and the others in shared memory, so that
+    // neither tensor cores nor shared memory wait for the other.
+    static constexpr int QUARTER = GROUPS / 4, QUARTER_STEPS = 2 * QUARTER, SAME_OPERAND = 2 * HALF;
+    static constexpr int SPLIT_MOST = 40, SPLIT_ALL = QUARTER_STEPS * SAME_OPERAND;
+    static constexpr int SPLIT_HELD = SPLIT_ALL < SPLIT_MOST ? SPLIT_ALL : SPLIT_MOST;
+    static constexpr int SPLIT_SHARED = SPLIT ? SPLIT_ALL - SPLIT_HELD : 0;
+    static __host__ __device__ constexpr int shared_before(int k) {  // in shared memory, of steps before the k-th
+        return SPLIT ? (SPLIT_SHARED * k + QUARTER_STEPS - 1) / QUARTER_STEPS : 0;
     }
     static constexpr int RING = CTAS > 8 ? 4 : 8;                    // tokens on their way
     static constexpr int Y_PITCH = (CHUNKS + 7) / 8 * 128, Y_TILE = 8 * Y_PITCH, Y_SLOT = TILES * Y_TILE;
@@ -220,7 +220,6 @@ struct SlstmCluster {
     static constexpr int AT_Y = 256, AT_X = AT_Y + 2 * Y_SLOT, AT_DOC = AT_X + TILES * WARPS * RING * X_BYTES;
     static constexpr int AT_PRODUCTS = AT_DOC + TILES * WARPS * DOC_BYTES;
     static constexpr int AT_R = AT_PRODUCTS + TILES * WARPS * PRODUCT_BYTES;
-    static constexpr int SPLIT_SHARED = SPLIT ? SHARE * OF_GROUP - SPLIT_HELD : 0;
     static constexpr int FORWARD_BYTES = AT_R + (SPLIT ? MULTIPLY * SPLIT_SHARED : WARPS * IN_SHARED * 2) * 512;
 
     // Backward. A warp takes PANELS panels of 16 units of one block, and sums over the own block's 4 U gates. In a
@@ -242,7 +241,7 @@ struct SlstmCluster {
     static constexpr int SUMS_TILE = HALF * SUMS_PANEL;
     static constexpr int SUMS_SLICE = TILES * SUMS_TILE, SUMS_SLOT = CTAS == 1 ? 0 : CTAS * SUMS_SLICE;
     // Bit of g by which the halves change places; 3: they do not, where a word holds both
-    static constexpr int SUMS_SWAP = !ROUNDED ? 1 : CELLS == 2 ? 2 : 3;
+    static constexpr int SUMS_SWAP = CELLS == 1 ? 3 : ROUNDED ? 2 : 1;
     static constexpr int SUMS_EXPECTED = (CTAS - 1) * SUMS_PANEL;     // bytes that a barrier counts
     static __device__ unsigned sums_barrier(int slot, int tile, int panel) {
         return 8 * ((slot * TILES + tile) * HALF + panel);
@@ -438,28 +437,27 @@ __device__ __forceinline__ void slstm_forward_load_weights(SlstmForward<Tile> &f
 
 // The same for the `turn`-th of four warps that share the sums of `half` of the block's units
 template <typename Tile>
-__device__ __forceinline__ void slstm_share_load_weights(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int half,
+__device__ __forceinline__ void slstm_split_load_weights(SlstmForward<Tile> &f, const SlstmJob<bf16> &job, int half,
                                                          int turn) {
-    constexpr int HALF = Tile::HALF, OF_GROUP = Tile::OF_GROUP;
+    constexpr int HALF = Tile::HALF, M = Tile::SAME_OPERAND;
     const SlstmPlace &p = f.p;
     f.y_even = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + (((4 * turn + p.q) ^ chunk_flip(p.g)) << 4);
     f.slots = f.bars + Tile::AT_R + (4 * half + turn) * Tile::SPLIT_SHARED * 512 + p.lane * 16;
     f.products = f.bars + Tile::AT_PRODUCTS + (turn * Tile::WARPS + half * HALF) * Tile::CELLS * 512 + p.lane * 16;
-    auto weights = [&](int i, int n) {  // n-th fragment of the i-th group: half of it, unit, gates
-        return slstm_forward_weights<Tile>(job, p, half * HALF + n % (2 * HALF) / 2,
-                                           2 * (4 * i + turn) + n / (2 * HALF), n % 2);
+    auto weights = [&](int k, int i) {
+        return slstm_forward_weights<Tile>(job, p, half * HALF + i / 2, 2 * (k / 2 * 4 + turn) + k % 2, i % 2);
     };
 #pragma unroll
-    for (int i = 0; i < Tile::SHARE; i++) {
-        const int first = Tile::in_shared(i), shared = Tile::in_shared(i + 1) - first;
+    for (int k = 0; k < Tile::QUARTER_STEPS; k++) {
+        const int first = Tile::shared_before(k), shared = Tile::shared_before(k + 1) - first;
 #pragma unroll
-        for (int n = shared; n < OF_GROUP; n++) f.held[i * OF_GROUP - first + n - shared] = weights(i, n);
+        for (int i = shared; i < M; i++) f.held[k * M - first + i - shared] = weights(k, i);
     }
 #pragma unroll 1
-    for (int i = 0; i < Tile::SHARE; i++) {
-        const int first = Tile::in_shared(i), shared = Tile::in_shared(i + 1) - first;
+    for (int k = 0; k < Tile::QUARTER_STEPS; k++) {
+        const int first = Tile::shared_before(k), shared = Tile::shared_before(k + 1) - first;
 #pragma unroll 1
-        for (int n = 0; n < shared; n++) shared_store_vector(f.slots + (first + n) * 512, weights(i, n));
+        for (int i = 0; i < shared; i++) shared_store_vector(f.slots + (first + i) * 512, weights(k, i));
     }
 }
 
@@ -570,39 +568,32 @@ __device__ __forceinline__ float add_chains(const float (&sum)[CHAINS][4], int a
     return (sum[0][at] + sum[1][at]) + (sum[2][at] + sum[3][at]);
 }
 
-// A warp's share of R y at token t, to those who add up the four: gates [share][group of units][e][lane]. What can be
-// loaded of the next group is asked for before a group is multiplied.
+// A quarter of R y at token t, to those who add up the four: gates [turn][group of units][e][lane]
 template <typename Tile>
-__device__ __forceinline__ void slstm_multiply_share(const SlstmForward<Tile> &f, int t) {
-    constexpr int M = 2 * Tile::HALF, OF_GROUP = Tile::OF_GROUP, ALL = Tile::SHARE, MIDDLE = ALL / 2;
+__device__ __forceinline__ void slstm_multiply_quarter(const SlstmForward<Tile> &f, int t) {
+    constexpr int M = Tile::SAME_OPERAND, EARLY = 2;  // steps whose R is loaded before the wait
     const unsigned y = f.y_even + (t & 1) * Tile::Y_SLOT;
     float sum[M][4] = {};
-    uint4 w[2][OF_GROUP], v[2];  // of even and odd groups
-    auto load_shared = [&](int i) {
-        const int first = Tile::in_shared(i), shared = Tile::in_shared(i + 1) - first;
+    uint4 early[Tile::shared_before(EARLY) > 0 ? Tile::shared_before(EARLY) : 1];
 #pragma unroll
-        for (int n = 0; n < shared; n++) w[i % 2][n] = shared_load_vector(f.slots + (first + n) * 512);
-    };
-    auto load_y = [&](int i) { v[i % 2] = shared_load_vector(y + i * 256); };
-    auto wait = [&](int part) { barrier_wait(f.bars + Tile::y_barrier(t & 1, 0, part), t >> 1 & 1); };
-    load_shared(0);
-    wait(0);
-    wait(1);
-    load_y(0);
+    for (int n = 0; n < Tile::shared_before(EARLY); n++) early[n] = shared_load_vector(f.slots + n * 512);
 #pragma unroll
-    for (int i = 0; i < ALL; i++) {
-        if (i == MIDDLE) {
-            wait(2);
-            load_y(i);
-        }
-        if (i + 1 < ALL) load_shared(i + 1);
-        if (i + 1 < ALL && i + 1 != MIDDLE) load_y(i + 1);
-        const int first = Tile::in_shared(i), shared = Tile::in_shared(i + 1) - first;
+    for (int group = 0; group < Tile::QUARTER; group++) {
 #pragma unroll
-        for (int n = 0; n < OF_GROUP; n++) {
-            const bool held = n >= shared;
-            const uint4 a = held ? f.held[held ? i * OF_GROUP - first + n - shared : 0] : w[i % 2][n];
-            mma(sum[n % M], a, n < M ? v[i % 2].x : v[i % 2].z, n < M ? v[i % 2].y : v[i % 2].w);
+        for (int part = 0; part < Tile::PARTS; part++)  // that begins in these groups of all quarters
+            if (Tile::part_begin(part) / 16 == group)
+                barrier_wait(f.bars + Tile::y_barrier(t & 1, 0, part), t >> 1 & 1);
+        const uint4 v = shared_load_vector(y + group * 256);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int k = 2 * group + h, first = Tile::shared_before(k), shared = Tile::shared_before(k + 1) - first;
+#pragma unroll
+            for (int i = 0; i < M; i++) {
+                uint4 w = i >= shared ? f.held[i >= shared ? k * M - first + i - shared : 0]
+                          : k < EARLY ? early[k < EARLY ? first + i : 0]
+                                      : shared_load_vector(f.slots + (first + i) * 512);
+                mma(sum[i], w, h ? v.z : v.x, h ? v.w : v.y);
+            }
         }
     }
 #pragma unroll
@@ -631,7 +622,7 @@ __device__ __forceinline__ void slstm_preactivations(const SlstmForward<Tile> &f
     }
     if constexpr (Tile::SPLIT) {
         constexpr int CELLS = Tile::CELLS;
-        slstm_multiply_share(f, t);
+        slstm_multiply_quarter(f, t);
         slstm_half_barrier(f.p.warp >= Tile::HALF);
         const unsigned from = f.bars + Tile::AT_PRODUCTS + f.p.warp * CELLS * 512 + f.p.lane * 16;
         float4 share[CELLS][4];
@@ -696,11 +687,11 @@ __device__ __forceinline__ void slstm_forward_products(const SlstmForward<Tile> 
 }
 
 template <typename Tile>  // A warp that multiplies for others alone, through all steps
-__device__ __forceinline__ void slstm_forward_shares(const SlstmForward<Tile> &f, int T, int half) {
+__device__ __forceinline__ void slstm_forward_quarters(const SlstmForward<Tile> &f, int T, int half) {
     cluster_barrier();
 #pragma unroll 1
     for (int t = 0; t < T; t++) {
-        slstm_multiply_share(f, t);
+        slstm_multiply_quarter(f, t);
         slstm_half_barrier(half);
     }
 }
@@ -822,13 +813,13 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
                  f.p.lane * 16;
     slstm_forward_start<Tile>(job, f.p, slstm_cluster_shared);
     if constexpr (Tile::SPLIT) {
-        slstm_share_load_weights(f, job, half, turn);
+        slstm_split_load_weights(f, job, half, turn);
         if (turn < Tile::HALF) {
             slstm_forward_load_units(f, job);
             slstm_forward_addresses(f, job);
             slstm_forward_units(f, job);
         } else {
-            slstm_forward_shares(f, job.shape.T, half);
+            slstm_forward_quarters(f, job.shape.T, half);
         }
         return;
     }
@@ -1069,7 +1060,8 @@ __device__ __forceinline__ void slstm_send_panel(const SlstmBackward<Tile> &f, i
                                                  const float (&total)[4]) {
     const uint4 sums = make_uint4(__float_as_uint(total[0]), __float_as_uint(total[1]), __float_as_uint(total[2]),
                                   __float_as_uint(total[3]));
-    const uint2 rounded = make_uint2(pack_two(total[0], total[1]), pack_two(total[2], total[3]));
+    const uint2 two = Tile::ROUNDED ? make_uint2(pack_two(total[0], total[1]), pack_two(total[2], total[3]))
+                                    : make_uint2(sums.x, sums.z);
     const unsigned word = pack_two(total[0], total[2]);
     const SlstmPanel panel = slstm_panel<Tile>(f.p.warp, i);
     const unsigned at = slot * Tile::SUMS_SLOT + tile * Tile::SUMS_TILE;
@@ -1077,14 +1069,14 @@ __device__ __forceinline__ void slstm_send_panel(const SlstmBackward<Tile> &f, i
     const unsigned bar = Tile::SPLIT ? f.bars + Tile::sums_barrier(0, 0, panel.third) : f.bar;
     if (panel.slice == Tile::CTAS) {
         if (Tile::SUMS_LANE == 4) shared_store_word(here + at, word);
-        else if (Tile::ROUNDED) shared_store_two(here + at, rounded);
+        else if (Tile::SUMS_LANE == 8) shared_store_two(here + at, two);
         else shared_store_vector(here + at, sums);
     } else {
         const int next = f.p.rank + panel.slice, peer = next < Tile::CTAS ? next : next - Tile::CTAS;
         const unsigned to = peer_address(here + panel.slice * Tile::SUMS_SLICE, peer) + at;
         const unsigned count = peer_address(bar, peer) + Tile::sums_barrier(slot, tile, 0);
         if (Tile::SUMS_LANE == 4) send_word_async(to, word, count);
-        else if (Tile::ROUNDED) send_two(to, rounded, count);
+        else if (Tile::SUMS_LANE == 8) send_two(to, two, count);
         else send_vector(to, sums, count);
     }
 }
