@@ -77,7 +77,7 @@ def plot(results):
             for seed in SEEDS:
                 if results[task, blocks, seed]:
                     points = " ".join(f"{X(t + 1):.1f},{top + (1 - y) * height:.1f}"
-                                      for t, y in enumerate(results[task, blocks, seed][1]) if t % 3 == 0)
+                                      for t, y in enumerate(results[task, blocks, seed][1]) if t % 6 == 0)
                     svg.append(f'<polyline fill="none" stroke="{color}" points="{points}"/>')
     for k, (blocks, color) in enumerate(MODELS.items()):
         x, y = 50 + 150 * k, PANEL[1] + 20
