@@ -788,8 +788,8 @@ static void slstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> 
     }
     begin_later(m);
     if (shape.B > 0)
-        slstm_backward(&shape, R, &a->slstm, dh, doc_start, initial, dgates, dbias, m->partial, &m->slstm_scratch,
-                       m->stream);
+        slstm_backward(&shape, R, &a->slstm, dh, doc_start, initial, {}, {}, {}, dgates, dbias, m->partial,
+                       &m->slstm_scratch, m->stream);
     end_later(m);
     if (shape.B > 0) {
         size_t width = (size_t)shape.NH * d;

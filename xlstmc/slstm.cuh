@@ -567,18 +567,22 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
 
         SlstmPair pair[P];
         SlstmTrace<F> next[P];  // of the token to come, asked for a whole step before it is needed
-        float dh[P] = {0}, dL[P] = {0}, dbias[P][4] = {0};
+        SlstmStateBack carried[P];  // dy: only that of the final state
+        float dbias[P][4] = {0};
         int fresh[P] = {0};  // the token after the current one
 #pragma unroll
         for (int i = 0; i < P; i++) {
             pair[i] = slstm_pair<Tile>(i, job.shape, head, b0);
             next[i] = {};  // pairs that are not there: all their gradients are zero
-            if (pair[i].valid) next[i] = load_trace(job, pair[i], head, T - 1);
+            carried[i] = {};
+            if (!pair[i].valid) continue;
+            next[i] = load_trace(job, pair[i], head, T - 1);
+            carried[i] = slstm_enter_back(job.final, job.dfinal, pair[i].b, (size_t)head * d + pair[i].unit);
         }
 
         for (int t = T - 1; t >= 0; t--) {
             SlstmBack back[P];
-            float dy_here[P], dy[P] = {0}, dr[P][4];
+            float dy_here[P], dy[P], dr[P][4];
             int cut[P];
 #pragma unroll
             for (int i = 0; i < P; i++) {
@@ -587,7 +591,8 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
                 cut[i] = fresh[i];  // nothing flows back from a token that begins a document
                 fresh[i] = now.doc_start == t && pair[i].valid;
                 dy_here[i] = to_float(now.dy);
-                back[i] = slstm_step_back(now, dL[i]);
+                back[i] = slstm_step_back(now, carried[i].dL);
+                dy[i] = t < T - 1 ? 0 : carried[i].dy;
             }
             if (t < T - 1)
                 receive_gradients<Tile>(dy, exchange + step % 2 * half + (size_t)blockIdx.x * ctas * BC * U, ctas,
@@ -595,7 +600,8 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
             F *dr_now = dr_all + t % 2 * BC * Tile::GATES;
 #pragma unroll
             for (int i = 0; i < P; i++) {
-                slstm_finish_back(back[i], dy_here[i] + (cut[i] ? 0 : dy[i]), dr[i], &dh[i], &dL[i]);
+                slstm_finish_back(back[i], dy_here[i] + (cut[i] ? 0 : dy[i]), dr[i], &carried[i].dh,
+                                  &carried[i].dL);
                 F *row = dr_now + Tile::pair(i) / U * Tile::GATES + Tile::pair(i) % U;
 #pragma unroll
                 for (int g = 0; g < 4; g++) {
@@ -603,7 +609,7 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
                     row[g * U] = from_float<F>(dr[i][g]);
                 }
             }
-            if (t > 0) {
+            if (t > 0 || job.dinitial.y) {
                 __syncthreads();  // dr_now is complete; two steps ago it was read before the last step's barrier
                 step++;
                 uint64_t *to = exchange + step % 2 * half + (size_t)blockIdx.x * BC * U;
@@ -616,6 +622,15 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
                     if (pair[i].valid && Tile::share() == 0)
                         job.dx[((((size_t)pair[i].b * T + t) * NH + head) * 4 + g) * d + pair[i].unit] =
                             from_float<F>(dr[i][g]);
+        }
+        if (job.dinitial.y) {
+            float dy[P] = {0};
+            receive_gradients<Tile>(dy, exchange + step % 2 * half + (size_t)blockIdx.x * ctas * BC * U, ctas, step);
+#pragma unroll
+            for (int i = 0; i < P; i++)
+                if (pair[i].valid && Tile::share() == 0)
+                    slstm_leave_back(job.initial, job.dinitial, pair[i].b, (size_t)head * d + pair[i].unit,
+                                     {fresh[i] ? 0 : dy[i], carried[i].dh, carried[i].dL});
         }
         store_bias_sums<Tile>(job, (float *)dr_all, dbias, task % groups, head);
     }
@@ -712,7 +727,7 @@ static void slstm_take_scratch(Arena *a, const SlstmShape *s, SlstmScratch *scra
 
 // Elements of `partial` for slstm_backward.
 MAYBE_UNUSED
-static size_t slstm_partial_size(const SlstmShape *s) { return (size_t)ceil_div(s->B, 8) * 4 * s->NH * s->d; }
+static size_t slstm_partial_size(const SlstmShape *s) { return (size_t)ceil_div(s->B, 4) * 4 * s->NH * s->d; }
 
 // Runs one pass, with clusters if it can. Returns the sequences of a group.
 template <typename F>
@@ -720,8 +735,8 @@ static int slstm_run(SlstmJob<F> *job, int backward, SlstmScratch *scratch, cuda
     if constexpr (sizeof(F) == 2) {
         SlstmClusterPlan clusters = slstm_cluster_plan(&job->shape, backward);
         if (clusters.kernels) {
-            slstm_cluster_launch(&clusters, backward, job, stream);
-            return 8;
+            slstm_cluster_launch(&clusters, job, stream);
+            return clusters.kernels->sequences;
         }
     }
     SlstmPlan plan = slstm_plan<F>(&job->shape, backward);
@@ -755,16 +770,20 @@ static void slstm_forward(const SlstmShape *s, const F *x, const F *R, const flo
 }
 
 // dy [B, T, NH, d]; dx [B, T, NH, 4, d] out, the gradient of x. dbias [NH, 4, d] is added to. The caller adds y_prev^T
-// dx to the gradient of R. partial: slstm_partial_size(s)
+// dx to the gradient of R. `final` is what the forward pass made, dfinal the gradient that enters there, dinitial that
+// of `initial`, out; each may be none. partial: slstm_partial_size(s)
 template <typename F>
 static void slstm_backward(const SlstmShape *s, const F *R, SlstmSaved<F> *saved, const F *dy, const int *doc_start,
-                           SlstmState initial, F *dx, float *dbias, float *partial, SlstmScratch *scratch,
-                           cudaStream_t stream) {
+                           SlstmState initial, SlstmState final, SlstmState dfinal, SlstmState dinitial, F *dx,
+                           float *dbias, float *partial, SlstmScratch *scratch, cudaStream_t stream) {
     SlstmJob<F> job = {};
     job.shape = *s;
     job.R = R;
     job.doc_start = doc_start;
     job.initial = initial;
+    job.final = final;
+    job.dfinal = dfinal;
+    job.dinitial = dinitial;
     job.saved = *saved;
     job.dy = dy;
     job.dx = dx;

@@ -35,7 +35,7 @@ struct SlstmJob {  // arguments of all kernels
     SlstmShape shape;
     const F *R;            // [NH, d, 4d]
     const int *doc_start;  // [B, T]
-    SlstmState initial, final;
+    SlstmState initial, final, dfinal, dinitial;  // the gradients only backward
     SlstmSaved<F> saved;
     const F *x;         // [B, T, NH, 4, d]
     const float *bias;  // [NH, 4, d]
@@ -97,6 +97,22 @@ __device__ __forceinline__ void slstm_finish_back(const SlstmBack &s, float dy, 
     dr[1] = s.sig_minus * *dL;
     dr[2] = s.to_z * all;
     dr[3] = s.to_o * dy;
+}
+
+// From gradients of y, c, n of a final state, at fixed m, to those of y, h and L
+struct SlstmStateBack {
+    float dy, dh, dL;
+};
+__device__ inline SlstmStateBack slstm_enter_back(const SlstmState &final, const SlstmState &dfinal, int b, size_t at) {
+    SlstmCell s = load_cell(final, b, at), ds = load_cell(dfinal, b, at);
+    return {ds.y, ds.c * s.n, ds.c * s.c + ds.n * s.n};
+}
+// And back, to those of an initial state; dm is exact. Nothing flows into an empty one.
+__device__ inline void slstm_leave_back(const SlstmState &initial, const SlstmState &dinitial, int b, size_t at,
+                                        const SlstmStateBack &d) {
+    SlstmCell s = load_cell(initial, b, at);
+    float over_n = s.n != 0 ? 1 / s.n : 0, dc = d.dh * over_n;
+    store_cell(dinitial, b, at, {d.dy, dc, (d.dL - s.c * dc) * over_n, d.dL});
 }
 
 #endif

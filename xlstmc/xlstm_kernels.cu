@@ -280,13 +280,14 @@ int slstm_forward(const SlstmProblem *p, const SlstmTensors *x, void *saved, voi
 int slstm_backward(const SlstmProblem *p, const SlstmTensors *x, const void *saved, void *scratch, void *stream) {
     const int error = slstm_check_inputs(p, x, saved, scratch);
     if (error) return error;
-    if (!x->grad_y || !x->grad_x || !x->grad_bias) return XLSTM_NULL_POINTER;
+    if (!x->grad_y || !x->grad_x || !x->grad_bias || (x->grad_final && !x->final)) return XLSTM_NULL_POINTER;
     return with_format(p->format, [&](auto zero) {
         typedef decltype(zero) F;
         const SlstmShape s = slstm_shape(p);
         SlstmWorkspace<F> w = slstm_lay_out<F>(&s, saved, scratch);
         slstm_backward<F>(&s, (const F *)x->R, &w.saved, (const F *)x->grad_y, x->doc_start,
-                          slstm_state(&s, x->initial), (F *)x->grad_x, x->grad_bias, w.partial, &w.scratch,
+                          slstm_state(&s, x->initial), slstm_state(&s, x->final), slstm_state(&s, x->grad_final),
+                          slstm_state(&s, x->grad_initial), (F *)x->grad_x, x->grad_bias, w.partial, &w.scratch,
                           (cudaStream_t)stream);
     });
 }

@@ -109,6 +109,8 @@ typedef struct {
     const void *grad_y;    // F [B, T, NH, d]
     void *grad_x;          // F [B, T, NH, 4, d]
     float *grad_bias;      // [NH, 4, d]; the gradient is added to it
+    const float *grad_final;  // [B, 4, NH, d]: of final y, c, n at fixed m (what stands for m is not read); NULL: zeros
+    float *grad_initial;      // the same of `initial`, and of its m; NULL: not wanted
 } SlstmTensors;
 
 // Bytes as for the mLSTM. y_prev_at bytes into `saved` the forward call leaves y_prev, F [B, T, NH, d]: the output that
@@ -118,8 +120,8 @@ XLSTM_API int slstm_workspace(const SlstmProblem *p, size_t *saved_bytes, size_t
 // Reads x .. initial, writes y, final and saved. Takes the whole GPU: all blocks of a layer must run at once.
 XLSTM_API int slstm_forward(const SlstmProblem *p, const SlstmTensors *x, void *saved, void *scratch, void *stream);
 
-// Reads R, doc_start, initial (not overwritten since), grad_y, saved; writes grad_x, adds to grad_bias. No gradient
-// comes in through `final`, none leaves through `initial`.
+// Reads R, doc_start, initial and, with grad_final, final (neither overwritten since), grad_y, grad_final, saved;
+// writes grad_x, grad_initial, adds to grad_bias.
 XLSTM_API int slstm_backward(const SlstmProblem *p, const SlstmTensors *x, const void *saved, void *scratch,
                              void *stream);
 

@@ -62,8 +62,8 @@ static float measure(Buffers *u, int backward) {
         CUDA_CHECK(cudaEventRecord(begin, 0));
         slstm_forward(&u->shape, u->x, u->R, u->bias, u->doc_start, none, none, u->y, &u->saved, &u->scratch, 0);
         if (backward)
-            slstm_backward(&u->shape, u->R, &u->saved, u->dy, u->doc_start, none, u->dx, u->dbias, u->partial,
-                           &u->scratch, 0);
+            slstm_backward(&u->shape, u->R, &u->saved, u->dy, u->doc_start, none, none, none, none, u->dx,
+                           u->dbias, u->partial, &u->scratch, 0);
         CUDA_CHECK(cudaEventRecord(end, 0));
         CUDA_CHECK(cudaEventSynchronize(end));
         if (run >= 0) CUDA_CHECK(cudaEventElapsedTime(&times[run], begin, end));

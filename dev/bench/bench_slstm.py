@@ -47,7 +47,8 @@ class SlstmProblem(ctypes.Structure):                                       # as
 
 class SlstmTensors(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in
-                ("x", "R", "bias", "doc_start", "initial", "final", "y", "grad_y", "grad_x", "grad_bias")]
+                ("x", "R", "bias", "doc_start", "initial", "final", "y", "grad_y", "grad_x", "grad_bias", "grad_final",
+                 "grad_initial")]
 
 
 class Inputs:

@@ -103,9 +103,10 @@ static int state_train(const Backend *backend, const StateRun *r) {
         double loss = backend->forward_backward(&batch, 1 / tokens) / tokens;
         if (loss < r->solved && batch.T < TRAIN_LEN) batch.T++, grew = step;
         if (batch.T == TRAIN_LEN) grew = step;
-        double norm = backend->grad_norm(), progress = (double)step / r->steps, warmup = fmin(1, (step + 1) / 100.0);
-        UpdateConfig update = {
-            step + 1, r->lr * warmup * (1 - 0.9 * progress), 0.9, 0.95, 1e-8, 0.01, norm > 1 ? 1 / norm : 1};
+        // Warm-up, constant, and over the second half down to zero
+        double norm = backend->grad_norm(), progress = (double)step / r->steps;
+        double rate = r->lr * fmin(fmin(1, (step + 1) / 100.0), 2 * (1 - progress));
+        UpdateConfig update = {step + 1, rate, 0.9, 0.95, 1e-8, 0.01, norm > 1 ? 1 / norm : 1};
         backend->update(&update);
     }
     return batch.T;

@@ -3,7 +3,7 @@
 //
 //   make build/state_tracking_gpu
 //   build/state_tracking_gpu TASK BLOCKS SEED STEPS LR SOLVED WIDTH HEADS BATCH
-//   build/state_tracking_gpu s5 'slstm*2' 1 3000 5e-3 0.3 64 2 64
+//   build/state_tracking_gpu s5 slstm 1 8000 3e-3 0.1 128 1 128
 //
 // The last line: the length that was reached in training, then the share of right answers at positions 1 to 256.
 

@@ -3,6 +3,8 @@
 //   make build/slstm_forward && build/slstm_forward            all versions: checked, timed, a table at the end
 //   build/slstm_forward 3                                       one of them
 //
+// slstm_ladder.cuh has the problem, its check and the times; slstm_backward.cu goes the same way backward.
+//
 // A step needs the outputs of the step before, of all units of a head: r = x + R y + bias, then gates and states of
 // each unit (doc/math.md 5). Nothing can be done for all tokens at once, so what counts is the time of one step. Below
 // are B = 16 sequences of T = 1024 tokens, 4 heads of 256 units, bf16. R of a head is 512 KB; a step takes 0.13 GFLOP
@@ -25,25 +27,7 @@
 // On one H100 a step takes 26, 44, 7.4, 2.1 and 0.77 us. Versions 4 and 5 also write what the backward pass needs. What
 // was predicted for them, and what the backward pass takes, is in dev/cuda/NOTES.md.
 
-#include <cooperative_groups.h>
-
-#include "../../xlstmc/slstm.cuh"
-#include "../test/cuda/harness.cuh"
-
-enum { B = 16, NH = 4, D = 256, TIMED_T = 1024, CHECKED_T = 40, RUNS = 7, VERSIONS = 5 };
-
-typedef struct {
-    int T;
-    const bf16 *x;      // [B, T, NH, 4, D]
-    const bf16 *R;      // [NH, D from, 4, D to]
-    const float *bias;  // [NH, 4, D]
-    bf16 *y;            // [B, T, NH, D]
-    float *states;      // [B, NH, 3, D] c, n, m, version 1
-    bf16 *handed;       // [2, B, NH, D] y of even and odd steps, version 3
-    int *doc_start;     // [B, T]
-    SlstmSaved<bf16> saved;
-    SlstmScratch scratch;
-} Problem;
+#include "slstm_ladder.cuh"
 
 struct State {
     float c, n, m;
@@ -151,118 +135,10 @@ static void on_chip(Problem *p) {
 // ----------------------------------------------------------------------------------------------------------------
 // 4 and 5: the shipped ones
 
-static void shipped(Problem *p, int choice) {
-    const SlstmShape shape = {B, p->T, NH, D};
-    const SlstmState none = {};
-    slstm_cluster_choice = choice;
-    slstm_forward<bf16>(&shape, p->x, p->R, p->bias, p->doc_start, none, none, p->y, &p->saved, &p->scratch, 0);
-}
-static void words(Problem *p) { shipped(p, SLSTM_NO_CLUSTER); }
-static void clusters(Problem *p) { shipped(p, SLSTM_ANY); }
+static void words(Problem *p) { shipped_forward(p, SLSTM_NO_CLUSTER); }
+static void clusters(Problem *p) { shipped_forward(p, SLSTM_ANY); }
 
-static const struct {
-    const char *name;
-    void (*run)(Problem *);
-} VERSION[VERSIONS] = {
+static const Version VERSION[VERSIONS] = {
     {"launches", launched}, {"persistent", persistent}, {"on chip", on_chip}, {"words", words}, {"clusters", clusters}};
 
-// ----------------------------------------------------------------------------------------------------------------
-// Check and time
-
-// y [B, T, NH, D] in double, but y rounded to bf16 as it enters the next step
-static void reference(const float *x, const float *R, const float *bias, int T, float *out) {
-    double state[3][D], r[4][D], y[D];
-    for (int b = 0; b < B; b++)
-        for (int head = 0; head < NH; head++)
-            for (int t = 0; t < T; t++) {
-                for (int k = 0; k < 4 * D; k++)
-                    r[k / D][k % D] = bias[head * 4 * D + k] + x[(((size_t)b * T + t) * NH + head) * 4 * D + k];
-                for (int from = 0; from < D && t > 0; from++)
-                    for (int k = 0; k < 4 * D; k++)
-                        r[k / D][k % D] += y[from] * R[((size_t)head * D + from) * 4 * D + k];
-                for (int u = 0; u < D; u++) {
-                    double stored = t ? state[2][u] - log1p(exp(-r[1][u])) : -INFINITY, m = fmax(r[0][u], stored);
-                    double I = exp(r[0][u] - m), F = exp(stored - m);
-                    state[0][u] = (t ? F * state[0][u] : 0) + I * tanh(r[2][u]);
-                    state[1][u] = (t ? F * state[1][u] : 0) + I;
-                    state[2][u] = m;
-                    float h = (float)(state[0][u] / state[1][u] / (1 + exp(-r[3][u])));
-                    out[(((size_t)b * T + t) * NH + head) * D + u] = h;
-                    y[u] = to_float(from_float<bf16>(h));
-                }
-            }
-}
-
-static Problem problem(int T, float **x_host, float *R, float *bias) {
-    Problem p = {};
-    const size_t cells = (size_t)B * T * NH * D;
-    const SlstmShape shape = {B, T, NH, D};
-    Arena arena = {NULL, 0};
-    p.T = T;
-    *x_host = fill_random(4 * cells, 1, 1.0f);
-    round_to<bf16>(*x_host, 4 * cells);
-    p.x = to_device<bf16>(*x_host, 4 * cells);
-    p.R = to_device<bf16>(R, (size_t)NH * D * 4 * D);
-    p.bias = to_device<float>(bias, NH * 4 * D);
-    p.y = device_poisoned<bf16>(cells);
-    p.states = device_poisoned<float>((size_t)B * NH * 3 * D);
-    p.handed = device_poisoned<bf16>((size_t)2 * B * NH * D);
-    CUDA_CHECK(cudaMalloc((void **)&p.doc_start, (size_t)B * T * sizeof(int)));
-    CUDA_CHECK(cudaMemset(p.doc_start, 0, (size_t)B * T * sizeof(int)));  // every sequence is one document
-    for (int pass = 0; pass < 2; pass++) {
-        arena.used = 0;
-        slstm_take_saved(&arena, &shape, &p.saved);
-        slstm_take_scratch<bf16>(&arena, &shape, &p.scratch);
-        if (pass == 0) arena.base = (char *)device_poisoned<char>(arena.used);
-    }
-    return p;
-}
-
-static float microseconds(Problem *p, void (*run)(Problem *)) {  // a step, median
-    float times[RUNS];
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    for (int k = -1; k < RUNS; k++) {
-        CUDA_CHECK(cudaEventRecord(begin, 0));
-        run(p);
-        CUDA_CHECK(cudaEventRecord(end, 0));
-        CUDA_CHECK(cudaEventSynchronize(end));
-        float ms;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-        for (int at = k; at >= 0; at--) {  // insertion sort
-            if (at == 0 || times[at - 1] <= ms) {
-                times[at] = ms;
-                break;
-            }
-            times[at] = times[at - 1];
-        }
-    }
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    return 1000 * times[RUNS / 2] / p->T;
-}
-
-int main(int argc, char **argv) {
-    const int only = argc > 1 ? atoi(argv[1]) : 0;
-    float *x_checked, *x_timed, took[VERSIONS] = {0};
-    float *R = fill_random((size_t)NH * D * 4 * D, 2, 0.7f / sqrtf((float)D)), *bias = fill_random(NH * 4 * D, 3, 0.5f);
-    round_to<bf16>(R, (size_t)NH * D * 4 * D);
-    Problem checked = problem(CHECKED_T, &x_checked, R, bias), timed = problem(TIMED_T, &x_timed, R, bias);
-    const size_t cells = (size_t)B * CHECKED_T * NH * D;
-    float *want = (float *)xcalloc(cells, sizeof(float));
-    reference(x_checked, R, bias, CHECKED_T, want);
-    for (int k = 0; k < VERSIONS; k++) {
-        if (only && only != k + 1) continue;
-        CUDA_CHECK(cudaMemset(checked.y, 0xff, cells * sizeof(bf16)));
-        VERSION[k].run(&checked);
-        float *got = to_host(checked.y, cells);
-        check_close(VERSION[k].name, got, want, cells, 5e-3);
-        free(got);
-        took[k] = microseconds(&timed, VERSION[k].run);
-    }
-    printf("\n| version | us a step |\n|---|---|\n");
-    for (int k = 0; k < VERSIONS; k++)
-        if (took[k] > 0) printf("| %d %s | %.2f |\n", k + 1, VERSION[k].name, took[k]);
-    return tests_failed > 0;
-}
+int main(int argc, char **argv) { return ladder(argc, argv, VERSION, 0); }

@@ -173,7 +173,7 @@ def test_slstm(library, dtype, shape):
 
     inputs = [z.double().requires_grad_() for z in (x, R, bias)]
     expected, entered = slstm_reference(*inputs, doc_start)
-    grads = torch.autograd.grad(expected, inputs, grad_y.double())
+    grads = torch.autograd.grad(expected, inputs, grad_y.double(), retain_graph=True)
     close(label + " y", y, expected.detach(), dtype)
     close(label + " y_prev", y_prev, entered.detach(), dtype)
     close(label + " final y", final[:, 0], expected[:, -1].detach(), dtype)
@@ -181,16 +181,24 @@ def test_slstm(library, dtype, shape):
     close(label + " dR", torch.einsum("bthk,bthgd->hkgd", y_prev.double(), grad_x.double()), grads[1], dtype)
     close(label + " dbias", grad_bias - 1, grads[2], dtype)
 
-    # the second half alone, from the states after the first
+    # two halves: the second goes on from the states after the first, and the first gets their gradient
     half = T // 2
-    problem.T, y_half = half, empty(B, half, NH, d, dtype=dtype)
-    parts = [[z[:, part].contiguous() for z in (x, doc_start)] for part in (slice(0, half), slice(half, 2 * half))]
-    parts[1][1] -= half
-    for x_half, start in parts:
-        pointers = tensors_of(SlstmTensors, dict(x=x_half, R=R, bias=bias, doc_start=start, y=y_half, final=final,
-                                                 initial=final if x_half is parts[1][0] else None))
-        run(library, "slstm_forward", problem, pointers, saved, scratch)
-    close(label + " y from states", y_half, expected[:, half:2 * half].detach(), dtype)
+    problem.T, dstates, parts = half, empty(B, 4, NH, d), []
+    for k in range(2):
+        x_half, start, dy_half = [z[:, k * half:(k + 1) * half].contiguous() for z in (x, doc_start, grad_y)]
+        tensors = dict(x=x_half, R=R, bias=bias, doc_start=start - k * half, y=empty(B, half, NH, d, dtype=dtype),
+                       final=empty(B, 4, NH, d), grad_y=dy_half, grad_x=torch.empty_like(x_half), grad_bias=grad_bias)
+        tensors["grad_initial" if k else "grad_final"] = dstates
+        if k:
+            tensors["initial"] = parts[0][0]["final"]
+        parts.append((tensors, torch.empty_like(saved)))
+    for name, order in ("slstm_forward", parts), ("slstm_backward", parts[::-1]):
+        for tensors, part_saved in order:
+            run(library, name, problem, tensors_of(SlstmTensors, tensors), part_saved, scratch)
+    grad_y[:, 2 * half:] = 0
+    grad_halves = torch.autograd.grad(expected, inputs[0], grad_y.double())[0][:, :2 * half]
+    close(label + " y from states", parts[1][0]["y"], expected[:, half:2 * half].detach(), dtype)
+    close(label + " dx through states", torch.cat([p["grad_x"] for p, _ in parts], 1), grad_halves, dtype)
 
 
 def main():

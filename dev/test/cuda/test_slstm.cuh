@@ -8,17 +8,18 @@
 #include "harness.cuh"
 
 extern "C" void oracle_slstm(int B, int T, int NH, int d, const unsigned char *resets, const float *x, const float *R,
-                             const float *bias, float *const in[4], float *const out[4], const float *dy, float *y,
-                             float *y_prev, float *dx, float *dbias);
+                             const float *bias, float *const in[4], float *const out[4], float *const dout[4],
+                             float *const din[4], const float *dy, float *y, float *y_prev, float *dx, float *dbias);
 
 typedef struct {
-    int B, T, NH, d, resets, carried;  // resets: one token in `resets` begins a document; 0: none
+    // resets: one token in `resets` begins a document; 0: none. carried: states and their gradients, in and out
+    int B, T, NH, d, resets, carried;
 } SlstmCase;
 
 typedef struct {
     size_t state, cells, weights;
-    float *x, *R, *bias, *in[4], *dy;           // inputs, rounded to the format where the kernels want it
-    float *y, *y_prev, *final[4], *dx, *dbias;  // what the CPU makes of them
+    float *x, *R, *bias, *in[4], *dy, *dfinal[4];             // inputs, rounded to the format where the kernels want it
+    float *y, *y_prev, *final[4], *dx, *dbias, *dinitial[4];  // what the CPU makes of them
     float *dbias_before;
     unsigned char *resets;
     int *doc_start;
@@ -38,6 +39,7 @@ static SlstmHost slstm_host(const SlstmCase *c) {
     const float scale[4] = {0.4f, 0.7f, 0.1f, 0.3f};
     for (int k = 0; k < 4; k++) h.in[k] = fill_random(h.state, 4 + k, scale[k]);
     for (size_t k = 0; k < h.state; k++) h.in[2][k] += 1.3f;
+    for (int k = 0; k < 4; k++) h.dfinal[k] = fill_random(h.state, 11 + k, 1.0f);
     h.dy = fill_random(h.cells, 9, 1.0f);
     round_to<F>(h.x, 4 * h.cells);
     round_to<F>(h.R, h.weights);
@@ -53,6 +55,7 @@ static SlstmHost slstm_host(const SlstmCase *c) {
     h.y = (float *)xcalloc(h.cells, sizeof(float));
     h.y_prev = (float *)xcalloc(h.cells, sizeof(float));
     for (int k = 0; k < 4; k++) h.final[k] = (float *)xcalloc(h.state, sizeof(float));
+    for (int k = 0; k < 4; k++) h.dinitial[k] = (float *)xcalloc(h.state, sizeof(float));
     h.dx = (float *)xcalloc(4 * h.cells, sizeof(float));
     h.dbias = fill_random(4 * D, 10, 1.0f);
     h.dbias_before = fill_random(4 * D, 10, 1.0f);
@@ -66,6 +69,8 @@ static void slstm_host_free(SlstmHost *h) {
     for (int k = 0; k < 4; k++) {
         free(h->in[k]);
         free(h->final[k]);
+        free(h->dfinal[k]);
+        free(h->dinitial[k]);
     }
 }
 
@@ -112,21 +117,29 @@ static void test_slstm_choice(const SlstmCase *c, const SlstmHost *h, int choice
     }
     F *x = to_device<F>(h->x, 4 * h->cells), *R = to_device<F>(h->R, h->weights), *dy = to_device<F>(h->dy, h->cells);
     F *y = device_poisoned<F>(h->cells), *dx = device_poisoned<F>(4 * h->cells);
-    float *bias = to_device<float>(h->bias, 4 * D), *dbias = to_device<float>(h->dbias_before, 4 * D), *in[4], *out[4];
+    float *bias = to_device<float>(h->bias, 4 * D), *dbias = to_device<float>(h->dbias_before, 4 * D);
+    float *in[4], *out[4], *dout[4], *din[4];
     float *partial = device_poisoned<float>(slstm_partial_size(&shape));
     int *doc_start = to_device_int(h->doc_start, (size_t)c->B * c->T);
     for (int k = 0; k < 4; k++) {
         in[k] = to_device<float>(h->in[k], h->state);
         out[k] = device_poisoned<float>(h->state);
+        dout[k] = to_device<float>(h->dfinal[k], h->state);
+        din[k] = device_poisoned<float>(h->state);
     }
-    SlstmState none = {}, initial = {in[0], in[1], in[2], in[3], D}, final = {out[0], out[1], out[2], out[3], D};
+    SlstmState initial = {}, final = {out[0], out[1], out[2], out[3], D}, dfinal = {}, dinitial = {};
+    if (c->carried) {
+        initial = {in[0], in[1], in[2], in[3], D};
+        dfinal = {dout[0], dout[1], dout[2], dout[3], D};
+        dinitial = {din[0], din[1], din[2], din[3], D};
+    }
 
     float *first = NULL;
     for (int run = 0; run < 2; run++) {
         CUDA_CHECK(cudaMemcpy(dbias, h->dbias_before, 4 * D * sizeof(float), cudaMemcpyHostToDevice));
-        slstm_forward<F>(&shape, x, R, bias, doc_start, c->carried ? initial : none, final, y, &saved, &scratch, 0);
-        slstm_backward<F>(&shape, R, &saved, dy, doc_start, c->carried ? initial : none, dx, dbias, partial, &scratch,
-                          0);
+        slstm_forward<F>(&shape, x, R, bias, doc_start, initial, final, y, &saved, &scratch, 0);
+        slstm_backward<F>(&shape, R, &saved, dy, doc_start, initial, final, dfinal, dinitial, dx, dbias, partial,
+                          &scratch, 0);
         if (first) check_slstm<F>("dx of two runs", c, kernels, dx, first, 4 * h->cells, 0, 0);
         free(first);
         first = to_host(dx, 4 * h->cells);
@@ -137,19 +150,23 @@ static void test_slstm_choice(const SlstmCase *c, const SlstmHost *h, int choice
     check_slstm<F>("y", c, kernels, y, h->y, h->cells, 4e-7, 5e-3);
     check_slstm<F>("y_prev", c, kernels, saved.y_prev, h->y_prev, h->cells, 4e-7, 5e-3);
     for (int k = 0; k < 4; k++) check_slstm<F>(names[k], c, kernels, out[k], h->final[k], h->state, 3e-7, 8e-4);
+    const char *const gradients[4] = {"initial dy", "initial dc", "initial dn", "initial dm"};
+    for (int k = 0; k < 4 && c->carried; k++)
+        check_slstm<F>(gradients[k], c, kernels, din[k], h->dinitial[k], h->state, 5e-6, 1e-2);
     check_slstm<F>("dx", c, kernels, dx, h->dx, 4 * h->cells, 7e-7, 1e-2);
     check_slstm<F>("dbias", c, kernels, dbias, h->dbias, 4 * D, 5e-6, 9e-3);
 
-    void *device[] = {arena.base, x,     R,     dy,    y,     dx,     bias,   dbias,  partial,
-                      doc_start,  in[0], in[1], in[2], in[3], out[0], out[1], out[2], out[3]};
+    void *device[] = {arena.base, x, R, dy, y, dx, bias, dbias, partial, doc_start};
     for (size_t k = 0; k < sizeof device / sizeof *device; k++) CUDA_CHECK(cudaFree(device[k]));
+    for (int k = 0; k < 4; k++)
+        for (float *state : {in[k], out[k], dout[k], din[k]}) CUDA_CHECK(cudaFree(state));
 }
 
 template <typename F>
 static void test_slstm_case(const SlstmCase *c) {
     SlstmHost h = slstm_host<F>(c);
-    oracle_slstm(c->B, c->T, c->NH, c->d, h.resets, h.x, h.R, h.bias, c->carried ? h.in : NULL, h.final, h.dy, h.y,
-                 h.y_prev, h.dx, h.dbias);
+    oracle_slstm(c->B, c->T, c->NH, c->d, h.resets, h.x, h.R, h.bias, c->carried ? h.in : NULL, h.final,
+                 c->carried ? h.dfinal : NULL, c->carried ? h.dinitial : NULL, h.dy, h.y, h.y_prev, h.dx, h.dbias);
     test_slstm_choice<F>(c, &h, SLSTM_NO_CLUSTER);
     for (int row = 0; row < SLSTM_CLUSTERS && sizeof(F) == 2; row++) test_slstm_choice<F>(c, &h, row);
     slstm_cluster_choice = SLSTM_ANY;
