@@ -167,12 +167,10 @@ struct Model {
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
     cudaEvent_t worked, exchanged, reduced, gathered;
-    size_t unsent;                       // buckets whose gradients have not left, the first ones
-    float *entering, *leaving, *dstate;  // [max_batch][state_size] of this rank's segments: see Sequence
+    size_t unsent;                                  // buckets whose gradients have not left, the first ones
+    float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
     char *exchange;
-    float *pairs;  // [2][sp_size][max_batch][mlstm_pair_row]: gathered pairs, in turns
-    int pairs_turn;
-    float *folded;  // the pairs that this rank is to fold, in order
+    float *folded;                      // in it: the pairs that this rank is to fold, in order
     int num_folded;
     int *whole_start;                   // doc_start of the rows that this rank's sLSTMs take, [rows, whole]
     float *stored;                      // [num_state_rows][state_size]
@@ -294,11 +292,6 @@ static void end_later(Model<F> *m) {
 // Between the ranks that share a sequence. What they exchange goes over a stream of its own, so that m->stream can do
 // other work between begin and end.
 
-// Up to as many ranks all gather the pairs of all (mlstm_pairs.cuh). What travels then grows with their number, so more
-// ranks double the distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for
-// tests.
-static int fold_by_gather = 32;
-
 template <typename F>
 static void exchange_begins(Model<F> *m) {
     CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
@@ -389,17 +382,6 @@ static MlstmShape mlstm_shape(const Model<F> *m, int B, int T, int v1) {
 }
 
 template <typename F>
-static size_t pairs_floats(const Model<F> *m) {  // of all ranks of a sequence, the most that any block has
-    size_t most = 0;
-    for (int v1 = 0; v1 < 2 && comm.sp_size <= fold_by_gather; v1++) {
-        if (!model_has(&m->config, v1 ? BLOCK_MLSTM_V1 : BLOCK_MLSTM)) continue;
-        MlstmShape s = mlstm_shape(m, m->run.max_batch, m->run.max_len, v1);
-        if (mlstm_pair_row(&s) > most) most = mlstm_pair_row(&s);
-    }
-    return (size_t)comm.sp_size * (size_t)m->run.max_batch * most;
-}
-
-template <typename F>
 static const MlstmScratch<F> *mlstm_scratch(const Model<F> *m, int b) {
     return &m->mlstm_scratch[m->config.block_types[b] == BLOCK_MLSTM_V1];
 }
@@ -458,15 +440,15 @@ static void mlstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> 
 // Segments: the ranks of a sequence tell each other their pairs (mlstm_pairs.cuh), and each folds those before it to
 // the states that enter its segment, in the backward pass those behind it. Between begin and end there is time for
 // other work; a forward pass that is done again begins the same way.
-// A rank's own pair, and where those of all are gathered; in a scan, which gathers none, three places more
+
+// Up to as many ranks all gather all pairs. What travels then grows with their number, so more ranks double the
+// distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for tests.
+static int fold_by_gather = 8;
 template <typename F>
 static void mlstm_pairs(Model<F> *m, const MlstmShape *shape, float **own, float **all, size_t *size) {
     *size = (size_t)shape->B * mlstm_pair_row(shape);
     *own = (float *)m->exchange;
     *all = *own + *size;
-    if (comm.sp_size > fold_by_gather) return;
-    *all = m->pairs + (size_t)m->pairs_turn * pairs_floats(m);
-    *own = *all + (size_t)comm.sp_rank * *size;
 }
 // Doubling distances: `own` covers 1, 2, 4, ... segments up to this one (REVERSE: from this one on), `before` the same
 // without this one, which is what is to be folded. The four pairs change places.
@@ -515,7 +497,6 @@ static void mlstm_enter_begins(Model<F> *m, int b, const Sequence *s, BlockActs<
         return;
     }
     comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM states", m->exchange_stream);
-    m->pairs_turn ^= 1;
     m->folded = all;
     m->num_folded = comm.sp_rank;
 }
@@ -543,7 +524,6 @@ static void mlstm_leave_begins(Model<F> *m, int b, const Sequence *s, BlockActs<
         return;
     }
     comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM gradients", m->exchange_stream);
-    m->pairs_turn ^= 1;
     m->folded = all + (size_t)next * size;
     m->num_folded = comm.sp_size - next;
 }
@@ -916,7 +896,8 @@ static void enqueue_grad_norm(Model<F> *m) {
 }
 
 // Gradients from element `complete` on are what they will be: their buckets leave to be summed over the world, while
-// the backward pass goes on. Last called with 0.
+// the backward pass goes on. Last called with 0: nothing is left to hide the last buckets behind, but the norm of what
+// is summed is taken while these are gathered.
 template <typename F>
 static void send_gradients(Model<F> *m, size_t complete) {
     const Shards *s = &m->shards;
@@ -929,11 +910,17 @@ static void send_gradients(Model<F> *m, size_t complete) {
     for (size_t k = before; k-- > m->unsent;)
         comm.data->reduce_scatter(COMM_WORLD, m->grads + k * size, pieces + k * size, s->piece, COMM_F32,
                                   "reduce-scatter of gradients", m->gradient_stream);
+    if (complete == 0) {
+        CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
+        CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+        enqueue_grad_norm(m);
+    }
+    for (size_t k = before; !m->run.zero && k-- > m->unsent;)
+        comm.data->all_gather(COMM_WORLD, pieces + k * size, m->grads + k * size, s->piece * sizeof(float),
+                              "all-gather of gradients", m->gradient_stream);
     if (complete > 0) return;
-    copies_settle(COMM_WORLD, m->gradient_stream);
-    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
-    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
-    enqueue_grad_norm(m);
+    CUDA_CHECK(cudaEventRecord(m->gathered, m->gradient_stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered, 0));
 }
 
 // Where a block's weights for matmuls begin; what it has read in float is complete with the embedding.
@@ -1034,17 +1021,11 @@ static void enqueue_step(Model<F> *m, const GraphKey *k, float *logits_out) {
     Sequence s = {k->B, k->T, m->doc_start, k->stateful ? m->state_in : NULL, k->stateful ? m->state_out : NULL, 0};
     if (k->whole) share_sequence(m, &s, k->whole);
     m->unsent = k->reduce && comm.size > 1 ? m->shards.num_buckets : 0;
-    m->pairs_turn = 0;
     model_forward(m, &s, m->inputs);
     classifier(m, k->B * k->T, k->training, m->targets, logits_out);
     loss_sum(m->sums, m->losses, k->B * k->T, m->stream);
     if (k->training) model_backward(m, &s, m->inputs);
     if (k->whole && k->stateful) share_final_states(m, &s);
-    if (k->whole) {
-        exchange_begins(m);
-        copies_settle(COMM_SP, m->exchange_stream);
-        exchange_ends(m, "end of a micro-step");
-    }
 }
 
 // Runs `enqueue` eagerly the first time, as a captured graph from the second on.
@@ -1155,7 +1136,7 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
         CUDA_CHECK(cudaFree(logits));
     }
     if (stateful) CUDA_CHECK(cudaMemcpyAsync(stored, m->state_out, B * row_bytes, cudaMemcpyDeviceToDevice, m->stream));
-    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, 2 * sizeof(double), cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
     if (batch->meanwhile) batch->meanwhile(batch->meanwhile_arg);
     device_wait(m->stream, "a training step");
     return host.sums[0];
@@ -1262,7 +1243,7 @@ static size_t partial_floats(const Model<F> *m) {
     return most;
 }
 
-// Of what the ranks of a sequence exchange otherwise: the four pairs of a scan; a window there and back; an sLSTM's
+// Of what the ranks of a sequence exchange: an mLSTM's own pair and those of all, or the four of a scan; a window there and back; an sLSTM's
 // pre-activations there and back, or its final states.
 template <typename F>
 static size_t exchange_bytes(const Model<F> *m) {
@@ -1270,7 +1251,8 @@ static size_t exchange_bytes(const Model<F> *m) {
     for (int type = 0; type < NUM_BLOCK_TYPES; type++) {
         if (!model_has(&m->config, (BlockType)type)) continue;
         MlstmShape shape = mlstm_shape(m, (int)B, m->run.max_len, type == BLOCK_MLSTM_V1);
-        size_t cell = (P <= (size_t)fold_by_gather ? 0 : 4) * B * mlstm_pair_row(&shape) * sizeof(float);
+        size_t pairs = comm.sp_size <= fold_by_gather ? P + 1 : 4;
+        size_t cell = pairs * B * mlstm_pair_row(&shape) * sizeof(float);
         if (type == BLOCK_SLSTM) {
             size_t packed = 2 * slstm_rows(m) * 4 * D * sizeof(F) + 256, states = (P + 1) * B * 4 * D * sizeof(float);
             cell = packed > states ? packed : states;
@@ -1348,9 +1330,8 @@ static void take_tensors(Arena *a, Model<F> *m) {
     m->params = take<float>(a, padded);
     m->weights = sizeof(F) == 4 ? (F *)m->params : take<F>(a, padded);
     m->grads = take<float>(a, training * padded);
-    m->pairs = take<float>(a, comm.sp_size > 1 ? 2 * pairs_floats(m) : 0);
-    m->window_bytes = a->used;
     m->exchange = take<char>(a, comm.sp_size > 1 ? exchange_bytes(m) : 0);
+    m->window_bytes = a->used;
     m->workspace = take<char>(a, matmul_workspaces(m));
     m->m = take<float>(a, training * moments);
     m->v = take<float>(a, training * moments);
@@ -1412,8 +1393,8 @@ static void check_memory(Model<F> *m, size_t available) {
         (double)available / gib, recompute);
 }
 
-// The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own:
-// those of this rank's shards only; first_of_bucket [num_buckets + 1]: where each bucket's begin, or NULL.
+// The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own: those
+// of this rank's shards only; first_of_bucket [num_buckets + 1] then says where each bucket's begin, or is NULL.
 template <typename F>
 static int update_chunks(const Model<F> *m, UpdateChunk *chunks, int *first_of_bucket) {
     const Shards *shards = &m->shards;
@@ -1424,11 +1405,12 @@ static int update_chunks(const Model<F> *m, UpdateChunk *chunks, int *first_of_b
         const TensorSpec *s = &m->table.tensors[k];
         if ((m->offsets[k] >= m->matmul_begin) != (pass >= num_tensors)) continue;
         for (size_t at = 0, n; at < s->count; at += n) {
-            size_t place = m->offsets[k] + at, left = s->count - at, moments;
-            n = shards_run(shards, place, left < (size_t)UPDATE_CHUNK ? left : UPDATE_CHUNK, &owner, &moments);
+            size_t place = m->offsets[k] + at, left = s->count - at, moments = place;
+            n = left < (size_t)UPDATE_CHUNK ? left : (size_t)UPDATE_CHUNK;
+            if (own) n = shards_run(shards, place, n, &owner, &moments);
             if (own && owner != shards->rank) continue;
             while (first_of_bucket && bucket <= place / shards_bucket(shards)) first_of_bucket[bucket++] = count;
-            UpdateChunk chunk = {place, own ? moments : place, (unsigned)n, (float)s->decay};
+            UpdateChunk chunk = {place, moments, (unsigned)n, (float)s->decay};
             if (chunks) chunks[count] = chunk;
             count++;
         }
@@ -1507,20 +1489,16 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
 template <typename F>
 static double model_grad_norm(Model<F> *m) {
     Staging host = staging(m, NULL);
-    if (comm.size == 1) {  // several ranks have done that in send_gradients()
-        enqueue_grad_norm(m);
-        CUDA_CHECK(cudaMemcpyAsync(host.sums + 1, m->sums + 1, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
-        device_wait(m->stream, "the gradient's norm");
-    }
-    double sum = host.sums[1];
+    if (comm.size == 1) enqueue_grad_norm(m);  // several ranks have done that: send_gradients
+    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums + 1, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
+    device_wait(m->stream, "the gradient's norm");
+    double sum = host.sums[0];
     comm_sum(&sum, 1, "sum of the gradient's norm");
     return sqrt(sum);
 }
 
-// Bucket by bucket, and meanwhile the one before or behind is gathered. With all moments on all ranks a bucket's
-// gradients are gathered, of which each rank has the sums of its piece, and then all of it is updated. With its own
-// moments only, a rank updates its piece, and then the weights are gathered: those for matmuls in format F only, whose
-// float is nobody's but the owner's.
+// With its own moments only, a rank updates its piece of a bucket, and while the next bucket is updated the pieces of
+// this one are gathered: those for matmuls in format F only, whose float is nobody's but the owner's.
 template <typename F>
 static void model_update(Model<F> *m, const UpdateConfig *u) {
     AdamwArgs args = {(float)u->lr,
@@ -1534,29 +1512,26 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
     const Shards *s = &m->shards;
     size_t size = shards_bucket(s), mine = s->piece * (size_t)s->rank;
     bf16 *weights = sizeof(F) == 2 ? (bf16 *)m->weights : NULL;
-    auto gather = [&](auto *all, size_t k, const char *what) {
-        comm.data->all_gather(COMM_WORLD, all + k * size + mine, all + k * size, s->piece * sizeof *all, what,
-                              m->gradient_stream);
-    };
+    if (!m->own_moments) {
+        adamw_update(m->params, weights, m->m, m->v, m->grads, m->chunks, m->num_chunks, args, m->stream);
+        return;
+    }
     for (size_t k = 0; k < s->num_buckets; k++) {
         int first = m->bucket_chunks[k], count = m->bucket_chunks[k + 1] - first;
-        if (comm.size > 1 && !m->own_moments) {
-            gather(m->grads, k, "all-gather of gradients");
-            CUDA_CHECK(cudaEventRecord(m->gathered, m->gradient_stream));
-            CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered, 0));
-        }
+        float *bucket = m->params + k * size;
         if (count > 0)
             adamw_update(m->params, weights, m->m, m->v, m->grads, m->chunks + first, count, args, m->stream);
-        if (!m->own_moments) continue;
         CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
         CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
-        if (!weights || k * size < m->matmul_begin) gather(m->params, k, "all-gather of weights");
-        if (weights && (k + 1) * size > m->matmul_begin) gather(weights, k, "all-gather of weights");
+        if (!weights || k * size < m->matmul_begin)
+            comm.data->all_gather(COMM_WORLD, bucket + mine, bucket, s->piece * sizeof(float), "all-gather of weights",
+                                  m->gradient_stream);
+        if (weights && (k + 1) * size > m->matmul_begin)
+            comm.data->all_gather(COMM_WORLD, weights + k * size + mine, weights + k * size, s->piece * sizeof(bf16),
+                                  "all-gather of weights", m->gradient_stream);
     }
-    if (comm.size == 1) return;
-    copies_settle(COMM_WORLD, m->gradient_stream);
-    CUDA_CHECK(cudaEventRecord(m->gathered, m->gradient_stream));
-    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered, 0));
+    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
 }
 
 template <typename F>
@@ -1577,7 +1552,6 @@ static void model_collect(Model<F> *m, int kind) {
         comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank, bucket, s->piece * sizeof(float),
                               what[kind], m->stream);
     }
-    copies_settle(COMM_WORLD, m->stream);
     if (kind == KIND_WEIGHT && sizeof(F) == 2)
         convert_weights((bf16 *)m->weights, m->params, shards_padded(s), m->stream);
     device_wait(m->stream, what[kind]);

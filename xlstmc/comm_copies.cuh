@@ -1,17 +1,16 @@
 // comm_copies.cuh: all-gather and reduce-scatter between the GPUs of one host, by copy engines.
 //
 // Kernels that communicate take multiprocessors, and a matrix product that fills a GPU in one go then takes two. Copy
-// engines take none. So a rank opens the memory of its neighbours (CUDA IPC) and copies straight into their buffers.
-// Only the sums of a reduce-scatter are a kernel, a short one, and the next copies run beside it. Behind its copies a
-// rank tells all others so and waits for the same word from them: a meeting. Meetings are memory operations of streams,
-// no kernels either. All of it can be part of a CUDA graph.
+// engines take none. So a rank opens the memory of its neighbours (CUDA IPC) and copies straight into their buffers;
+// only the sums of a reduce-scatter are a kernel, a short one. Meetings before and behind the copies are memory
+// operations of streams, no kernels either:
 //
-// There is no meeting before the copies. Others may write what this rank is to receive in a call as soon as it has left
-// the meeting of the call before. So whatever it still reads there must be done by then, which two buffers that take
-// turns see to; and by copies_settle() the last call is complete.
+//   ready   I have reached this call, my buffers may be written      (everyone tells everyone, everyone waits for all)
+//   copy    my part into the buffers of the others
+//   done    what I had to write is written
 //
-// It works on the "window", the first bytes of the one allocation, which are laid out alike on all ranks: a place in it
-// is the same distance from the window's begin everywhere.
+// All of it can be part of a CUDA graph. It works on the "window", the first bytes of the one allocation, which are
+// laid out alike on all ranks: a place in it is the same distance from the window's begin everywhere.
 #ifndef XLSTMC_COMM_COPIES_CUH
 #define XLSTMC_COMM_COPIES_CUH
 
@@ -70,27 +69,25 @@ static void stream_write(cudaStream_t stream, volatile void *word, int value) {
 // ----------------------------------------------------------------------------------------------------------------
 // The window
 
+enum { READY, DONE, NUM_MEETINGS };
+
 static struct {
-    char **of;                  // [size] where the windows of all ranks are seen from here; NULL: no copies
-    size_t bytes;               // of each
-    unsigned *flags;            // in the window: [NUM_COMM_GROUPS][2][size], 1: that rank has come
-    int turn[NUM_COMM_GROUPS];  // which of the two flags, and buffers, is next
-    float *received;            // in the window: [2][size][max_count] what a reduce-scatter gets from the others
+    char **of;          // [size] where the windows of all ranks are seen from here; NULL: no copies
+    size_t bytes;       // of each
+    unsigned *flags;    // in the window: [NUM_COMM_GROUPS][NUM_MEETINGS][size], 1: that rank has come
+    float *received;    // in the window: [size][max_count] what a reduce-scatter gets from the others
     size_t max_count;
-    cudaStream_t sums;  // of reduce-scatters
-    cudaEvent_t arrived, summed;
-    int summing;               // 1: a group's stream has not waited for `summed` yet
     const CommOps *otherwise;  // for what lies outside
     CUstreamBatchMemOpParams *ops;
     void (*note)(CommGroup, const char *, cudaStream_t);  // `what` begins, NULL: has ended
 } copies;
 
-// What the window must begin with
+// Bytes that the window must begin with
 static size_t copies_flag_bytes(void) {
-    return (NUM_COMM_GROUPS * 2 * (size_t)comm.size * sizeof(unsigned) + 255) / 256 * 256;
+    return (NUM_COMM_GROUPS * NUM_MEETINGS * (size_t)comm.size * sizeof(unsigned) + 255) / 256 * 256;
 }
 static size_t copies_head_bytes(size_t max_count) {
-    return comm.size == 1 ? 0 : copies_flag_bytes() + 2 * (size_t)comm.size * max_count * sizeof(float);
+    return comm.size == 1 ? 0 : copies_flag_bytes() + (size_t)comm.size * max_count * sizeof(float);
 }
 
 static char *copies_address(CommGroup group, int rank, const void *mine) {
@@ -101,11 +98,11 @@ static int copies_reach(const void *begin, size_t bytes) {
     return (const char *)begin >= copies.of[comm.rank] && at + bytes <= copies.bytes;
 }
 
-// Every flag goes from 0 to 1 by its rank, and back by the one who waited. Nobody sets it again before that, since two
-// take turns; what a graph holds is the same each time, so a graph holds an even number of meetings (copies_settle).
-static void copies_meet(CommGroup group, cudaStream_t stream) {
+// Every flag goes from 0 to 1 by its rank, and back by the one who waited: nobody sets it again before, since READY and
+// DONE take turns.
+static void copies_meet(CommGroup group, int meeting, cudaStream_t stream) {
     int ranks = comm_group_size(group), me = comm_group_rank(group), n = 0;
-    unsigned *row = copies.flags + (2 * (size_t)group + (size_t)copies.turn[group]) * (size_t)comm.size;
+    unsigned *row = copies.flags + ((size_t)group * NUM_MEETINGS + meeting) * (size_t)comm.size;
     for (int k = 1; k < ranks; k++) {
         int r = (me + k) % ranks;
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, copies_address(group, r, row + me), 1);
@@ -116,17 +113,10 @@ static void copies_meet(CommGroup group, cudaStream_t stream) {
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, row + r, 0);
     }
     memory_ops(stream, copies.ops, n);
-    copies.turn[group] ^= 1;
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// The functions of comm.data. COMM_WORLD alone reduces.
-
-static void copies_wait_for_sums(CommGroup group, cudaStream_t stream) {
-    if (group != COMM_WORLD || !copies.summing) return;
-    CUDA_CHECK(cudaStreamWaitEvent(stream, copies.summed, 0));
-    copies.summing = 0;
-}
+// The functions of comm.data
 
 static void copies_all_gather(CommGroup group, const void *src, void *dst, size_t bytes, const char *what,
                               void *stream) {
@@ -138,12 +128,12 @@ static void copies_all_gather(CommGroup group, const void *src, void *dst, size_
         return;
     }
     copies.note(group, what, on);
-    copies_wait_for_sums(group, on);
+    copies_meet(group, READY, on);
     for (int k = 1; k < ranks; k++)
-        CUDA_CHECK(
-            cudaMemcpyAsync(copies_address(group, (me + k) % ranks, part), src, bytes, cudaMemcpyDeviceToDevice, on));
+        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, (me + k) % ranks, part), src, bytes, cudaMemcpyDeviceToDevice,
+                                   on));
     if (part != src) CUDA_CHECK(cudaMemcpyAsync(part, src, bytes, cudaMemcpyDeviceToDevice, on));
-    copies_meet(group, on);
+    copies_meet(group, DONE, on);
     copies.note(group, NULL, on);
 }
 
@@ -168,34 +158,22 @@ static void copies_reduce_scatter(CommGroup group, const void *src, void *dst, s
     int ranks = comm_group_size(group), me = comm_group_rank(group);
     cudaStream_t on = (cudaStream_t)stream;
     const float *parts = (const float *)src;
-    float *received = copies.received + (size_t)copies.turn[group] * (size_t)comm.size * copies.max_count;
-    if (group != COMM_WORLD || type != COMM_F32 || count > copies.max_count || count % 4) {
+    if (type != COMM_F32 || count > copies.max_count || count % 4) {
         copies.otherwise->reduce_scatter(group, src, dst, count, type, what, stream);
         return;
     }
     copies.note(group, what, on);
+    copies_meet(group, READY, on);
     for (int k = 1; k < ranks; k++) {
         int r = (me + k) % ranks;
-        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, received + (size_t)me * count), parts + (size_t)r * count,
-                                   count * sizeof(float), cudaMemcpyDeviceToDevice, on));
+        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, copies.received + (size_t)me * count),
+                                   parts + (size_t)r * count, count * sizeof(float), cudaMemcpyDeviceToDevice, on));
     }
-    copies_wait_for_sums(group, on);  // of the call before: its buffer is the next to be written
-    copies_meet(group, on);
-    CUDA_CHECK(cudaEventRecord(copies.arrived, on));
-    CUDA_CHECK(cudaStreamWaitEvent(copies.sums, copies.arrived, 0));
-    copies_sum_kernel<<<imin(ceil_div(count, 2048), 1056), 256, 0, copies.sums>>>(
-        (float *)dst, parts + (size_t)me * count, received, ranks, me, count / 4);
+    copies_meet(group, DONE, on);
+    copies_sum_kernel<<<imin(ceil_div(count, 2048), 1056), 256, 0, on>>>(
+        (float *)dst, parts + (size_t)me * count, copies.received, ranks, me, count / 4);
     LAUNCH_CHECK();
-    CUDA_CHECK(cudaEventRecord(copies.summed, copies.sums));
-    copies.summing = 1;
     copies.note(group, NULL, on);
-}
-
-// Behind the last call of a group in a step, and in a graph: what came before on the stream is complete.
-static void copies_settle(CommGroup group, cudaStream_t stream) {
-    if (!copies.of) return;
-    copies_wait_for_sums(group, stream);
-    if (copies.turn[group]) copies_meet(group, stream);
 }
 
 static CommOps comm_copies;
@@ -228,14 +206,8 @@ static void copies_start(int wanted, void *memory, size_t bytes, size_t max_coun
     free(all);
     if (comm_any(apart, "opening the memory of other GPUs")) {
         cudaGetLastError();
-        copies.of = NULL;
         return;
     }
-    int low, high;
-    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&low, &high));
-    CUDA_CHECK(cudaStreamCreateWithPriority(&copies.sums, cudaStreamNonBlocking, high));
-    CUDA_CHECK(cudaEventCreateWithFlags(&copies.arrived, cudaEventDisableTiming));
-    CUDA_CHECK(cudaEventCreateWithFlags(&copies.summed, cudaEventDisableTiming));
     copies.bytes = bytes;
     copies.flags = (unsigned *)memory;
     copies.received = (float *)((char *)memory + copies_flag_bytes());
