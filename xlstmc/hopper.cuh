@@ -157,8 +157,8 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// The operand `offset` bytes, a multiple of 16, behind an address of this block's shared memory. Panels that follow each
-// other along m or n, for transposed operands, are one panel apart. Eight rows: 1024 bytes.
+// The operand `offset` bytes, a multiple of 16, behind an address of this block's shared memory. Panels that follow
+// each other along m or n, for transposed operands, are one panel apart. Eight rows: 1024 bytes.
 __device__ __forceinline__ uint64_t wgmma_operand(unsigned address, int offset = 0) {
     return (uint64_t)(1024 >> 4 | 1 << 30) << 32 | (PANEL_BYTES >> 4 << 16) + (address >> 4) + (offset >> 4);
 }

@@ -15,17 +15,18 @@
 // H and dQ walk forward, dV and dK backward. The state never leaves the multiprocessor. A block has four warpgroups and
 // holds a slice of W columns of one head's state, transposed, in the accumulators of two of them:
 //
-//   scores    X Y^T (64 x 64), weights, P in bf16 to shared memory, a chunk ahead of the states
+//   scores    X Y^T (64 x 64), weights, P in bf16 to shared memory, a chunk ahead of the states. H: <q, n>, with n in
+//             three parts as further keys, and the n of the next chunk, Y^T times the tokens' weights
 //   state 0,1 out^T = M^T X^T with the accumulators themselves, rounded to bf16, as register operand; M^T += (scale *
-//             Z)^T Y, fed from registers too; out^T += Z^T P^T. Where W = 64 both share the rows and halve A, and the
-//             second adds its part of out through shared memory; else each has its own rows of M^T
-//   aux       a warp starts the copies of X, Y, Z by TMA; one computes the rows' scalars from the gates; two have the
-//             normaliser n and its gradient, by ordinary multiply-adds: small products of the tensor cores (mma.sync)
-//             would wait in line behind those of the states
+//             Z)^T Y, fed from registers too; out^T += Z^T P^T. Where W = 64 both share the rows and halve A, exchange
+//             their parts of out through shared memory and finish half of the tokens each; else each has its own rows of
+//             M^T. dQ, dK: n or dn of these rows, one more product with the same register operand
+//   aux       a warp starts the copies of X, Y, Z by TMA; two compute the rows' scalars from the gates, in turns
 //
 // X and Y take turns in one ring of tiles, as many as fit; Z has its own, and H and dV write their result over Z, from
 // where TMA stores it. Long sequences of few heads are cut into segments (grid.y), whose entering states
-// mlstm_segments.cuh makes; dQ finds them among the snapshots of H.
+// mlstm_segments.cuh makes; dQ finds them among the snapshots of H. A chunk is a chain of waits, so reads of shared
+// memory, which take some 190 cycles beside the products, are asked for together and used late.
 //
 // Cost of a chunk and slice, in cycles of the tensor cores (2,048 multiply-adds): 2 A for the scores, 2 A W / 64 for
 // the state's answer, 2 W for P Z, 2 A W / 64 for the update; 2,816 at A = 128, W = 256 and the other way round. Bytes:
@@ -67,8 +68,8 @@ struct Scan {
     static constexpr int AHEAD = BLOCKS == 2 ? 1 : AW > 192 ? 2 : 3;  // products on their way (scan_ask_state)
     static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;    // dV still wants M for its snapshots
     static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;     // X or Y, Z of 64 tokens
-    // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z, by
-    // = 1 or ds / inv_den: by the states, of the rows of M^T that they have
+    // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z,
+    // by = 1 or ds / inv_den: by the states, of the rows of M^T that they have
     static constexpr bool NORMALISER = MODE != SCAN_DV;
     static constexpr int WEIGHT_BYTES = NORMALISER ? 64 * 16 : 0;  // of a chunk's tokens in it: an operand
     static constexpr int SHARED = 227 * 1024, MAX_TILES = 10;
