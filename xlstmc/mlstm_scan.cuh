@@ -18,9 +18,9 @@
 //   scores    X Y^T (64 x 64), weights, P in bf16 to shared memory, a chunk ahead of the states. H: <q, n>, with n in
 //             three parts as further keys, and the n of the next chunk, Y^T times the tokens' weights
 //   state 0,1 out^T = M^T X^T with the accumulators themselves, rounded to bf16, as register operand; M^T += (scale *
-//             Z)^T Y, fed from registers too; out^T += Z^T P^T. Where W = 64 both share the rows and halve A, exchange
-//             their parts of out through shared memory and finish half of the tokens each; else each has its own rows of
-//             M^T. dQ, dK: n or dn of these rows, one more product with the same register operand
+//             Z)^T Y, fed from registers too; out^T += Z^T P^T. Where W = 64 both share the rows and halve A,
+//             exchange their parts of out through shared memory and finish half of the tokens each; else each has
+//             its own rows of M^T. dQ, dK: n or dn of these rows, one more product with the same operand
 //   aux       a warp starts the copies of X, Y, Z by TMA; two compute the rows' scalars from the gates, in turns
 //
 // X and Y take turns in one ring of tiles, as many as fit; Z has its own, and H and dV write their result over Z, from
@@ -233,8 +233,8 @@ __device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const Scan
 // ----------------------------------------------------------------------------------------------------------------
 // The aux warpgroup: copies, the scalars of the rows, the normaliser
 
-// Blocks of one head share X and Y through L2 as long as none is far ahead. Each says every fourth chunk where it is, and
-// waits for the slowest. Only a hint: who waited in vain, since another does not run yet, waits no more.
+// Blocks of one head share X and Y through L2 as long as none is far ahead. Each says every fourth chunk where it is,
+// and waits for the slowest. Only a hint: who waited in vain, since another does not run yet, waits no more.
 __device__ __forceinline__ bool scan_keep_pace(int *pace, int it) {
     enum { EVERY = 4, AHEAD = 6, TRIES = 40 };
     if (it % EVERY) return true;
@@ -403,7 +403,7 @@ __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *row
 }
 
 // H: packs the weighted scores w to bf16 words and leaves the denominators for the state's warpgroups; returns sig for
-// backward, of the rows 16 warp + lane / 4 and 8 further on. q_n: a lane's part of <q, n>. out is a sum with the rounded
+// backward, of the rows 16 warp + lane / 4 and 8 further on. q_n: a lane's part of <q, n>. out is a sum with rounded
 // weights, so it is divided by their sum: where one token outweighs all others, h is its v, whatever the rounding, and
 // the two parts of dh.v + ds cancel as they should.
 template <class S>
@@ -478,7 +478,8 @@ __device__ __forceinline__ void scan_begin_n(const ScanArgs &p, const ScanPlace 
 // n = decay n + the sum of scale y over the chunk, whose Y is at y
 template <class S>
 __device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S> *sh, unsigned y, int it) {
-    const unsigned weights = shared_address(smem) + scan_at_weights<S>(it), column = scan_n_column(not_hoisted(threadIdx.x));
+    const unsigned weights = shared_address(smem) + scan_at_weights<S>(it);
+    const unsigned column = scan_n_column(not_hoisted(threadIdx.x));
     const float decay = sh->rows[it % 2].decay;
     float sums[S::A / 64][4], n[S::A / 64][2];
 #pragma unroll
