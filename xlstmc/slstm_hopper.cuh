@@ -1297,11 +1297,11 @@ static const SlstmClusterKernels *slstm_cluster_table(void) {
         slstm_cluster_kernels<SlstmCluster<6, 4, 3>>(1.42f, 1.42f),
         slstm_cluster_kernels<SlstmCluster<8, 4, 3>>(1.57f, 1.55f),
         slstm_cluster_kernels<SlstmCluster<8, 6, 1>>(1.12f, 1.24f),
-        slstm_cluster_kernels<SlstmCluster<16, 4, 1>>(1.40f, 1.38f),
+        slstm_cluster_kernels<SlstmCluster<16, 4, 1>>(1.19f, 0.95f),
         slstm_cluster_kernels<SlstmCluster<8, 8, 1>>(1.80f, 1.82f),
-        slstm_cluster_kernels<SlstmCluster<16, 6, 1, 4>>(1.60f, 1.60f),
-        slstm_cluster_kernels<SlstmCluster<6, 4, 1, 4>>(0.64f, 0.66f),
-        slstm_cluster_kernels<SlstmCluster<16, 6, 1>>(2.19f, 2.22f),
+        slstm_cluster_kernels<SlstmCluster<16, 6, 1, 4>>(1.50f, 1.75f),
+        slstm_cluster_kernels<SlstmCluster<6, 4, 1, 4>>(0.54f, 0.71f),
+        slstm_cluster_kernels<SlstmCluster<16, 6, 1>>(2.13f, 1.85f),
     };
     return table;
 }

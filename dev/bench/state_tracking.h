@@ -52,6 +52,7 @@ typedef struct {
     uint64_t seed;
     int batch, steps;       // sequences a step
     double lr, solved;      // sequences grow where the loss of a token is below `solved` nats
+    int to_zero;            // lr falls to 0 over the second half of the steps; else to a tenth over all
     int *inputs, *targets;  // [batch, EVAL_LEN]
     float *logits;          // [batch, EVAL_LEN, V]
 } StateRun;
@@ -103,9 +104,8 @@ static int state_train(const Backend *backend, const StateRun *r) {
         double loss = backend->forward_backward(&batch, 1 / tokens) / tokens;
         if (loss < r->solved && batch.T < TRAIN_LEN) batch.T++, grew = step;
         if (batch.T == TRAIN_LEN) grew = step;
-        // Warm-up, constant, and over the second half down to zero
-        double norm = backend->grad_norm(), progress = (double)step / r->steps;
-        double rate = r->lr * fmin(fmin(1, (step + 1) / 100.0), 2 * (1 - progress));
+        double norm = backend->grad_norm(), progress = (double)step / r->steps, warmup = fmin(1, (step + 1) / 100.0);
+        double rate = r->lr * (r->to_zero ? fmin(warmup, 2 * (1 - progress)) : warmup * (1 - 0.9 * progress));
         UpdateConfig update = {step + 1, rate, 0.9, 0.95, 1e-8, 0.01, norm > 1 ? 1 / norm : 1};
         backend->update(&update);
     }

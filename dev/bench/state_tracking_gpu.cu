@@ -21,6 +21,7 @@ int main(int argc, char **argv) {
     run.steps = atoi(argv[4]);
     run.lr = atof(argv[5]);
     run.solved = atof(argv[6]);
+    run.to_zero = 1;
     run.batch = atoi(argv[9]);
     state_model(&cuda_backend, &run, argv[2], atoi(argv[7]), atoi(argv[8]), 1);
     double right[EVAL_LEN];
