@@ -155,7 +155,8 @@ $(foreach source,$(wildcard dev/bench/*.c),\
 SM ?= $(or $(subst 90,90a,$(subst .,,$(firstword $(shell nvidia-smi --query-gpu=compute_cap \
     --format=csv,noheader 2>/dev/null)))),all)
 ifeq ($(SM),all)
-GENCODE := $(foreach sm,80 86 89 90a,-gencode arch=compute_$(sm),code=sm_$(sm)) -gencode arch=compute_90,code=compute_90
+GENCODE := -gencode 'arch=compute_80,code=[sm_80,sm_86,sm_89]' -gencode arch=compute_90a,code=sm_90a \
+    -gencode arch=compute_90,code=compute_90
 else
 GENCODE := -gencode arch=compute_$(SM),code=sm_$(SM)
 endif
