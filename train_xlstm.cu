@@ -1243,8 +1243,8 @@ static size_t partial_floats(const Model<F> *m) {
     return most;
 }
 
-// Of what the ranks of a sequence exchange: an mLSTM's own pair and those of all, or the four of a scan; a window there and back; an sLSTM's
-// pre-activations there and back, or its final states.
+// Of what the ranks of a sequence exchange: an mLSTM's own pair and those of all, or the four of a scan; a window there
+// and back; an sLSTM's pre-activations there and back, or its final states.
 template <typename F>
 static size_t exchange_bytes(const Model<F> *m) {
     size_t B = (size_t)m->run.max_batch, D = dim(m, DIM_D), I = dim(m, DIM_I), P = (size_t)comm.sp_size, most = 0;
@@ -1393,8 +1393,8 @@ static void check_memory(Model<F> *m, size_t available) {
         (double)available / gib, recompute);
 }
 
-// The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own: those
-// of this rank's shards only; first_of_bucket [num_buckets + 1] then says where each bucket's begin, or is NULL.
+// The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own:
+// those of this rank's shards only; first_of_bucket [num_buckets + 1] then says where each bucket's begin, or is NULL.
 template <typename F>
 static int update_chunks(const Model<F> *m, UpdateChunk *chunks, int *first_of_bucket) {
     const Shards *shards = &m->shards;

@@ -20,23 +20,14 @@
 #include "cuda_util.cuh"
 
 // ----------------------------------------------------------------------------------------------------------------
-// Memory operations of streams. The driver's function is found at run time, so that nothing is linked with the driver.
+// Memory operations of streams
 
 typedef CUresult (*StreamMemoryOps)(CUstream, unsigned, CUstreamBatchMemOpParams *, unsigned);
 
 static StreamMemoryOps stream_memory_ops(void) {
     static StreamMemoryOps ops;
     if (ops) return ops;
-    void *found = NULL;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuStreamBatchMemOp", &found, 12000, cudaEnableDefault, &result));
-#else
-    CUDA_CHECK(cudaGetDriverEntryPoint("cuStreamBatchMemOp", &found, cudaEnableDefault, &result));
-#endif
-    if (result != cudaDriverEntryPointSuccess || !found)
-        die(EXIT_RUN, "the CUDA driver has no cuStreamBatchMemOp; a driver for CUDA 12.0 or newer is needed");
-    return ops = (StreamMemoryOps)found;
+    return ops = (StreamMemoryOps)driver_function("cuStreamBatchMemOp");
 }
 
 static CUstreamBatchMemOpParams memory_op(CUstreamBatchMemOpType type, volatile void *word, unsigned value) {

@@ -151,6 +151,21 @@ static void add_partials(float *dst, const float *partial, int parts, size_t wid
     LAUNCH_CHECK();
 }
 
+// A function of the driver, found at run time, so that nothing is linked with the driver
+MAYBE_UNUSED
+static void *driver_function(const char *name) {
+    void *found = NULL;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result));
+#else
+    CUDA_CHECK(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result));
+#endif
+    if (result != cudaDriverEntryPointSuccess || !found)
+        die(EXIT_RUN, "the CUDA driver has no %s; a driver for CUDA 12.0 or newer is needed", name);
+    return found;
+}
+
 // ----------------------------------------------------------------------------------------------------------------
 // Device memory: every buffer is taken from an arena, first with no memory behind it to learn the size, then for real
 
@@ -166,6 +181,7 @@ static X *take(Arena *a, size_t count) {  // aligned to 256 bytes
     return p;
 }
 
+// ----------------------------------------------------------------------------------------------------------------
 // x, but the compiler does not know it: what is computed from it is computed where it is used, in a loop again and
 // again, rather than before the loop and held in registers that the sums need.
 __device__ inline unsigned not_hoisted(unsigned x) {

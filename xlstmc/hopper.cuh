@@ -53,9 +53,6 @@ __device__ __forceinline__ void barrier_wait(unsigned bar, int parity) {
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // Ordinary stores to shared memory become visible to TMA and wgmma; by each thread that stored.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -104,7 +101,7 @@ __device__ __forceinline__ void bulk_load(unsigned to, const void *from, int byt
                  : "memory");
 }
 
-// The driver's function that encodes a tensor map; found at run time, so that nothing is linked with the driver.
+// The driver's function that encodes a tensor map
 typedef CUresult (*TensorMapEncode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                     const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                                     CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -112,17 +109,7 @@ MAYBE_UNUSED
 static TensorMapEncode tensor_map_encode(void) {
     static TensorMapEncode encode;
     if (encode) return encode;
-    void *found = NULL;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    CUDA_CHECK(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
-#else
-    CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
-#endif
-    if (result != cudaDriverEntryPointSuccess || !found)
-        die(EXIT_RUN, "the CUDA driver has no cuTensorMapEncodeTiled; a driver for CUDA 12.0 or newer is needed");
-    return encode = (TensorMapEncode)found;
+    return encode = (TensorMapEncode)driver_function("cuTensorMapEncodeTiled");
 }
 
 // p [B, T, NH, width] with row stride ld; p aligned to 16 bytes, width and ld multiples of 8.

@@ -332,17 +332,13 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
     }
 }
 
-// *to = the sum over WARPS warps of a barrier of their own; sums: a float each
-template <int WARPS>
+// *to = the sum over a warpgroup, by a barrier of its own; sums: a float a warp
 __device__ __forceinline__ void scan_store_sum(float *to, float sum, float *sums, int barrier) {
     sum = warp_sum(sum);
-    named_barrier_sync(barrier, 32 * WARPS);  // the last ones have been read
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % WARPS] = sum;
-    named_barrier_sync(barrier, 32 * WARPS);
-    if (threadIdx.x % (32 * WARPS)) return;
-    sum = 0;
-    for (int k = 0; k < WARPS; k++) sum += sums[k];
-    *to = sum;
+    named_barrier_sync(barrier, 128);  // the last ones have been read
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % 4] = sum;
+    named_barrier_sync(barrier, 128);
+    if (threadIdx.x % 128 == 0) *to = ((sums[0] + sums[1]) + sums[2]) + sums[3];
 }
 
 // n where the block begins: of column `column` of it
@@ -701,7 +697,7 @@ __device__ __forceinline__ void scan_store_border(const ScanArgs &p, const ScanP
                                                   int k0, float sum, int c) {
     for (int k = 0; k < S::BLOCKS; k++) scan_pass_tile<S>(sh, k0 + 2 + (1 - wg) * S::BLOCKS + k);  // the other's
     const size_t tile = p.anchor_tile + 2 * at.slice + wg, spans = scan_borders(at) + 1;
-    scan_store_sum<4>(&p.anchor[(tile * gridDim.z + at.bh) * spans + scan_border<S>(at, c)], sum, sh->sums + 4 * wg,
+    scan_store_sum(&p.anchor[(tile * gridDim.z + at.bh) * spans + scan_border<S>(at, c)], sum, sh->sums + 4 * wg,
                       2 + wg);
 }
 
@@ -712,7 +708,7 @@ __device__ __forceinline__ void scan_start_state(const ScanArgs &p, const ScanPl
     if (S::MODE != SCAN_DV || !at.last_segment || !p.entering.C) return;
     float *C = p.entering.C + at.b * p.entering.row + (size_t)at.head * p.s.dk * p.s.dv, sum = 0;
     scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { sum += x * *scan_element<S>(C, p.s, w, a); });
-    scan_store_sum<4>(&p.anchor_start[(size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh], sum,
+    scan_store_sum(&p.anchor_start[(size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh], sum,
                       sh->sums + 4 * wg, 2 + wg);
 }
 
@@ -780,7 +776,7 @@ __device__ __forceinline__ void scan_anchor_n(const ScanPlace &at, ScanShared<S>
     float sum = 0;
     if (threadIdx.x % 4 == 0 && !(S::SPLIT && wg))
         sum = (w < width ? (N[0] + N[1]) * n[w] : 0) + (w + 8 < width ? (N[2] + N[3]) * n[w + 8] : 0);
-    scan_store_sum<4>(anchor, sum, sh->sums + 4 * wg, 2 + wg);
+    scan_store_sum(anchor, sum, sh->sums + 4 * wg, 2 + wg);
 }
 template <class S>
 __device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int wg,

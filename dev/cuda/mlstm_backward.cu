@@ -125,15 +125,6 @@ static __global__ void __launch_bounds__(DV) recurrent_kernel(GradArgs p) {
 
 enum { ROWS = 64, PARTNERS = 16 };
 
-// As in mlstm_forward.cu
-__device__ static float pair_weight(const MlstmGates &g, size_t gates, int query, int key, bool same, float between,
-                                    float scale) {
-    if (key > query) return 0;
-    if (!same) return g.qscale[gates + query] * between * g.kscale[gates + key];
-    const float2 u = g.u[gates + key], r = g.r[gates + query];
-    return scale * exp2f((u.x - r.x) + (u.y - r.y));
-}
-
 template <class R, bool CHUNKWISE>
 static __global__ void __launch_bounds__(DV) pairs_kernel(GradArgs p) {
     enum { GROUPS = DV / R::W, MINE = ROWS / GROUPS };  // rows of a thread

@@ -91,16 +91,6 @@ static void recurrent(Problem *p) {
 
 enum { ROWS = 64, KEYS = 32 };
 
-// (3.11) times s. Inside a chunk from u and r; from an earlier chunk the way leads through the state, and `between` is
-// what the chunks in between keep of it.
-__device__ static float pair_weight(const MlstmGates &g, size_t gates, int query, int key, bool same, float between,
-                                    float scale) {
-    if (key > query) return 0;
-    if (!same) return g.qscale[gates + query] * between * g.kscale[gates + key];
-    const float2 u = g.u[gates + key], r = g.r[gates + query];
-    return scale * exp2f((u.x - r.x) + (u.y - r.y));
-}
-
 // states: C [B, NH, NC, DK, DV] entering each chunk, n [B, NH, NC, DK] (version 3)
 template <bool CHUNKWISE>
 static __global__ void __launch_bounds__(DV)

@@ -375,4 +375,14 @@ static int ladder_main(const Ladder *l, int argc, char **argv) {
     return wrong > 0;
 }
 
+// (3.11) times s. Inside a chunk from u and r; from an earlier chunk the way leads through the state, and `between` is
+// what the chunks in between keep of it.
+__device__ static float pair_weight(const MlstmGates &g, size_t gates, int query, int key, bool same, float between,
+                                    float scale) {
+    if (key > query) return 0;
+    if (!same) return g.qscale[gates + query] * between * g.kscale[gates + key];
+    const float2 u = g.u[gates + key], r = g.r[gates + query];
+    return scale * exp2f((u.x - r.x) + (u.y - r.y));
+}
+
 #endif

@@ -10,6 +10,12 @@ check() { # check NAME COMMAND...: passes if the command succeeds
     echo "FAILED: $name"
     tail -n 6 check.log | sed 's/^/    /'
 }
+must() { # must COMMAND...: what other checks need; a failure if it fails, no check otherwise
+    "$@" >run.log 2>&1 && return
+    FAILED=$((FAILED + 1))
+    echo "FAILED: $*"
+    tail -n 5 run.log | sed 's/^/    /'
+}
 gone() { # gone SECONDS PID...: no process of these is left after so many seconds
     local end=$((SECONDS + $1)) pid alive
     shift

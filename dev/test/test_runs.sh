@@ -24,7 +24,6 @@ finish() {
     [ "$FAILED" = 0 ]
     exit
 }
-must() { "$@" >run.log 2>&1 || { FAILED=$((FAILED + 1)); echo "FAILED: $*"; tail -n 3 run.log | sed 's/^/    /'; }; }
 exits() { # exits CODE COMMAND...: the command ends with this code
     local code=$1 got=0
     shift

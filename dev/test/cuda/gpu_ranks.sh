@@ -27,7 +27,6 @@ cd "$WORK" || exit 1
 
 # shellcheck source=dev/test/checks.bash
 . "$ROOT/dev/test/checks.bash"
-must() { "$@" >run.log 2>&1 || { FAILED=$((FAILED + 1)); echo "FAILED $*"; tail -n 5 run.log | sed 's/^/    /'; }; }
 ranks() { # ranks N COMMAND...
     local n=$1
     shift
