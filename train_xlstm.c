@@ -123,22 +123,38 @@ static real dot(const real *a, const real *b, size_t n) {
 // however many threads there are, so the result does not depend on their number.
 
 #if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, MR = 12, EMBEDDED = 6 };  // 24 of 32 registers hold the tile of C
+enum { VECTOR_BYTES = 64, MR = 12, EMBEDDED = 9 };  // 24 of 32 registers hold the tile of C
+#define KEEP_REGISTERS(x, y) __asm__("" : "+v"(x), "+v"(y))  // else GCC moves sums from one to another
 #elif defined(__AVX__)
 enum { VECTOR_BYTES = 32, MR = 6, EMBEDDED = 0 };  // 12 of 16
 #else
 enum { VECTOR_BYTES = 16, MR = 6, EMBEDDED = 0 };
+#endif
+#ifndef KEEP_REGISTERS
+#define KEEP_REGISTERS(x, y) (void)0
 #endif
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 enum { VLEN = VECTOR_BYTES / sizeof(real), NR = 2 * VLEN };
 enum { KC = 512, MC = 4 * MR, NC = 2048 };  // a block KC x MC of A stays in L2, a block KC x NC of B in L3
 enum { SUMS_KC = 704 };                     // the same for Strassen's sums: 7 of (KC/2) x MC, 7 of (KC/2) x (NC/2)
 
-// acc[rows, NR] = a[K, MR]^T b[K, NR]; rows is a constant after inlining, so the accumulators become registers.
+// acc[rows, NR] += a[MR] b[NR]; rows is a constant after inlining, so the accumulators become registers.
 // An element of a that serves two products costs an instruction that spreads it over a register. AVX-512 can also
-// spread it within the product, for a second load. The first EMBEDDED rows do that, the others not: all of either kind
-// is slower by some 4 to 8 % on a core that is shared, for want of instruction slots or of loads.
-// With fetch_next memory from `next` on, next_step elements a step, comes to L2 meanwhile.
+// spread it within the product, for a second load. The first EMBEDDED rows do that, the others not: as many as there
+// are free loads, two for every two products. On a core that is shared instruction slots are what is short.
+static inline __attribute__((always_inline)) void multiply_step(vec acc[MR][2], const int rows, const real *a,
+                                                                const real *again, const real *b) {
+    vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VLEN);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        acc[r][0] += a[r] * b0;
+        acc[r][1] += (r < EMBEDDED ? again : a)[r] * b1;
+        KEEP_REGISTERS(acc[r][0], acc[r][1]);
+    }
+}
+
+// acc[rows, NR] = a[K, MR]^T b[K, NR]. With fetch_next memory from `next` on comes to L2 meanwhile, a line of it every
+// next_step elements.
 static inline __attribute__((always_inline)) void multiply_tile(vec acc[MR][2], const int rows, int K, const real *a,
                                                                 size_t a_step, const real *b, size_t b_step,
                                                                 const int fetch_next, const real *next,
@@ -147,22 +163,19 @@ static inline __attribute__((always_inline)) void multiply_tile(vec acc[MR][2], 
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = (vec){0};
     const real *again = a;
     __asm__("" : "+r"(again));  // hides that both are the same, or the compiler would load once
-#pragma GCC unroll 2
-    for (int k = 0; k < K; k++, a += a_step, again += a_step, b += b_step) {
-        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VLEN);
+    for (int k = K; k > 1; k -= 2, a += 2 * a_step, again += 2 * a_step, b += 2 * b_step) {
         if (fetch_next) {
             __builtin_prefetch(next, 0, 2);
             next += next_step;
         } else {
-            __builtin_prefetch(b + 10 * b_step);  // from L2 in time; past the end it does nothing
-            __builtin_prefetch(b + 10 * b_step + VLEN);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)  // from L2 in time; past the end it does nothing
+                __builtin_prefetch(b + (10 + i / 2) * b_step + i % 2 * VLEN);
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
-            acc[r][0] += a[r] * b0;
-            acc[r][1] += (r < EMBEDDED ? again : a)[r] * b1;
-        }
+        multiply_step(acc, rows, a, again, b);
+        multiply_step(acc, rows, a + a_step, again + a_step, b + b_step);
     }
+    if (K % 2) multiply_step(acc, rows, a, again, b);
 }
 
 // The tile of C will be wanted at the end of the product.
@@ -252,22 +265,22 @@ static inline void transpose4(real *dst, size_t width, const real *src, size_t s
 
 // Copies src[count, K] (element i, k at i*step + k*k_step) into panels [count/width][K][width], padded with zeros.
 // Whole panels go by rows (step 1) or by 4 x 4 transposes (k_step 1): element by element it would take a fifth of the
-// time of a product. Rows and panels that come next are fetched ahead; past the end that does nothing.
-static inline __attribute__((always_inline)) void pack_panels(real *dst, const real *src, size_t step, size_t k_step,
-                                                              int count, int K, const int width) {
+// time of a product. What lies `ahead` elements further is fetched meanwhile; past the end that does nothing.
+static inline __attribute__((always_inline)) void copy_panels(real *dst, const real *src, size_t step, size_t k_step,
+                                                              int count, int K, const int width, size_t ahead) {
     int whole = step == 1 || (k_step == 1 && width % 4 == 0) ? count / width : 0;
     int k_whole = step == 1 ? K : K & ~15;
     if (step == 1)
         for (int k = 0; k < K; k++)
             for (int p = 0; p < whole; p++) {
                 const real *from = src + k * k_step + (size_t)p * width;
-                for (int i = 0; i < width; i += 64 / (int)sizeof(real)) __builtin_prefetch(from + 16 * k_step + i);
+                for (int i = 0; i < width; i += 64 / (int)sizeof(real)) __builtin_prefetch(from + ahead + i);
                 memcpy(dst + ((size_t)p * K + k) * width, from, sizeof(real) * width);
             }
     else
         for (int i = 0; i < whole * width; i += width)
             for (int k0 = 0; k0 < k_whole; k0 += 16) {  // a few lines of dst at a time, which then stay in L1
-                for (int r = 0; r < width; r++) __builtin_prefetch(src + (i + width + r) * step + k0, 0, 2);
+                for (int r = 0; r < width; r++) __builtin_prefetch(src + (i + r) * step + k0 + ahead, 0, 2);
                 for (int r = 0; r < width; r += 4)
                     for (int k = k0; k < k0 + 16; k += 4)
                         transpose4(dst + (size_t)i * K + (size_t)k * width + r, width, src + (i + r) * step + k, step);
@@ -279,6 +292,12 @@ static inline __attribute__((always_inline)) void pack_panels(real *dst, const r
         for (int k = i0 < whole * width ? k_whole : 0; k < K; k++)
             for (int i = 0; i < n; i++) panel[(size_t)k * width + i] = src[(i0 + i) * step + k * k_step];
     }
+}
+
+// Rows and panels that come next are fetched ahead.
+static inline __attribute__((always_inline)) void pack_panels(real *dst, const real *src, size_t step, size_t k_step,
+                                                              int count, int K, const int width) {
+    copy_panels(dst, src, step, k_step, count, K, width, step == 1 ? 16 * k_step : width * step);
 }
 
 // This thread's room for the panels of A.
@@ -335,7 +354,7 @@ static inline __attribute__((always_inline)) void pack_sums(real *dst, const rea
             int i = pair * 2 * width + (of_b ? q % 2 : q / 2) * width, k = k0 + (of_b ? q / 2 : q % 2) * half;
             int n = imin(width, count - i), filled = imax(0, imin(length, K - k));
             if (n <= 0 || filled < length) memset(quarter[q], 0, sizeof quarter[q]);
-            pack_panels(quarter[q], src + i * step + k * k_step, step, k_step, n, filled, width);
+            copy_panels(quarter[q], src + i * step + k * k_step, step, k_step, n, filled, width, CHUNK * k_step);
         }
         real *out = dst + ((size_t)pair * 7 * half + k0) * width;
         for (int e = 0; e < length * width; e += VLEN)
@@ -357,7 +376,7 @@ static void strassen_tile(int r, int half, const real *a, const real *b, real *c
                           int accumulate, const real *next, size_t next_step) {
     vec acc[MR][2];
     for (int q = 0; q < 4; q++)
-        if (strassen[r].c[q]) prefetch_tile(MR, c + q / 2 * MR * ldc + q % 2 * NR, ldc);
+        if (strassen[r].c[q] == 2) prefetch_tile(MR, c + q / 2 * MR * ldc + q % 2 * NR, ldc);
     multiply_tile(acc, MR, half, a, MR, b, NR, 1, next, next_step);
     for (int q = 0; q < 4; q++) {
         int sign = strassen[r].c[q], m = imin(MR, rows - q / 2 * MR), n = imin(NR, cols - q % 2 * NR);
@@ -371,13 +390,13 @@ static void strassen_tile(int r, int half, const real *a, const real *b, real *c
 static void strassen_rows(int m, int n, int k, const real *a, size_t a_row, size_t a_col, const real *b, real *c,
                           size_t ldc, int accumulate) {
     real *a_sums = panels_of_a();
-    int half = half_length(k), pairs = (m + 2 * MR - 1) / (2 * MR), next_step = NR / pairs;
+    int half = half_length(k), pairs = (m + 2 * MR - 1) / (2 * MR), next_step = 2 * NR / pairs;
     pack_sums(a_sums, a, a_row, a_col, m, k, MR, 0);
     for (int j = 0; j < n; j += 2 * NR)
         for (int r = 0; r < 7; r++, b += (size_t)half * NR)
             for (int i = 0; i < pairs; i++)
                 strassen_tile(r, half, a_sums + ((size_t)i * 7 + r) * half * MR, b, c + i * 2 * MR * ldc + j, ldc,
-                              m - i * 2 * MR, n - j, accumulate, b + (size_t)half * (NR + i * next_step), next_step);
+                              m - i * 2 * MR, n - j, accumulate, b + (size_t)half * (NR + i * NR / pairs), next_step);
 }
 #endif
 
