@@ -464,7 +464,7 @@ static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col,
        // block into a second buffer, so that the threads wait for each other only once a block.
     static real *b_panels[2];
     int mr = by_sums ? 2 * MR : MR, nr = by_sums ? 2 * NR : NR;
-    int rows = mr * imax(1, imin(MC / MR, M / (5 * mr * threads)));
+    int rows = mr * imax(1, imin(MC / MR, M / (5 * MR * threads)));
     int length = block_length(K, by_sums ? SUMS_KC : KC), k_blocks = (K + length - 1) / length;
     int blocks = (N + NC - 1) / NC * k_blocks;
     for (int i = 0; i < 2; i++)
