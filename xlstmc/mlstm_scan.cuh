@@ -21,7 +21,8 @@
 //             Z)^T Y, fed from registers too; out^T += Z^T P^T. Where W = 64 both share the rows and halve A,
 //             exchange their parts of out through shared memory and finish half of the tokens each; else each has
 //             its own rows of M^T. dQ, dK: n or dn of these rows, one more product with the same operand
-//   aux       a warp starts the copies of X, Y, Z by TMA; two compute the rows' scalars from the gates, in turns
+//   aux       a warp starts the copies of X, Y, Z by TMA; two compute the rows' scalars from the gates; dV and
+//             dK: one adds up <C, dC> and <n, dn> between spans
 //
 // X and Y take turns in one ring of tiles, as many as fit; Z has its own, and H and dV write their result over Z, from
 // where TMA stores it. Long sequences of few heads are cut into segments (grid.y), whose entering states
@@ -31,8 +32,8 @@
 // Cost of a chunk and slice, in cycles of the tensor cores (2,048 multiply-adds): 2 A for the scores, 2 A W / 64 for
 // the state's answer, 2 W for P Z, 2 A W / 64 for the update; 2,816 at A = 128, W = 256 and the other way round. Bytes:
 // every input and output once from memory where the slices of a head run side by side, and 4 A W / 128 a token for
-// snapshots. Registers of a thread: state 128 (M) + 32 (out) + operands, 208 in all; scores 64, aux 32. Shared memory:
-// up to 227 KB.
+// snapshots. Registers of a thread: state 128 (M) + 32 (out) + operands, 208 in all; scores 64 or 72, aux 32 or 24.
+// Shared memory: up to 227 KB.
 #ifndef XLSTMC_MLSTM_SCAN_CUH
 #define XLSTMC_MLSTM_SCAN_CUH
 
@@ -41,7 +42,6 @@
 #include "mma.cuh"
 
 enum { SCAN_H, SCAN_DQ, SCAN_DK, SCAN_DV };
-enum { SCAN_STATE_REGISTERS = 208, SCAN_SCORES_REGISTERS = 64, SCAN_AUX_REGISTERS = 32 };
 enum { SCAN_THREADS = 512, SCAN_BORDER = MLSTM_SPAN / SCAN_CHUNK };  // chunks from one snapshot of C to the next
 
 // A of a contracted width, and W that goes with it: the state of a slice fills the registers of two warpgroups
@@ -71,19 +71,23 @@ struct Scan {
     // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z,
     // by = 1 or ds / inv_den: by the states, of the rows of M^T that they have
     static constexpr bool NORMALISER = MODE != SCAN_DV;
-    static constexpr int WEIGHT_BYTES = NORMALISER ? 64 * 16 : 0;  // of a chunk's tokens in it: an operand
+    static constexpr int WEIGHTS = !NORMALISER ? 0 : MODE == SCAN_H ? A / 64 : 1;  // scan_at_weights
     static constexpr int SHARED = 227 * 1024, MAX_TILES = 10;
+    // Of a thread, by setmaxnreg. The scores of H have the normaliser, too
+    static constexpr int STATE_REGISTERS = 208, SCORES_REGISTERS = MODE == SCAN_H ? 72 : 64,
+                         AUX_REGISTERS = MODE == SCAN_H ? 24 : 32;
     static constexpr int Z_STAGES = !TRANSPOSED ? 3 : A > 384 ? 1 : 2;
     // The operand of the row sums, a chunk ahead where there is room, then out. KEYS: n as the operand of <q, n>
     static constexpr int OUT_STAGES = !TRANSPOSED ? 0 : A > 384 ? 1 : 2;
     static constexpr int OUT_BYTES = W * PANEL_ROW, KEYS_BYTES = MODE == SCAN_H ? A / 64 * 1024 : 0;
-    static constexpr int SCALARS = TRANSPOSED && !SPLIT ? 9 * 1024 : 7 * 1024;  // ScanShared
+    // For ScanShared
+    static constexpr int SCALARS = MODE == SCAN_H ? 4096 + 8 * A : TRANSPOSED && !SPLIT ? 9 * 1024 : 7 * 1024;
     static constexpr int ROOM = SHARED - SCALARS - Z_STAGES * Z_BYTES - PANEL_BYTES - OUT_STAGES * OUT_BYTES -
-                                KEYS_BYTES - 2 * WEIGHT_BYTES;
+                                KEYS_BYTES - 2 * WEIGHTS * 1024;
     static constexpr int TILES = ROOM / TILE < MAX_TILES ? ROOM / TILE : MAX_TILES;  // of X and Y
     static constexpr int AT_Z = TILES * TILE, AT_P = AT_Z + Z_STAGES * Z_BYTES, AT_OUT = AT_P + PANEL_BYTES,
                          AT_KEYS = AT_OUT + OUT_STAGES * OUT_BYTES, AT_WEIGHTS = AT_KEYS + KEYS_BYTES,
-                         AT_SHARED = AT_WEIGHTS + 2 * WEIGHT_BYTES;
+                         AT_SHARED = AT_WEIGHTS + 2 * WEIGHTS * 1024;
     // Arrivals that free a tile, a stage of Z, P, the scalars of a chunk
     static constexpr int TILE_USERS = 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 4 : 8, P_USERS = SPLIT ? 4 : 8,
                          ROWS_USERS = 12;
@@ -132,11 +136,11 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
 template <class S>
 struct alignas(16) ScanShared {
     ScanRows rows[2];
-    float dots[S::TRANSPOSED ? (S::SPLIT ? 2 : 4) : 1][S::TRANSPOSED ? 4 : 1][64];  // of a state warpgroup and chunk
-    float n[S::MODE == SCAN_H ? S::A : 4];
-    float sums[8];  // four of each state warpgroup
+    float dots[S::TRANSPOSED ? (S::SPLIT ? 2 : 4) : 1][4][S::TRANSPOSED ? 64 : 1];  // of a state warpgroup and chunk
+    alignas(16) float n[2][S::MODE == SCAN_H ? S::A : 4];  // of even and odd chunks
+    float border[S::REVERSE ? 256 : 4];  // dV, dK: see scan_send_border
     uint64_t tile_full[S::TILES], tile_empty[S::TILES], z_full[3], z_empty[3], rows_full[2], rows_empty[2], p_full,
-        p_empty, dot_full[2][2];
+        p_empty, dot_full[2][2], border_full, border_empty;
 };
 
 template <class S>
@@ -179,10 +183,11 @@ __device__ __forceinline__ int scan_at_tile(int k) { return k % S::TILES * S::TI
 template <class S>
 __device__ __forceinline__ int scan_at_z(int it) { return S::AT_Z + it % S::Z_STAGES * S::Z_BYTES; }
 
-// The weights of the chunk's tokens in the normaliser, to 16 bits: in the even columns of eight their upper halves in
-// bf16, in the odd ones the lower
+// The weights of the chunk's tokens in the normaliser, to 16 bits, as operands of eight columns: in an even one the
+// upper halves in bf16, in the odd one beside it the lower. dQ, dK: in all columns; H: an operand for each 64 columns of
+// Y, with the weights in two columns and zeros else, so that the products of all end up beside each other
 template <class S>
-__device__ __forceinline__ int scan_at_weights(int it) { return S::AT_WEIGHTS + it % 2 * S::WEIGHT_BYTES; }
+__device__ __forceinline__ int scan_at_weights(int it) { return S::AT_WEIGHTS + it % 2 * (S::WEIGHTS * 1024); }
 
 // A tile that is none of this warp's business: all places of the ring count the same arrivals
 template <class S>
@@ -233,17 +238,17 @@ __device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const Scan
 // ----------------------------------------------------------------------------------------------------------------
 // The aux warpgroup: copies, the scalars of the rows, the normaliser
 
-// Blocks of one head share X and Y through L2 as long as none is far ahead. Each says every fourth chunk where it is,
-// and waits for the slowest. Only a hint: who waited in vain, since another does not run yet, waits no more.
+// Blocks of one head share X and Y through L2 as long as none is far ahead: every fourth chunk all meet. Only a hint:
+// who waited in vain, since another does not run yet, waits no more.
 __device__ __forceinline__ bool scan_keep_pace(int *pace, int it) {
-    enum { EVERY = 4, AHEAD = 6, TRIES = 40 };
+    enum { EVERY = 4, TRIES = 40 };
     if (it % EVERY) return true;
     volatile int *group = pace + 8 * (blockIdx.z * gridDim.y + blockIdx.y);
     group[blockIdx.x] = it + 1;
     for (int k = 0; k < TRIES; k++) {
-        int slowest = it;
+        int slowest = it + 1;
         for (int x = 0; x < gridDim.x; x++) slowest = min(slowest, group[x]);
-        if (slowest >= it - AHEAD) return true;
+        if (slowest > it) return true;
         __nanosleep(200);
     }
     return false;
@@ -283,62 +288,84 @@ __device__ __forceinline__ void scan_copy_z(const ScanArgs &p, const ScanPlace &
     }
 }
 
-// Two warps, one for even and one for odd chunks: the scalars of the rows, two a lane. A warp's next ones are loaded
-// while the states work.
+// Two warps: the scalars of the rows, a lane a row. The next chunk's are loaded while the states work.
 template <class S>
 __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                              ScanShared<S> *sh) {
     const float log2_s = -0.5f * __log2f((float)p.s.dk);
-    const int lane = threadIdx.x % 32;
-    for (int it = threadIdx.x / 32 % 2; it < at.chunks; it += 2) {
-        const int c = scan_chunk<S>(at, it);
+    const int i = threadIdx.x % 64;
+    for (int it = 0; it < at.chunks; it++) {
+        const int c = scan_chunk<S>(at, it), t = c * SCAN_CHUNK + i;
+        const size_t gate = (size_t)at.bh * p.s.T + t;
         ScanRows *rows = &sh->rows[it % 2];
         const float decay = p.gates.decay[(size_t)at.bh * at.all_chunks + c];
-        float2 u[2], r[2];
-        float q[2], k[2], ds[2], inv_den[2];  // H: floor in inv_den
-        int start[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int t = c * SCAN_CHUNK + lane + 32 * h;
-            const size_t gate = (size_t)at.bh * p.s.T + t;
-            u[h] = {-1e30f, 0}, r[h] = {1e30f, 0};  // beyond the end: no weight with any other token
-            q[h] = k[h] = ds[h] = 0, inv_den[h] = 1, start[h] = 0;
-            if (t >= p.s.T) continue;
-            u[h] = p.gates.u[gate], r[h] = p.gates.r[gate], q[h] = p.gates.qscale[gate], k[h] = p.gates.kscale[gate];
-            inv_den[h] = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
-            if (S::TRANSPOSED) ds[h] = p.ds[gate];
-            start[h] = max(p.doc_start[(size_t)at.b * p.s.T + t] - c * SCAN_CHUNK, 0);
+        float2 u = {-1e30f, 0}, r = {1e30f, 0};  // beyond the end: no weight with any other token
+        float q = 0, k = 0, ds = 0, inv_den = 1;  // H: floor in inv_den
+        int start = 0;
+        if (t < p.s.T) {
+            u = p.gates.u[gate], r = p.gates.r[gate], q = p.gates.qscale[gate], k = p.gates.kscale[gate];
+            inv_den = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
+            if (S::TRANSPOSED) ds = p.ds[gate];
+            start = p.doc_start[(size_t)at.b * p.s.T + t];
         }
         scan_wait_empty<2>(sh->rows_empty, it);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int i = lane + 32 * h;
-            const float by = S::MODE == SCAN_H ? 1 : inv_den[h];
-            rows->u[i] = u[h].x + u[h].y;
-            rows->r[i] = r[h].x + r[h].y - log2_s - __log2f(by);
-            rows->factor[i] = S::REVERSE ? k[h] : q[h] * by;
-            rows->scale[i] = S::REVERSE ? q[h] * by : k[h];
-            if (S::MODE == SCAN_H) rows->floor[i] = inv_den[h];
-            if (S::TRANSPOSED) rows->add[i] = __fdividef(ds[h], by), rows->border[i] = S::REVERSE ? k[h] : q[h] * ds[h];
-            rows->start[i] = start[h];
-            if (!S::NORMALISER) continue;
-            const float weight = S::MODE == SCAN_H ? k[h] : S::REVERSE ? __fdividef(ds[h], by) : 1;
+        const float by = S::MODE == SCAN_H ? 1 : inv_den;
+        rows->u[i] = u.x + u.y;
+        rows->r[i] = r.x + r.y - log2_s - __log2f(by);
+        rows->factor[i] = S::REVERSE ? k : q * by;
+        rows->scale[i] = S::REVERSE ? q * by : k;
+        if (S::MODE == SCAN_H) rows->floor[i] = inv_den;
+        if (S::TRANSPOSED) rows->add[i] = __fdividef(ds, by), rows->border[i] = S::REVERSE ? k : q * ds;
+        rows->start[i] = max(start - c * SCAN_CHUNK, 0);
+        if (S::NORMALISER) {
+            const float weight = S::MODE == SCAN_H ? k : S::REVERSE ? __fdividef(ds, by) : 1;
             const unsigned words = pack_two(weight, weight - to_float(from_float<bf16>(weight)));
-            *(uint4 *)(smem + scan_at_weights<S>(it) + 16 * i) = make_uint4(words, words, words, words);
+            uint4 *to = (uint4 *)(smem + scan_at_weights<S>(it)) + i;
+            if (S::MODE != SCAN_H) *to = make_uint4(words, words, words, words);
+#pragma unroll
+            for (int k = 0; S::MODE == SCAN_H && k < S::WEIGHTS; k++)
+                to[64 * k] = make_uint4(k == 0 ? words : 0, k == 1 ? words : 0, k == 2 ? words : 0, k == 3 ? words : 0);
+            fence_async_proxy();
         }
-        if (lane == 0) rows->decay = decay;
-        if (S::NORMALISER) fence_async_proxy();
+        if (i == 0) rows->decay = decay;
         scan_warp_arrive<2>(sh->rows_full, it);
     }
 }
 
-// *to = the sum over a warpgroup, by a barrier of its own; sums: a float a warp
-__device__ __forceinline__ void scan_store_sum(float *to, float sum, float *sums, int barrier) {
+// dV and dK between spans, and at the end of the walk where the sequence begins: the shares of <C, dC> and <n, dn>. The
+// states leave 256 partial sums or the slice's dn (scan_send_border), a warp does the rest. k: as for that
+template <class S>
+__device__ __forceinline__ void scan_add_border(const ScanPlace &at, ScanShared<S> *sh, const float *n, int dk,
+                                                float *to, int k) {
+    constexpr int EACH = (S::MODE == SCAN_DV ? 256 : S::W) / 32;
+    const int lane = threadIdx.x % 32;
+    float by[EACH], sum = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int w = at.slice * S::W + lane + 32 * i;
+        by[i] = S::MODE == SCAN_DV ? 1 : w < dk ? n[w] : 0;
+    }
+    scan_wait_full<1>(&sh->border_full, k);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) sum += by[i] * sh->border[lane + 32 * i];
+    scan_warp_arrive<1>(&sh->border_empty, k);
     sum = warp_sum(sum);
-    named_barrier_sync(barrier, 128);  // the last ones have been read
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % 4] = sum;
-    named_barrier_sync(barrier, 128);
-    if (threadIdx.x % 128 == 0) *to = ((sums[0] + sums[1]) + sums[2]) + sums[3];
+    if (lane == 0) *to = sum;
+}
+template <class S>
+__device__ __forceinline__ void scan_add_borders(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
+    const size_t tile = (size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh;
+    const int borders = scan_borders(at);
+    int k = 0;
+    for (int it = 0; it < at.chunks; it++) {
+        const int border = scan_border<S>(at, scan_chunk<S>(at, it));
+        if (border < 0) continue;
+        scan_add_border<S>(at, sh, p.n_snapshots + ((size_t)at.bh * borders + border) * p.s.dk, p.s.dk,
+                           &p.anchor[tile * (borders + 1) + border], k++);
+    }
+    if (at.last_segment && p.entering.C)
+        scan_add_border<S>(at, sh, p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk, p.s.dk,
+                           &p.anchor_start[tile], k);
 }
 
 // n where the block begins: of column `column` of it
@@ -438,69 +465,67 @@ __device__ __forceinline__ void scan_store_sig(const ScanArgs &p, const ScanPlac
     if (time + 8 < p.s.T) to[8] = sig.y;
 }
 
-// H: the normaliser, in fp32 and, as the operand of <q, n>, as eight keys: its first 24 bits in three of them, each
-// written by one lane of four, and zeros. A thread has the columns 64 k + scan_n_column() in n[k][0] and 8 further on.
-__device__ __forceinline__ int scan_n_column(unsigned thread) { return thread / 32 * 16 + thread % 32 / 4; }
+// H: the normaliser, in fp32 and, as the operand of <q, n>, as eight keys: its first 24 bits in three of them, and
+// zeros. A thread has the columns scan_n_column() and 8 further on; where A is less than 256, not all threads have some.
+__device__ __forceinline__ int scan_n_column(unsigned thread) {
+    return thread % 4 * 64 + thread / 32 * 16 + thread % 32 / 4;
+}
 template <class S>
-__device__ __forceinline__ void scan_publish_n(unsigned char *smem, ScanShared<S> *sh, const float (&n)[S::A / 64][2]) {
-    const unsigned thread = not_hoisted(threadIdx.x), t = thread % 4, column = scan_n_column(thread);
-    unsigned char *first = smem + S::AT_KEYS + panel_piece(t, column / 8) + column % 8 * 2;
-    unsigned char *second = smem + S::AT_KEYS + panel_piece(t, column / 8 + 1) + column % 8 * 2;
+__device__ __forceinline__ void scan_publish_n(unsigned char *smem, float *to, float n0, float n1) {
+    const unsigned thread = not_hoisted(threadIdx.x), column = scan_n_column(thread);
+    unsigned char *keys = smem + S::AT_KEYS + column / 64 * 1024 + column % 8 * 2;
+    if (column < S::A) {
+        to[column] = n0, to[column + 8] = n1;
 #pragma unroll
-    for (int k = 0; k < S::A / 64; k++) {
-        const unsigned hi = pack_two(n[k][0], n[k][1]);
-        const float2 left = {n[k][0] - unpack_two(hi).x, n[k][1] - unpack_two(hi).y};
-        const unsigned mid = pack_two(left.x, left.y);
-        const unsigned low = pack_two(left.x - unpack_two(mid).x, left.y - unpack_two(mid).y);
-        const unsigned part = t == 0 ? hi : t == 1 ? mid : t == 2 ? low : 0;
-        *(unsigned short *)(first + k * 1024) = (unsigned short)part;
-        *(unsigned short *)(second + k * 1024) = (unsigned short)(part >> 16);
-        sh->n[64 * k + column] = n[k][0], sh->n[64 * k + column + 8] = n[k][1];
+        for (int part = 0; part < 3; part++) {
+            const unsigned two = pack_two(n0, n1);
+            n0 -= unpack_two(two).x, n1 -= unpack_two(two).y;
+            *(unsigned short *)(keys + panel_piece(part, column % 64 / 8)) = (unsigned short)two;
+            *(unsigned short *)(keys + panel_piece(part, column % 64 / 8 + 1)) = (unsigned short)(two >> 16);
+        }
     }
     fence_async_proxy();
+    if (threadIdx.x == 0) tma_store_wait_read<0>();  // of scan_keep_n, whose n is the next to be overwritten
     named_barrier_sync(1, 128);
 }
 template <class S>
 __device__ __forceinline__ void scan_begin_n(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                              ScanShared<S> *sh) {
-    float n[S::A / 64][2];
+    const int column = scan_n_column(threadIdx.x);
     for (int k = threadIdx.x; k < S::KEYS_BYTES / 4; k += 128) ((unsigned *)(smem + S::AT_KEYS))[k] = 0;
     named_barrier_sync(1, 128);
-#pragma unroll
-    for (int i = 0; i < S::A / 32; i++)
-        n[i / 2][i % 2] = scan_entering_n<S>(p, at, i / 2 * 64 + scan_n_column(threadIdx.x) + i % 2 * 8);
-    scan_publish_n<S>(smem, sh, n);
+    scan_publish_n<S>(smem, sh->n[0], scan_entering_n<S>(p, at, column), scan_entering_n<S>(p, at, column + 8));
 }
-// n = decay n + the sum of scale y over the chunk, whose Y is at y
+// The sum of scale y over the chunk, whose Y is at y, begins: sums[0] + sums[1] of column scan_n_column(), then of the
+// other
 template <class S>
-__device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S> *sh, unsigned y, int it) {
-    const unsigned weights = shared_address(smem) + scan_at_weights<S>(it);
-    const unsigned column = scan_n_column(not_hoisted(threadIdx.x));
-    const float decay = sh->rows[it % 2].decay;
-    float sums[S::A / 64][4], n[S::A / 64][2];
-#pragma unroll
-    for (int k = 0; k < S::A / 64; k++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) sums[k][i] = 0;
+__device__ __forceinline__ void scan_begin_sums(float (&sums)[4], unsigned y, unsigned weights) {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < S::A / 64; k++)
 #pragma unroll
         for (int step = 0; step < 4; step++)
-            wgmma_ss<1, 1>(sums[k], wgmma_operand(y, k * PANEL_BYTES + step * 2048),
-                           wgmma_narrow_operand(weights, 256 * step), true);
+            wgmma_ss<1, 1>(sums, wgmma_operand(y, k * PANEL_BYTES + step * 2048),
+                           wgmma_narrow_operand(weights, k * 1024 + 256 * step), true);
     wgmma_commit();
-#pragma unroll
-    for (int i = 0; i < S::A / 32; i++) n[i / 2][i % 2] = decay * sh->n[i / 2 * 64 + column + i % 2 * 8];
-    wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < S::A / 32; i++) n[i / 2][i % 2] += sums[i / 2][i % 2 * 2] + sums[i / 2][i % 2 * 2 + 1];
-    scan_publish_n<S>(smem, sh, n);
 }
-// n to memory, [dk], by the scores' warps
+// n = decay n + the sum
 template <class S>
-__device__ __forceinline__ void scan_store_n(const ScanArgs &p, ScanShared<S> *sh, float *to) {
-    for (int k = threadIdx.x; k < p.s.dk; k += 128) to[k] = sh->n[k];
+__device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S> *sh, const float (&sums)[4], int it) {
+    const unsigned column = scan_n_column(not_hoisted(threadIdx.x));
+    const float decay = sh->rows[it % 2].decay;
+    float n[2] = {0, 0};
+    if (column < S::A) n[0] = sh->n[it % 2][column], n[1] = sh->n[it % 2][column + 8];
+    scan_publish_n<S>(smem, sh->n[(it + 1) % 2], decay * n[0] + sums[0] + sums[1], decay * n[1] + sums[2] + sums[3]);
+}
+
+// H between spans: n, [dk], to memory. Not by ordinary stores, which stand in line behind those of the states' snapshot
+template <class S>
+__device__ __forceinline__ void scan_keep_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int it) {
+    const int border = scan_border<S>(at, scan_chunk<S>(at, it));
+    if (border < 0 || at.slice || !p.n_snapshots || threadIdx.x) return;
+    bulk_store(p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, shared_address(sh->n[it % 2]),
+               p.s.dk * sizeof(float));
 }
 
 template <class S>
@@ -512,14 +537,12 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         ScanRows *rows = &sh->rows[it % 2];
         const unsigned x = base + scan_at_tile<S>(k0), y = base + scan_at_tile<S>(k0 + 1), panel = base + S::AT_P;
-        if constexpr (S::MODE == SCAN_H) {
-            const int border = scan_border<S>(at, scan_chunk<S>(at, it));
-            if (border >= 0 && !at.slice && p.n_snapshots)
-                scan_store_n<S>(p, sh, p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk);
-        }
+        if constexpr (S::MODE == SCAN_H) scan_keep_n<S>(p, at, sh, it);
+        __syncwarp();
         float w[32];
         scan_wait_full<S::TILES>(sh->tile_full, k0);
         scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
+        scan_wait_full<2>(sh->rows_full, it);
 #pragma unroll
         for (int k = 0; k < 32; k++) w[k] = 0;
         wgmma_fence();
@@ -529,7 +552,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             wgmma_ss<0, 0>(w, wgmma_operand(x, at_k), wgmma_operand(y, at_k), true);
         }
         wgmma_commit();
-        float q_n[4] = {0, 0, 0, 0};
+        float q_n[4] = {0, 0, 0, 0}, sums[4] = {0, 0, 0, 0};
         if (S::MODE == SCAN_H) {
             wgmma_fence();
 #pragma unroll
@@ -538,10 +561,10 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
                                wgmma_operand(base, S::AT_KEYS + k / 4 * 1024 + k % 4 * 32), true);
             wgmma_commit();
         }
-        scan_wait_full<2>(sh->rows_full, it);
+        if constexpr (S::MODE == SCAN_H) scan_begin_sums<S>(sums, y, base + scan_at_weights<S>(it));
         wgmma_wait<0>();
         scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
-        if (S::MODE != SCAN_H) scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
+        scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
         scan_weights<S>(w, rows);
         unsigned words[16];
         float2 sig = {0, 0};
@@ -559,8 +582,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
         fence_async_proxy();
         scan_warp_arrive<1>(&sh->p_full, it);
         if constexpr (S::MODE == SCAN_H) {
-            scan_advance_n<S>(smem, sh, y, it);
-            scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
+            scan_advance_n<S>(smem, sh, sums, it);
             scan_store_sig<S>(p, at, sig, scan_chunk<S>(at, it));  // behind the fences, which would wait for it
         }
         scan_warp_arrive<2>(sh->rows_empty, it);
@@ -570,7 +592,9 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
     }
     if constexpr (S::MODE == SCAN_H) {
         const MlstmState final = scan_final<S>(p, at);
-        if (final.C && !at.slice) scan_store_n<S>(p, sh, final.n + at.b * final.row + (size_t)at.head * p.s.dk);
+        if (!final.C || at.slice) return;
+        float *to = final.n + at.b * final.row + (size_t)at.head * p.s.dk;
+        for (int k = threadIdx.x; k < p.s.dk; k += 128) to[k] = sh->n[at.chunks % 2][k];
     }
 }
 
@@ -692,24 +716,26 @@ __device__ __forceinline__ float scan_dot_snapshot(const float (&M)[S::AW / 2], 
     return sum[0] + sum[1];
 }
 
+// To scan_add_border, as its k-th: dV: a thread's sum; dK: dn of row scan_row() and 8 further on, of one thread in four
 template <class S>
-__device__ __forceinline__ void scan_store_border(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int wg,
-                                                  int k0, float sum, int c) {
-    for (int k = 0; k < S::BLOCKS; k++) scan_pass_tile<S>(sh, k0 + 2 + (1 - wg) * S::BLOCKS + k);  // the other's
-    const size_t tile = p.anchor_tile + 2 * at.slice + wg, spans = scan_borders(at) + 1;
-    scan_store_sum(&p.anchor[(tile * gridDim.z + at.bh) * spans + scan_border<S>(at, c)], sum, sh->sums + 4 * wg,
-                      2 + wg);
+__device__ __forceinline__ void scan_send_border(ScanShared<S> *sh, int wg, float first, float second, int k) {
+    scan_wait_empty<1>(&sh->border_empty, k);
+    if (S::MODE == SCAN_DV) {
+        sh->border[threadIdx.x - 128] = first;
+    } else if (threadIdx.x % 4 == 0 && !(S::SPLIT && wg)) {
+        float *to = sh->border + wg * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+        to[0] = first, to[8] = second;
+    }
+    scan_warp_arrive<1>(&sh->border_full, k);
 }
 
-// dV at the end of its walk: the same where the sequence begins
+// dV at the end of its walk: <C, dC> where the sequence begins
 template <class S>
-__device__ __forceinline__ void scan_start_state(const ScanArgs &p, const ScanPlace &at, int wg, ScanShared<S> *sh,
-                                                 float (&M)[S::BLOCKS][S::AW / 2]) {
-    if (S::MODE != SCAN_DV || !at.last_segment || !p.entering.C) return;
+__device__ __forceinline__ float scan_dot_entering(const ScanArgs &p, const ScanPlace &at, int wg,
+                                                   float (&M)[S::BLOCKS][S::AW / 2]) {
     float *C = p.entering.C + at.b * p.entering.row + (size_t)at.head * p.s.dk * p.s.dv, sum = 0;
     scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { sum += x * *scan_element<S>(C, p.s, w, a); });
-    scan_store_sum(&p.anchor_start[(size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh], sum,
-                      sh->sums + 4 * wg, 2 + wg);
+    return sum;
 }
 
 // out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce. While the
@@ -766,32 +792,6 @@ __device__ __forceinline__ void scan_load_n(const ScanArgs &p, const ScanPlace &
 #pragma unroll
     for (int i = 0; i < 4; i++)
         N[i] = S::TRANSPOSED && i % 2 == 0 ? scan_entering_n<S>(p, at, scan_row<S>(at, wg, 0) + i / 2 * 8) : 0;
-}
-
-// dK between spans, and at the end of its walk where the sequence begins: adds <n, dn> of these rows to the anchors
-template <class S>
-__device__ __forceinline__ void scan_anchor_n(const ScanPlace &at, ScanShared<S> *sh, int wg, const float (&N)[4],
-                                              const float *n, int width, float *anchor) {
-    const int w = scan_row<S>(at, wg, 0);
-    float sum = 0;
-    if (threadIdx.x % 4 == 0 && !(S::SPLIT && wg))
-        sum = (w < width ? (N[0] + N[1]) * n[w] : 0) + (w + 8 < width ? (N[2] + N[3]) * n[w + 8] : 0);
-    scan_store_sum(anchor, sum, sh->sums + 4 * wg, 2 + wg);
-}
-template <class S>
-__device__ __forceinline__ void scan_border_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int wg,
-                                              const float (&N)[4], int c) {
-    const int border = scan_border<S>(at, c), spans = scan_borders(at) + 1;
-    if (S::MODE != SCAN_DK || border < 0) return;
-    scan_anchor_n<S>(at, sh, wg, N, p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, p.s.dk,
-                     &p.anchor[((size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh) * spans + border]);
-}
-template <class S>
-__device__ __forceinline__ void scan_start_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int wg,
-                                             const float (&N)[4]) {
-    if (S::MODE != SCAN_DK || !at.last_segment || !p.entering.C) return;
-    scan_anchor_n<S>(at, sh, wg, N, p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk, p.s.dk,
-                     &p.anchor_start[(size_t)(p.anchor_tile + 2 * at.slice + wg) * gridDim.z + at.bh]);
 }
 
 // out^T times a factor a token, plus n0 and n1 of its rows times another
@@ -927,7 +927,7 @@ __device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace
 template <class S>
 __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                           ScanShared<S> *sh, float (&M)[S::AW / 2], float (&N)[4], int wg, int b,
-                                          int it, int k0, float *border) {
+                                          int it, int k0, bool at_border, float &border, int borders) {
     const unsigned base = shared_address(smem), half = S::SPLIT ? wg * (S::AW / 64) * PANEL_BYTES : 0;
     const int block = S::SPLIT ? 0 : wg * S::BLOCKS + b;  // of 64 rows of the slice
     const unsigned z = base + scan_at_z<S>(it) + block * PANEL_BYTES, y = base + scan_at_tile<S>(k0 + 1) + half;
@@ -940,7 +940,7 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
     if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
     __syncwarp();
-    if (border) *border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
+    if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
     scan_scale_rows(a, z, rows->scale);
 #pragma unroll
@@ -959,7 +959,10 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     wgmma_commit();
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
     else scan_scale_tokens(out, rows->factor);
-    if (border && last) scan_store_border<S>(p, at, sh, wg, k0, *border, scan_chunk<S>(at, it));
+    if (at_border && last) {
+        scan_send_border<S>(sh, wg, border, 0, borders);
+        for (int k = 0; k < S::BLOCKS; k++) scan_pass_tile<S>(sh, k0 + 2 + (1 - wg) * S::BLOCKS + k);  // the other's
+    }
     constexpr int STEPS = S::SPLIT ? 2 : 4;  // of 16 tokens; two warpgroups of one output take half of them each
     const int first = S::SPLIT ? wg * STEPS : 0;
     scan_wait_full<1>(&sh->p_full, it);
@@ -1000,20 +1003,25 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
     scan_load_n<S>(p, at, wg, N);
     if (S::OUT_STAGES == 2) scan_load_dot<S>(p, at, shared_address(smem), sh, wg, 0);
     __syncwarp();
+    int borders = 0;
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
         scan_keep_state<S>(p, at, wg, M, c);
-        scan_border_n<S>(p, at, sh, wg, N, c);
+        if (S::MODE == SCAN_DK && scan_border<S>(at, c) >= 0)
+            scan_send_border<S>(sh, wg, N[0] + N[1], N[2] + N[3], borders++);
         scan_wait_full<2>(sh->rows_full, it);
         float border = 0;
 #pragma unroll
         for (int b = 0; b < S::BLOCKS; b++)
-            scan_step<S>(p, at, smem, sh, M[b], N, wg, b, it, k0, tiles > 2 ? &border : NULL);
+            scan_step<S>(p, at, smem, sh, M[b], N, wg, b, it, k0, tiles > 2, border, borders);
+        if (tiles > 2) borders++;
         scan_warp_arrive<2>(sh->rows_empty, it);
         k0 += tiles;
     }
-    scan_start_state<S>(p, at, wg, sh, M);
-    scan_start_n<S>(p, at, sh, wg, N);
+    if (S::REVERSE && at.last_segment && p.entering.C) {
+        if (S::MODE == SCAN_DV) scan_send_border<S>(sh, wg, scan_dot_entering<S>(p, at, wg, M), 0, borders);
+        else scan_send_border<S>(sh, wg, N[0] + N[1], N[2] + N[3], borders);
+    }
     scan_store_state<S>(p, at, wg, M);
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -1032,12 +1040,14 @@ __device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
         barrier_init(shared_address(sh->z_empty + k), S::Z_USERS);
     }
     for (int k = 0; k < 2; k++) {
-        barrier_init(shared_address(sh->rows_full + k), 1);
+        barrier_init(shared_address(sh->rows_full + k), 2);
         barrier_init(shared_address(sh->rows_empty + k), S::ROWS_USERS);
         barrier_init(shared_address(sh->dot_full[k]), 1), barrier_init(shared_address(sh->dot_full[k] + 1), 1);
     }
     barrier_init(shared_address(&sh->p_full), 4);
     barrier_init(shared_address(&sh->p_empty), S::P_USERS);
+    barrier_init(shared_address(&sh->border_full), 8);
+    barrier_init(shared_address(&sh->border_empty), 1);
     barrier_init_done();
 }
 
@@ -1058,15 +1068,16 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
     if (threadIdx.x == 0) scan_barriers<S>(sh);
     __syncthreads();
     if (threadIdx.x < 128) {
-        registers_shrink<SCAN_SCORES_REGISTERS>();
+        registers_shrink<S::SCORES_REGISTERS>();
         scan_scores<S>(p, at, smem, sh);
     } else if (threadIdx.x < 384) {
-        registers_grow<SCAN_STATE_REGISTERS>();
+        registers_grow<S::STATE_REGISTERS>();
         scan_states<S>(p, at, smem, sh);
     } else {
-        registers_shrink<SCAN_AUX_REGISTERS>();
+        registers_shrink<S::AUX_REGISTERS>();
         if (warp == 12 && threadIdx.x % 32 == 0) scan_copy_tiles<S>(p, at, shared_address(smem), sh);
         if (warp == 12 && threadIdx.x % 32 == 1) scan_copy_z<S>(p, at, shared_address(smem), sh);
+        if (S::REVERSE && warp == 13) scan_add_borders<S>(p, at, sh);
         if (warp >= 14) scan_scalars<S>(p, at, smem, sh);
     }
 #endif
@@ -1158,7 +1169,7 @@ static size_t scan_snapshot_words(const MlstmShape *s) {
     return (size_t)s->B * s->NH * (mlstm_chunks(s) / SCAN_BORDER) * scan_slices(s, false) * A * scan_columns(A, false) /
            2;
 }
-static int scan_anchor_tiles(const MlstmShape *s) { return 2 * (scan_slices(s, false) + scan_slices(s, true)); }
+static int scan_anchor_tiles(const MlstmShape *s) { return scan_slices(s, false) + scan_slices(s, true); }
 
 constexpr bool scan_transposed(int mode) { return mode == SCAN_DQ || mode == SCAN_DK; }
 template <int MODE, int A>
@@ -1183,9 +1194,10 @@ static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
     scan_start(kernel, scan_shared_bytes<S>(), p.slices, p, stream, p);
 }
 
-// Several blocks a head that walk far: they keep pace
+// Blocks of a head that walk far keep pace, as do two that read much a chunk. Elsewhere meeting costs more than it
+// saves.
 static int *scan_pace(const ScanArgs &p, int blocks, float *segments, cudaStream_t stream) {
-    if (blocks < 2 || blocks > 8 || p.segment_chunks < 64) return NULL;
+    if (blocks < 2 || blocks > 8 || (p.segment_chunks < 64 && (blocks > 2 || p.s.dk <= 64))) return NULL;
     int *pace = (int *)(segments + scan_segments_floats(&p.s)) - scan_pace_words(&p.s);
     CUDA_CHECK(cudaMemsetAsync(pace, 0, scan_pace_words(&p.s) * sizeof(int), stream));
     return pace;
@@ -1351,7 +1363,7 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
     const ScanArgs for_dv = p;
     p.x = v_map, p.y = dh_map, p.z = q_map, p.dot = k_map;
     p.out = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
-    p.anchor_tile = 2 * scan_slices(&s, false), p.dot_out = scratch.k_dk;
+    p.anchor_tile = scan_slices(&s, false), p.dot_out = scratch.k_dk;
     scan_run_pair(for_dv, p, scratch.segments, stream);
 
     p.x = dh_map, p.y = v_map, p.z = k_map, p.dot = q_map;
