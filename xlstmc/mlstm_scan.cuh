@@ -184,8 +184,8 @@ template <class S>
 __device__ __forceinline__ int scan_at_z(int it) { return S::AT_Z + it % S::Z_STAGES * S::Z_BYTES; }
 
 // The weights of the chunk's tokens in the normaliser, to 16 bits, as operands of eight columns: in an even one the
-// upper halves in bf16, in the odd one beside it the lower. dQ, dK: in all columns; H: an operand for each 64 columns of
-// Y, with the weights in two columns and zeros else, so that the products of all end up beside each other
+// upper halves in bf16, in the odd one beside it the lower. dQ, dK: in all columns; H: an operand for each 64 columns
+// of Y, with the weights in two columns and zeros else, so that the products of all end up beside each other
 template <class S>
 __device__ __forceinline__ int scan_at_weights(int it) { return S::AT_WEIGHTS + it % 2 * (S::WEIGHTS * 1024); }
 
@@ -466,7 +466,7 @@ __device__ __forceinline__ void scan_store_sig(const ScanArgs &p, const ScanPlac
 }
 
 // H: the normaliser, in fp32 and, as the operand of <q, n>, as eight keys: its first 24 bits in three of them, and
-// zeros. A thread has the columns scan_n_column() and 8 further on; where A is less than 256, not all threads have some.
+// zeros. A thread has the columns scan_n_column() and 8 further on; where A is less than 256, some have none.
 __device__ __forceinline__ int scan_n_column(unsigned thread) {
     return thread % 4 * 64 + thread / 32 * 16 + thread % 32 / 4;
 }

@@ -2,6 +2,7 @@
 # sanitize.sh: compute-sanitizer on the CUDA kernels: memcheck, racecheck and initcheck. Needs a GPU and the tool.
 #
 #   make build/test_xlstm_cu train_xlstmcu && bash dev/test/cuda/sanitize.sh
+#   bash dev/test/cuda/sanitize.sh memcheck                                            those whose name holds this
 #   COMPUTE_SANITIZER=/path/to/compute-sanitizer bash dev/test/cuda/sanitize.sh        another one than in PATH
 #
 # What is left out, because the tool does not see how it is ordered:
@@ -16,6 +17,7 @@
 # Prints what failed and, last, "N passed, N failed".
 set -u
 export LC_ALL=C
+ONLY=${1:-}
 cd "$(dirname "$0")/../../.." || exit 2
 ROOT=$PWD TESTS=$PWD/build/test_xlstm_cu TRAIN=$PWD/train_xlstmcu
 TOOL=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)}
@@ -37,6 +39,7 @@ sanitized() { # sanitized OPTIONS -- PROGRAM...: no report, and the program itse
     [ $code = 0 ]
 }
 run() { # run NAME ...: check, with the time that it took
+    [[ $1 == *"$ONLY"* ]] || return 0
     local start=$SECONDS name=$1 failed=$FAILED
     check "$name" sanitized "${@:2}"
     echo "$name: $([ "$failed" = "$FAILED" ] && echo clean || echo FAILED)  ($((SECONDS - start)) s)"
