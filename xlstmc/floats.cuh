@@ -52,6 +52,20 @@ union Neighbours {
     F x[N];
 };
 
+// As load_floats, of what nobody needs again soon: it leaves the caches before the rest does
+template <int V, typename F>
+__device__ inline void load_floats_once(float (&dst)[V], const F *p) {
+    if constexpr (V == 1) {
+        dst[0] = to_float(*p);
+    } else {
+        static_assert(V == VEC<F>, "one vector");
+        Neighbours<F, V> v;
+        v.bits = __ldcs((const decltype(v.bits) *)p);
+#pragma unroll
+        for (int k = 0; k < V; k++) dst[k] = to_float(v.x[k]);
+    }
+}
+
 // VECTOR: p is aligned to N elements. Otherwise one element after the other, from anywhere.
 template <bool VECTOR, typename F, int N>
 __device__ inline void load_group(float (&dst)[N], const F *p) {

@@ -1110,14 +1110,14 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
 // constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
-// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row; dgates [B, T, 2NH]: of the raw pre-activations, in F or
-// float.
+// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row, NULL: mlstm_row_factors_of() has filled the scratch;
+// dgates [B, T, 2NH]: of the raw pre-activations, in F or float.
 template <typename F, typename Gates>
 static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
                            F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates, float *dbias,
                            const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
     const MlstmState none = {NULL, NULL, NULL, 0};
-    mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->inv_den, scratch->ds, stream);
+    if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->inv_den, scratch->ds, stream);
     mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, scratch,
                         stream);
 }

@@ -279,15 +279,47 @@ static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t 
 // Between the passes: h = num / den, den = max(|sig|, floor) + eps. The gradient of num is dh / den; sig takes part in
 // the gradient only where it is the larger. 20 bytes a token and head.
 
+// Of place `at` of [B, NH, T]: 1 / den, and the gradient of sig for each unit of <dh, h>
+__device__ inline float2 mlstm_row_factor(const MlstmShape &s, const float *sig, const float *floor, size_t at) {
+    const float size = fabsf(sig[at]), least = floor[at];
+    if (s.sigmoid_gate) return make_float2(1, 0);
+    const float inv = 1 / (fmaxf(size, least) + s.eps);
+    return make_float2(inv, size > least ? -copysignf(inv, sig[at]) : 0);
+}
+
 static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, float *inv_den, float *ds, const float *dh_dot_h,
                                                     const float *sig, const float *floor) {
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, T = s.T, NH = s.NH;
     if (at >= s.B * NH * T) return;
     const size_t t = at % T, head = at / T % NH, b = at / T / NH;
-    const float size = fabsf(sig[at]), inv = s.sigmoid_gate ? 1 : 1 / (fmaxf(size, floor[at]) + s.eps);
-    const int through = !s.sigmoid_gate && size > floor[at];
-    inv_den[at] = inv;
-    ds[at] = through ? -copysignf(inv, sig[at]) * dh_dot_h[(b * T + t) * NH + head] : 0;
+    const float2 factor = mlstm_row_factor(s, sig, floor, at);
+    inv_den[at] = factor.x;
+    ds[at] = factor.y != 0 ? factor.y * dh_dot_h[(b * T + t) * NH + head] : 0;
+}
+
+// The same with <dh, h> made here, where it is needed; a warp a row. The last sequences first: of dh, what the caches
+// keep is what the next kernels begin with. V: elements of a load, VEC<F> or 1
+template <typename F, int V>
+static __global__ void __launch_bounds__(256)
+    mlstm_bwd_row_dots_kernel(MlstmShape s, float *inv_den, float *ds, const F *dh, const F *h, const float *sig,
+                              const float *floor) {
+    const size_t k = (size_t)blockIdx.x * 8 + threadIdx.x / 32, rows = (size_t)s.T * s.NH;  // of a sequence
+    if (k >= s.B * rows) return;
+    const size_t b = s.B - 1 - k / rows, head = k % s.NH, t = k % rows / s.NH, at = (b * s.NH + head) * s.T + t,
+                 row = (b * rows + k % rows) * s.dv;
+    const float2 factor = mlstm_row_factor(s, sig, floor, at);
+    float sum = 0;
+    for (int w = threadIdx.x % 32 * V; w < s.dv && factor.y != 0; w += 32 * V) {
+        float x[V], y[V];
+        load_floats<V>(x, dh + row + w);
+        load_floats_once<V>(y, h + row + w);
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += x[j] * y[j];
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32) return;
+    inv_den[at] = factor.x;
+    ds[at] = factor.y * sum;
 }
 
 // inv_den, ds [B, NH, T]: 1 / den and the gradient of sig; dh_dot_h [B*T, NH] = <dh, h> of each row
@@ -296,6 +328,17 @@ static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const 
                               float *ds, cudaStream_t stream) {
     const int blocks = ceil_div((size_t)s->B * s->NH * s->T, 256);
     mlstm_bwd_row_factors_kernel<<<blocks, 256, 0, stream>>>(*s, inv_den, ds, dh_dot_h, g->sig, g->floor);
+    LAUNCH_CHECK();
+}
+
+// The same from dh and h [B, T, NH, dv]; 4 dv + 16 bytes a token and head in bf16, less where sig has no part
+template <typename F>
+static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, const MlstmGates *g, float *inv_den,
+                                 float *ds, cudaStream_t stream) {
+    const bool vectors = vector_aligned(dh, s->dv) && vector_aligned(h, s->dv);
+    auto kernel = vectors ? mlstm_bwd_row_dots_kernel<F, VEC<F>> : mlstm_bwd_row_dots_kernel<F, 1>;
+    const size_t rows = (size_t)s->B * s->NH * s->T;
+    kernel<<<ceil_div(rows, 8), 256, 0, stream>>>(*s, inv_den, ds, dh, h, g->sig, g->floor);
     LAUNCH_CHECK();
 }
 

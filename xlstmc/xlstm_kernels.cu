@@ -73,7 +73,6 @@ template <typename F>
 struct MlstmWorkspace {
     MlstmSaved<F> saved;
     MlstmScratch<F> scratch;
-    float *dh_dot_h;  // [B, T, NH] in the scratch
     size_t saved_bytes, scratch_bytes;
 };
 
@@ -83,7 +82,6 @@ static MlstmWorkspace<F> mlstm_lay_out(const MlstmShape *s, bool backward, const
     Arena a = {(char *)saved, 0}, b = {(char *)scratch, 0};
     mlstm_take_saved(&a, s, &w.saved, backward);
     mlstm_take_scratch(&b, s, &w.scratch);
-    w.dh_dot_h = take<float>(&b, (size_t)s->B * s->T * s->NH);
     w.saved_bytes = a.used, w.scratch_bytes = b.used;
     return w;
 }
@@ -147,32 +145,6 @@ int mlstm_forward(const MlstmProblem *p, const MlstmTensors *x, void *saved, voi
     return failed ? failed : error;
 }
 
-// <grad_h, h> of a token and head: a warp each. 2 dv elements read. V: elements of a load, VEC<F> or 1
-template <typename F, int V>
-static __global__ void __launch_bounds__(256)
-    mlstm_bwd_dot_kernel(float *out, const F *grad_h, const F *h, size_t rows, int dv) {
-    const size_t row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
-    if (row >= rows) return;
-    float sum = 0;
-    for (int k = threadIdx.x % 32 * V; k < dv; k += 32 * V) {
-        float a[V], b[V];
-        load_floats<V>(a, grad_h + row * dv + k);
-        load_floats<V>(b, h + row * dv + k);
-#pragma unroll
-        for (int j = 0; j < V; j++) sum += a[j] * b[j];
-    }
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) out[row] = sum;
-}
-template <typename F>
-static void mlstm_bwd_dot(float *out, const F *grad_h, const F *h, const MlstmShape *s, cudaStream_t stream) {
-    const size_t rows = (size_t)s->B * s->T * s->NH;
-    const bool vectors = vector_aligned(grad_h, s->dv) && vector_aligned(h, s->dv);
-    auto kernel = vectors ? mlstm_bwd_dot_kernel<F, VEC<F>> : mlstm_bwd_dot_kernel<F, 1>;
-    kernel<<<ceil_div(rows, 8), 256, 0, stream>>>(out, grad_h, h, rows, s->dv);
-    LAUNCH_CHECK();
-}
-
 int mlstm_backward(const MlstmProblem *p, const MlstmTensors *x, const void *saved, void *scratch, void *stream) {
     int error = mlstm_check_inputs(p, x, saved, scratch);
     if (error) return error;
@@ -190,11 +162,12 @@ int mlstm_backward(const MlstmProblem *p, const MlstmTensors *x, const void *sav
         }
         const MlstmWorkspace<F> w = mlstm_lay_out<F>(&s, p->ld_grad > 0, saved, scratch);
         const F *grad_h = (const F *)x->grad_h;
-        if (make_dot) mlstm_bwd_dot<F>(w.dh_dot_h, grad_h, (const F *)x->h, &s, (cudaStream_t)stream);
-        mlstm_backward<F>(s, mlstm_input<F>(p, x), mlstm_state(&s, x->initial), grad_h,
-                          x->dh_dot_h ? x->dh_dot_h : w.dh_dot_h, (F *)x->grad_q, (F *)x->grad_k, (F *)x->grad_v,
-                          p->ld_grad, x->grad_gates, p->ld_grad_gates, x->grad_bias, &w.saved, &w.scratch,
-                          (cudaStream_t)stream);
+        if (!x->dh_dot_h)
+            mlstm_row_factors_of(&s, grad_h, (const F *)x->h, &w.saved.gates, w.scratch.inv_den, w.scratch.ds,
+                                 (cudaStream_t)stream);
+        mlstm_backward<F>(s, mlstm_input<F>(p, x), mlstm_state(&s, x->initial), grad_h, x->dh_dot_h, (F *)x->grad_q,
+                          (F *)x->grad_k, (F *)x->grad_v, p->ld_grad, x->grad_gates, p->ld_grad_gates, x->grad_bias,
+                          &w.saved, &w.scratch, (cudaStream_t)stream);
     });
     return failed ? failed : error;
 }
