@@ -297,27 +297,30 @@ static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, float *inv_den
     ds[at] = factor.y != 0 ? factor.y * dh_dot_h[(b * T + t) * NH + head] : 0;
 }
 
-// The same with <dh, h> made here, where it is needed; a warp a row. The last sequences first: of dh, what the caches
-// keep is what the next kernels begin with. V: elements of a load, VEC<F> or 1
-template <typename F, int V>
+// The same with <dh, h> made here, where it is needed, by LANES threads a row, 32 or 16. The last sequences first: of
+// dh, what the caches keep is what the next kernels begin with. V: elements of a load, VEC<F> or 1
+template <typename F, int V, int LANES>
 static __global__ void __launch_bounds__(256)
     mlstm_bwd_row_dots_kernel(MlstmShape s, float *inv_den, float *ds, const F *dh, const F *h, const float *sig,
                               const float *floor) {
-    const size_t k = (size_t)blockIdx.x * 8 + threadIdx.x / 32, rows = (size_t)s.T * s.NH;  // of a sequence
-    if (k >= s.B * rows) return;
-    const size_t b = s.B - 1 - k / rows, head = k % s.NH, t = k % rows / s.NH, at = (b * s.NH + head) * s.T + t,
-                 row = (b * rows + k % rows) * s.dv;
+    const size_t rows = (size_t)s.T * s.NH;  // of a sequence
+    const size_t k = ((size_t)blockIdx.x * 256 + threadIdx.x) / LANES;
+    const bool inside = k < s.B * rows;
+    const size_t b = inside ? s.B - 1 - k / rows : 0, head = k % s.NH, t = k % rows / s.NH,
+                 at = (b * s.NH + head) * s.T + t, row = (b * rows + k % rows) * s.dv;
     const float2 factor = mlstm_row_factor(s, sig, floor, at);
+    const int lane = threadIdx.x % LANES;
     float sum = 0;
-    for (int w = threadIdx.x % 32 * V; w < s.dv && factor.y != 0; w += 32 * V) {
+    for (int w = lane * V; w < s.dv && inside && factor.y != 0; w += LANES * V) {
         float x[V], y[V];
         load_floats<V>(x, dh + row + w);
         load_floats_once<V>(y, h + row + w);
 #pragma unroll
         for (int j = 0; j < V; j++) sum += x[j] * y[j];
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32) return;
+#pragma unroll
+    for (int d = LANES / 2; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (lane || !inside) return;
     inv_den[at] = factor.x;
     ds[at] = factor.y * sum;
 }
@@ -331,14 +334,19 @@ static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const 
     LAUNCH_CHECK();
 }
 
-// The same from dh and h [B, T, NH, dv]; 4 dv + 16 bytes a token and head in bf16, less where sig has no part
+// The same from dh and h [B, T, NH, dv]; 4 dv + 16 bytes a token and head in bf16, less where sig has no part. h is not
+// read with the sigmoid gate.
 template <typename F>
 static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, const MlstmGates *g, float *inv_den,
                                  float *ds, cudaStream_t stream) {
-    const bool vectors = vector_aligned(dh, s->dv) && vector_aligned(h, s->dv);
-    auto kernel = vectors ? mlstm_bwd_row_dots_kernel<F, VEC<F>> : mlstm_bwd_row_dots_kernel<F, 1>;
+    if (s->sigmoid_gate) return mlstm_row_factors(s, NULL, g, inv_den, ds, stream);
+    const bool vectors = vector_aligned(dh, s->dv) && vector_aligned(h, s->dv), narrow = s->dv <= 16 * VEC<F>;
+    auto kernel = !vectors ? mlstm_bwd_row_dots_kernel<F, 1, 32>
+                  : narrow ? mlstm_bwd_row_dots_kernel<F, VEC<F>, 16>
+                           : mlstm_bwd_row_dots_kernel<F, VEC<F>, 32>;
     const size_t rows = (size_t)s->B * s->NH * s->T;
-    kernel<<<ceil_div(rows, 8), 256, 0, stream>>>(*s, inv_den, ds, dh, h, g->sig, g->floor);
+    kernel<<<ceil_div(rows * (vectors && narrow ? 16 : 32), 256), 256, 0, stream>>>(*s, inv_den, ds, dh, h, g->sig,
+                                                                                  g->floor);
     LAUNCH_CHECK();
 }
 
