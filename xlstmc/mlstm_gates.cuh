@@ -303,15 +303,15 @@ template <typename F, int V, int LANES>
 static __global__ void __launch_bounds__(256)
     mlstm_bwd_row_dots_kernel(MlstmShape s, float *inv_den, float *ds, const F *dh, const F *h, const float *sig,
                               const float *floor) {
-    const size_t rows = (size_t)s.T * s.NH;  // of a sequence
-    const size_t k = ((size_t)blockIdx.x * 256 + threadIdx.x) / LANES;
-    const bool inside = k < s.B * rows;
-    const size_t b = inside ? s.B - 1 - k / rows : 0, head = k % s.NH, t = k % rows / s.NH,
-                 at = (b * s.NH + head) * s.T + t, row = (b * rows + k % rows) * s.dv;
-    const float2 factor = mlstm_row_factor(s, sig, floor, at);
+    const unsigned rows = (unsigned)s.T * s.NH;  // of a sequence
+    const unsigned k = blockIdx.x * (256 / LANES) + threadIdx.x / LANES, b = s.B - 1 - blockIdx.y;
+    const bool inside = k < rows;
+    const size_t at = inside ? ((size_t)b * s.NH + k % s.NH) * s.T + k / s.NH : 0;
+    const float2 factor = inside ? mlstm_row_factor(s, sig, floor, at) : make_float2(0, 0);
+    const size_t row = ((size_t)b * rows + k) * s.dv;
     const int lane = threadIdx.x % LANES;
     float sum = 0;
-    for (int w = lane * V; w < s.dv && inside && factor.y != 0; w += LANES * V) {
+    for (int w = lane * V; w < s.dv && factor.y != 0; w += LANES * V) {
         float x[V], y[V];
         load_floats<V>(x, dh + row + w);
         load_floats_once<V>(y, h + row + w);
@@ -344,9 +344,9 @@ static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, c
     auto kernel = !vectors ? mlstm_bwd_row_dots_kernel<F, 1, 32>
                   : narrow ? mlstm_bwd_row_dots_kernel<F, VEC<F>, 16>
                            : mlstm_bwd_row_dots_kernel<F, VEC<F>, 32>;
-    const size_t rows = (size_t)s->B * s->NH * s->T;
-    kernel<<<ceil_div(rows * (vectors && narrow ? 16 : 32), 256), 256, 0, stream>>>(*s, inv_den, ds, dh, h, g->sig,
-                                                                                  g->floor);
+    const size_t threads = (size_t)s->NH * s->T * (vectors && narrow ? 16 : 32);
+    const dim3 grid((unsigned)ceil_div(threads, 256), (unsigned)s->B);
+    kernel<<<grid, 256, 0, stream>>>(*s, inv_den, ds, dh, h, g->sig, g->floor);
     LAUNCH_CHECK();
 }
 
