@@ -193,12 +193,6 @@ static double relative_error(const float *got, const float *want, size_t n) {
     return size > 0 ? sqrt(error / size) : sqrt(error);
 }
 
-static double norm_of(const float *x, size_t n) {
-    double size = 0;
-    for (size_t k = 0; k < n; k++) size += (double)x[k] * x[k];
-    return sqrt(size);
-}
-
 // The worst relative error over all tensors of a kind; its name is printed. Sums that cancel are no smaller than the
 // rounding of their terms: a tensor below the share `floor` of the norm over all tensors is measured by that; biases of
 // gates, most of all those of input gates, whose common shift leaves the output as it is, by `bias_floor`.

@@ -333,7 +333,7 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
 }
 
 // dV and dK between spans, and at the end of the walk where the sequence begins: the shares of <C, dC> and <n, dn>. The
-// states leave 256 partial sums or the slice's dn (scan_send_border), a warp does the rest. k: as for that
+// states leave 256 partial sums or the slice's dn (scan_send_border), a warp does the rest. k: its number, from 0
 template <class S>
 __device__ __forceinline__ void scan_add_border(const ScanPlace &at, ScanShared<S> *sh, const float *n, int dk,
                                                 float *to, int k) {

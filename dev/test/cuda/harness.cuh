@@ -11,6 +11,13 @@
 static int tests_passed, tests_failed;
 static int small_tests;  // 1: only a few small cases
 
+MAYBE_UNUSED
+static double norm_of(const float *x, size_t n) {
+    double size = 0;
+    for (size_t k = 0; k < n; k++) size += (double)x[k] * x[k];
+    return sqrt(size);
+}
+
 static float *fill_random(size_t n, uint64_t seed, float scale) {
     float *x = (float *)xcalloc(n, sizeof(float));
     for (size_t k = 0; k < n; k++) x[k] = scale * (float)rng_normal(seed, RNG_TEST, 0, k);

@@ -207,12 +207,6 @@ static int mlstm_test_remembers(const MlstmHost *x) {
     return size[1] > 1e-4 * size[0];
 }
 
-static double mlstm_test_norm(const float *x, size_t n) {
-    double size = 0;
-    for (size_t k = 0; k < n; k++) size += (double)x[k] * x[k];
-    return sqrt(size);
-}
-
 template <typename F>
 static void mlstm_check_all(const MlstmCase *c, const MlstmHost *x, const MlstmDevice<F> *d) {
     const MlstmLabel l = mlstm_test_label<F>(c, d->shape.chunk);
@@ -243,9 +237,9 @@ static void mlstm_check_all(const MlstmCase *c, const MlstmHost *x, const MlstmD
         mlstm_check(&l, p.name, got, p.want ? p.want : want, x->rows * p.count, p.limit);
         free(want);
     }
-    // Sums over all tokens, most of which may cancel: they are as exact as their terms, whose norm counts if it is larger
-    const double terms = mlstm_test_norm(x->out[OUT_DGATES], x->rows * x->G),
-                 sum = mlstm_test_norm(x->out[OUT_DBIAS], x->G);
+    // Sums over all tokens are as exact as their terms, whose norm counts where they cancel: it is 5.7 times the sum's
+    // at T 140 with one head of 128/256
+    const double terms = norm_of(x->out[OUT_DGATES], x->rows * x->G), sum = norm_of(x->out[OUT_DBIAS], x->G);
     mlstm_check(&l, "dbias", to_host(d->dbias, x->G), x->out[OUT_DBIAS], x->G,
                 tolerance<F>(1e-5, 1.5e-2) * fmax(1, terms / sum));
     free(states), free(wide), free(unwritten);
