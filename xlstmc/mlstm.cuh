@@ -228,7 +228,8 @@ struct StatesArgs {
     bool all_segments;          // the last one's, too, which only other ranks ask for
     const F *entering;          // reverse: C and n as the forward pass saved them
     const float *n_entering;
-    float *anchor;  // reverse: [tiles][B, NH, NC] this tile's share of <C', dC'> + <n', dn'>
+    float *anchor;  // reverse: [tiles][B, NH, NC] this tile's share of <C', dC'> + <n', dn'>, and of the same where the
+    float *anchor_start;  // sequence begins: [tiles][B, NH]; NULL: no state enters it
 };
 
 template <typename F, int N>
@@ -360,6 +361,22 @@ __device__ __forceinline__ void states_save(const StatesArgs<F> &p, const States
     }
 }
 
+// Reverse, after the last tile: what of the state that enters the sequence, `next` and its n, is in the anchor there
+template <typename F, int N>
+__device__ __forceinline__ void states_anchor_start(const StatesArgs<F> &p, const StatesBlock<F, N> &at,
+                                                    const float (&acc)[N / 16][4], const float2 (&next)[N / 16][2],
+                                                    float n_part) {
+    float share = 0;
+#pragma unroll
+    for (int nt = 0; nt < N / 16; nt++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) share += acc[nt][2 * h] * next[nt][h].x + acc[nt][2 * h + 1] * next[nt][h].y;
+    if (at.v0 == 0 && at.a0 + at.n_col < p.s.dk)
+        share += n_part * p.n_entering[(size_t)at.bh * at.NC * p.s.dk + at.a0 + at.n_col];
+    share = block_sum(share);
+    if (threadIdx.x == 0) p.anchor_start[(size_t)blockIdx.x * gridDim.y + at.bh] = share;
+}
+
 // Writes the state after the last tile.
 template <typename F, int N>
 __device__ __forceinline__ void states_end(const MlstmShape &s, const StatesBlock<F, N> &at, MlstmState final,
@@ -440,6 +457,7 @@ __device__ __forceinline__ void walk_states(const StatesArgs<F> &p) {
                 n_part += scale_n[k] * to_float(x_tile[tile_at<F, 64>(k, at.n_col)]);
         }
     }
+    if (REVERSE && !p.local && p.anchor_start && first_chunk == 0) states_anchor_start(p, at, acc, next, n_part);
     if (final.C) states_end(p.s, at, final, acc, n_part, n_sum);
 }
 
@@ -871,17 +889,17 @@ struct MlstmSaved {  // what forward keeps for backward
 };
 
 template <typename F>
-struct MlstmScratch {      // of backward
-    F *dC;                 // [B, NH, NC, dk, pitch] leaving each chunk
-    float *dn;             // [B, NH, NC, dk]
-    float *inv_den, *ds;   // [B, NH, T]
-    float *q_dq, *k_dk;    // [column tiles][B, NH, T]
-    float *anchor;         // [state tiles][B, NH, NC]
-    float *segments;       // see StatesArgs; forward uses it, too
-    float *anchor_start;   // of the scan: [tiles][B, NH]
-    float *partial;        // sums of the bias gradient
-    float *m_walk;         // [B, NH, NC + 1] scales of a segment alone (mlstm_pair_forward)
-    float *tail;           // [B, NH] see mlstm_tail
+struct MlstmScratch {  // of backward
+    F *dC;             // [B, NH, NC, dk, pitch] leaving each chunk
+    float *dn;         // [B, NH, NC, dk]
+    MlstmRows rows;
+    float *q_dq, *k_dk;   // [column tiles][B, NH, T]
+    float *anchor;        // [state tiles][B, NH, NC]
+    float *anchor_start;  // [state tiles][B, NH]
+    float *segments;      // see StatesArgs; forward uses it, too
+    float *partial;       // sums of the bias gradient
+    float *m_walk;        // [B, NH, NC + 1] scales of a segment alone (mlstm_pair_forward)
+    float *tail;          // [B, NH] see mlstm_tail
 };
 
 static size_t mlstm_pitch(const MlstmShape *s) { return (size_t)(s->dv + 7) / 8 * 8; }
@@ -917,8 +935,7 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     const bool scan = s->chunk == SCAN_CHUNK;
     size_t tiles = (size_t)mlstm_dot_tiles<F>(s);
     memset((void *)scratch, 0, sizeof *scratch);
-    scratch->inv_den = take<float>(a, tokens);
-    scratch->ds = take<float>(a, tokens);
+    scratch->rows = MlstmRows{take<float>(a, tokens), take<float>(a, tokens), take<float>(a, tokens)};
     scratch->q_dq = take<float>(a, tiles * tokens);
     scratch->k_dk = take<float>(a, tiles * tokens);
     scratch->partial = take<float>(a, mlstm_gates_partial_floats(s));
@@ -932,7 +949,9 @@ static void mlstm_take_scratch(Arena *a, const MlstmShape *s, MlstmScratch<F> *s
     }
     scratch->dC = take<F>(a, mlstm_states_elements(s));
     scratch->dn = take<float>(a, chunks * s->dk);
-    scratch->anchor = take<float>(a, (size_t)ceil_div(s->dk, 64) * ceil_div(s->dv, 64) * chunks);
+    const size_t tiles_of_states = (size_t)ceil_div(s->dk, 64) * ceil_div(s->dv, 64);
+    scratch->anchor = take<float>(a, tiles_of_states * chunks);
+    scratch->anchor_start = take<float>(a, tiles_of_states * s->B * s->NH);
     // Segments x sequences x heads x tiles stay below STATES_BLOCKS + STATES_BLOCKS / 2 where there are several.
     const int several = ceil_div(2 * STATES_BLOCKS, ceil_div(s->dk, 64) * ceil_div(s->dv, 64));
     scratch->segments = take<float>(a, (size_t)(several + s->B * s->NH) * s->dk * (s->dv + 1));
@@ -1033,7 +1052,7 @@ static StatesArgs<F> mlstm_reverse_args(const MlstmShape &s, const MlstmInput<F>
     p.s = s, p.pitch = mlstm_pitch(&s), p.align = align;
     p.x = in.q, p.ld_x = in.ld;
     p.y = dh, p.ld_y = (size_t)s.NH * s.dv;
-    p.scale = saved->gates.qscale, p.inv_den = scratch->inv_den, p.ds = scratch->ds;
+    p.scale = saved->gates.qscale, p.inv_den = scratch->rows.inv_den, p.ds = scratch->rows.ds;
     p.decay = saved->gates.decay;
     p.C = scratch->dC, p.n = scratch->dn;
     p.entering = saved->C, p.n_entering = saved->n, p.anchor = scratch->anchor;
@@ -1050,12 +1069,13 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
     const MlstmGates *gates = &saved->gates;
     StatesArgs<F> states = mlstm_reverse_args(s, in, align, dh, saved, scratch);
     states.initial = dfinal;
+    states.anchor_start = initial.C ? scratch->anchor_start : NULL;
     mlstm_states<F, true>(states, scratch->segments, walked, NULL, NULL, stream);
 
     AttendArgs<F> attend = {};
     attend.s = s, attend.pitch = mlstm_pitch(&s), attend.align = align;
     attend.gates = *gates, attend.doc_start = in.doc_start;
-    attend.inv_den = scratch->inv_den, attend.ds = scratch->ds;
+    attend.inv_den = scratch->rows.inv_den, attend.ds = scratch->rows.ds;
     attend.ld_out = ld_grad, attend.ld_dot = in.ld;
 
     attend.y = dh, attend.ld_y = ld_h;
@@ -1081,8 +1101,8 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
 
 template <typename F>
 static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
-    return ScanScratch{scratch->inv_den, scratch->ds,           scratch->q_dq,    scratch->k_dk,
-                       scratch->anchor,  scratch->anchor_start, scratch->segments};
+    return ScanScratch{scratch->rows.inv_den, scratch->rows.ds,      scratch->q_dq,    scratch->k_dk,
+                       scratch->anchor,       scratch->anchor_start, scratch->segments};
 }
 
 // The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,
@@ -1105,7 +1125,8 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
                          mlstm_dot_tiles<F>(&s), scratch->anchor,
                          scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
-                         segment ? scratch->tail : NULL, initial, dgates, ld_dgates, dbias, scratch->partial, stream);
+                         segment ? scratch->tail : NULL, scratch->rows.q_dq, initial, dgates, ld_dgates, dbias,
+                         scratch->partial, stream);
 }
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
@@ -1117,7 +1138,7 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
                            F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates, float *dbias,
                            const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
     const MlstmState none = {NULL, NULL, NULL, 0};
-    if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->inv_den, scratch->ds, stream);
+    if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->rows, stream);
     mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, scratch,
                         stream);
 }
@@ -1126,7 +1147,7 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
 template <typename F>
 static void mlstm_pair_backward(MlstmShape s, MlstmInput<F> in, const F *dh, const float *dh_dot_h, MlstmState pair,
                                 const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
-    mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->inv_den, scratch->ds, stream);
+    mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->rows, stream);
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
             mlstm_scan_backward_pair(s, in, dh, pair, saved->gates, saved->scan, mlstm_scan_scratch(scratch), stream);

@@ -277,7 +277,13 @@ static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t 
 
 // ----------------------------------------------------------------------------------------------------------------
 // Between the passes: h = num / den, den = max(|sig|, floor) + eps. The gradient of num is dh / den; sig takes part in
-// the gradient only where it is the larger. 20 bytes a token and head.
+// the gradient only where it is the larger. q_t is in both num and sig, so <q_t, dq_t> = <dh, h> + ds sig: known here
+// without the rounding of a product. 24 bytes a token and head.
+
+typedef struct {          // [B, NH, T]
+    float *inv_den, *ds;  // 1 / den and the gradient of sig
+    float *q_dq;          // <q, dq>; NULL: not wanted, or not known
+} MlstmRows;
 
 // Of place `at` of [B, NH, T]: 1 / den, and the gradient of sig for each unit of <dh, h>
 __device__ inline float2 mlstm_row_factor(const MlstmShape &s, const float *sig, const float *floor, size_t at) {
@@ -287,21 +293,29 @@ __device__ inline float2 mlstm_row_factor(const MlstmShape &s, const float *sig,
     return make_float2(inv, size > least ? -copysignf(inv, sig[at]) : 0);
 }
 
-static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, float *inv_den, float *ds, const float *dh_dot_h,
+// inv_den, ds, q_dq at place `at` of [B, NH, T]; dot: <dh, h>
+__device__ inline void mlstm_store_row(const MlstmRows &rows, const MlstmShape &s, float2 factor, float dot,
+                                       const float *sig, size_t at) {
+    const float ds = factor.y * dot;
+    rows.inv_den[at] = factor.x;
+    rows.ds[at] = ds;
+    if (rows.q_dq) rows.q_dq[at] = s.sigmoid_gate ? dot : dot + ds * sig[at];
+}
+
+static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, MlstmRows rows, const float *dh_dot_h,
                                                     const float *sig, const float *floor) {
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, T = s.T, NH = s.NH;
     if (at >= s.B * NH * T) return;
     const size_t t = at % T, head = at / T % NH, b = at / T / NH;
-    const float2 factor = mlstm_row_factor(s, sig, floor, at);
-    inv_den[at] = factor.x;
-    ds[at] = factor.y != 0 ? factor.y * dh_dot_h[(b * T + t) * NH + head] : 0;
+    mlstm_store_row(rows, s, mlstm_row_factor(s, sig, floor, at), dh_dot_h ? dh_dot_h[(b * T + t) * NH + head] : 0, sig,
+                    at);
 }
 
-// The same with <dh, h> made here, where it is needed, by LANES threads a row, 32 or 16. The last sequences first: of
+// The same with <dh, h> made here by LANES threads a row, 32 or 16. The last sequences first: of
 // dh, what the caches keep is what the next kernels begin with. V: elements of a load, VEC<F> or 1
 template <typename F, int V, int LANES>
 static __global__ void __launch_bounds__(256)
-    mlstm_bwd_row_dots_kernel(MlstmShape s, float *inv_den, float *ds, const F *dh, const F *h, const float *sig,
+    mlstm_bwd_row_dots_kernel(MlstmShape s, MlstmRows row_values, const F *dh, const F *h, const float *sig,
                               const float *floor) {
     const unsigned rows = (unsigned)s.T * s.NH;  // of a sequence
     const unsigned k = blockIdx.x * (256 / LANES) + threadIdx.x / LANES, b = s.B - 1 - blockIdx.y;
@@ -311,7 +325,7 @@ static __global__ void __launch_bounds__(256)
     const size_t row = ((size_t)b * rows + k) * s.dv;
     const int lane = threadIdx.x % LANES;
     float sum = 0;
-    for (int w = lane * V; w < s.dv && factor.y != 0; w += LANES * V) {
+    for (int w = lane * V; inside && w < s.dv; w += LANES * V) {
         float x[V], y[V];
         load_floats<V>(x, dh + row + w);
         load_floats_once<V>(y, h + row + w);
@@ -321,32 +335,30 @@ static __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int d = LANES / 2; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
     if (lane || !inside) return;
-    inv_den[at] = factor.x;
-    ds[at] = factor.y * sum;
+    mlstm_store_row(row_values, s, factor, sum, sig, at);
 }
 
-// inv_den, ds [B, NH, T]: 1 / den and the gradient of sig; dh_dot_h [B*T, NH] = <dh, h> of each row
+// dh_dot_h [B*T, NH] = <dh, h> of each row; NULL with the sigmoid gate, if q_dq is NULL: not needed
 MAYBE_UNUSED
-static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const MlstmGates *g, float *inv_den,
-                              float *ds, cudaStream_t stream) {
+static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const MlstmGates *g, MlstmRows rows,
+                              cudaStream_t stream) {
     const int blocks = ceil_div((size_t)s->B * s->NH * s->T, 256);
-    mlstm_bwd_row_factors_kernel<<<blocks, 256, 0, stream>>>(*s, inv_den, ds, dh_dot_h, g->sig, g->floor);
+    mlstm_bwd_row_factors_kernel<<<blocks, 256, 0, stream>>>(*s, rows, dh_dot_h, g->sig, g->floor);
     LAUNCH_CHECK();
 }
 
-// The same from dh and h [B, T, NH, dv]; 4 dv + 16 bytes a token and head in bf16, less where sig has no part. h is not
-// read with the sigmoid gate.
+// The same from dh and h [B, T, NH, dv]; 4 dv + 20 bytes a token and head in bf16. With the sigmoid gate h is not read.
 template <typename F>
-static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, const MlstmGates *g, float *inv_den,
-                                 float *ds, cudaStream_t stream) {
-    if (s->sigmoid_gate) return mlstm_row_factors(s, NULL, g, inv_den, ds, stream);
+static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, const MlstmGates *g, MlstmRows rows,
+                                 cudaStream_t stream) {
+    if (s->sigmoid_gate) return mlstm_row_factors(s, NULL, g, rows, stream);
     const bool vectors = vector_aligned(dh, s->dv) && vector_aligned(h, s->dv), narrow = s->dv <= 16 * VEC<F>;
     auto kernel = !vectors ? mlstm_bwd_row_dots_kernel<F, 1, 32>
                   : narrow ? mlstm_bwd_row_dots_kernel<F, VEC<F>, 16>
                            : mlstm_bwd_row_dots_kernel<F, VEC<F>, 32>;
     const size_t threads = (size_t)s->NH * s->T * (vectors && narrow ? 16 : 32);
     const dim3 grid((unsigned)ceil_div(threads, 256), (unsigned)s->B);
-    kernel<<<grid, 256, 0, stream>>>(*s, inv_den, ds, dh, h, g->sig, g->floor);
+    kernel<<<grid, 256, 0, stream>>>(*s, rows, dh, h, g->sig, g->floor);
     LAUNCH_CHECK();
 }
 
@@ -354,27 +366,31 @@ static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, c
 // Gradient of the gates from q, k and their gradients (doc/math.md):
 //   di_j = <k_j, dk_j>,   d log f_l = anchor + sum over l <= r in l's document and span of <q_r, dq_r> - <k_r, dk_r>
 // anchor = <C', dC'> + <n', dn'> of the states that leave the span: it reaches the span's last document only. A span is
-// MLSTM_SPAN tokens. At its first token the sum must arrive at the anchor of the span before, or at 0 if no state
-// enters: by what it misses (bf16 products) it is corrected, in proportion to the tokens summed. The log f of a
-// document's first token has no effect. Bytes a token and head: 24 and 8 a tile of the row sums.
+// MLSTM_SPAN tokens. At the first token of a document the sum must arrive at 0, at that of the span at the anchor of
+// the span before: by what it misses (bf16 products) it is corrected, in proportion to the tokens summed. The log f of
+// a document's first token has no effect. The sum of all <k_j, dk_j> is that of all <q_t, dq_t>, but for the anchors at
+// both ends: what it misses goes into the gradient of the bias. Bytes a token and head: 28, 8 a tile of the row sums.
 
 typedef struct {               // `tiles` partial sums of every value, added in order
     const float *q_dq, *k_dk;  // [tiles][B, NH, T]
     int tiles;
-    const float *anchor;  // [anchor_tiles][B, NH, spans]
+    const float *q_dq_exact;  // [B, NH, T], see MlstmRows; NULL: not known
+    const float *anchor;      // [anchor_tiles][B, NH, spans]
     int anchor_tiles;
-    const float *anchor_start;  // [anchor_tiles][B, NH] the same where the sequence begins; NULL: not known
+    const float *anchor_start;  // [anchor_tiles][B, NH] the same where the sequence begins; NULL: 0
     const float *tail;          // [B, NH] and where it ends, if it is a segment of a longer one; NULL: 0
 } MlstmGateSums;
 
 enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // of the backward kernel
 
-// What leaves span c and reaches the tokens before, from all tiles
+// What reaches the tokens before the end of span c from those behind it, all tiles; c -1: before the sequence
 __device__ inline double mlstm_anchor(const MlstmGateSums &sums, const MlstmShape &s, size_t bh, int c, int spans) {
+    if (c + 1 == spans) return sums.tail ? sums.tail[bh] : 0;
+    if (c < 0 && !sums.anchor_start) return 0;
+    const float *from = c < 0 ? sums.anchor_start + bh : sums.anchor + bh * spans + c;
+    const size_t tile = (size_t)s.B * s.NH * (c < 0 ? 1 : spans);
     double sum = 0;
-    if (c + 1 == spans && sums.tail) return sums.tail[bh];
-    if (c < 0 || c + 1 >= spans) return 0;
-    for (int p = 0; p < sums.anchor_tiles; p++) sum += sums.anchor[((size_t)p * s.B * s.NH + bh) * spans + c];
+    for (int p = 0; p < sums.anchor_tiles; p++) sum += from[p * tile];
     return sum;
 }
 
@@ -404,28 +420,39 @@ __device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums 
     if (__shfl_sync(0xffffffffu, start[1], 0) <= t0 + lane) sum[0] += behind;
 }
 
-// A block takes a span of one head. bias_partial [2NH][B * spans]: the sums over its tokens; n0 [B][NH, dk] enters the
+// A warp's sums for the gradient of the bias. INPUT, FORGET: of di, df. SURPLUS: of <q, dq> - <k, dk>, with the anchors
+// at both ends of the sequence; TERMS, SLOPES: of |<k, dk>| and |di|
+enum { BIAS_INPUT, BIAS_FORGET, BIAS_SURPLUS, BIAS_TERMS, BIAS_SLOPES, NUM_BIAS_SUMS };
+
+// A block takes a span of one head. bias_sums [NUM_BIAS_SUMS][NH][B * spans * GATE_WARPS]; n0 [B][NH, dk] enters the
 // sequence, NULL: zeros
 template <typename F>
 static __global__ void __launch_bounds__(32 * GATE_WARPS)
     mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
-                           F *dgates, size_t ld_dgates, float *bias_partial, int spans) {
+                           F *dgates, size_t ld_dgates, float *bias_sums, int spans) {
     __shared__ double first_sum[GATE_WARPS];  // of each warp's first token
     __shared__ int first_start[GATE_WARPS];
+    __shared__ double path[MLSTM_SPAN];  // the sums of all tokens
+    __shared__ int last[MLSTM_SPAN];     // of a document whose first token in the span this is: its last one there
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, NH = s.NH, head = blockIdx.x % NH,
               c = blockIdx.x / NH % spans, b = blockIdx.x / NH / spans, begin = c * MLSTM_SPAN,
               end = min(begin + MLSTM_SPAN, s.T);
     const size_t bh = (size_t)b * NH + head;
     const int t0 = begin + warp * GATE_WARP_TOKENS;
-    int start[2];
+    int start[2], ends[2];  // of the token's document; the document ends here
     double sum[2];
-    float k_dk[2], di_sum = 0, df_sum = 0;
-    for (int g = 0; g < 2; g++) start[g] = in.doc_start[(size_t)b * s.T + min(t0 + 32 * g + lane, s.T - 1)];
+    float i[2], f[2], k_dk[2];
+    const int *doc_start = in.doc_start + (size_t)b * s.T;
+    for (int g = 0; g < 2; g++) {
+        const int l = min(t0 + 32 * g + lane, s.T - 1);
+        start[g] = doc_start[l], ends[g] = l + 1 == end || doc_start[l + 1] == l + 1;
+        i[g] = mlstm_gate(in, (size_t)b * s.T + l, head), f[g] = mlstm_gate(in, (size_t)b * s.T + l, NH + head);
+    }
     mlstm_warp_sums(s, sums, bh, t0, start, sum, k_dk);
     if (lane == 0) first_sum[warp] = sum[0], first_start[warp] = start[0];
     const double leaves = mlstm_anchor(sums, s, bh, c, spans);
-    double enters = mlstm_anchor(sums, s, bh, c - 1, spans);
-    const int last_start = in.doc_start[(size_t)b * s.T + end - 1];
+    const double enters = mlstm_anchor(sums, s, bh, c - 1, spans);
+    const int last_start = doc_start[end - 1];
     int empty = c == 0;  // no state enters: the first forget gate has no effect, as at a reset
     for (int a0 = 0; empty && n0 && a0 < s.dk; a0 += 32)
         empty = __all_sync(0xffffffffu, a0 + lane >= s.dk || n0[b * n0_row + (size_t)head * s.dk + a0 + lane] == 0);
@@ -439,65 +466,77 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS)
         carry = first_sum[w] + (carry_start <= begin + w * GATE_WARP_TOKENS ? carry : 0);
         carry_start = first_start[w];
     }
-    bool known = last_start < begin;
-    if (c == 0 && empty) known = last_start <= 0;
-    if (c == 0 && !empty && known) {
-        known = sums.anchor_start != NULL;
-        for (int p = 0; known && p < sums.anchor_tiles; p++) enters += sums.anchor_start[(size_t)p * s.B * NH + bh];
+    for (int g = 0; g < 2; g++) {
+        const int l = t0 + 32 * g + lane;
+        if (l >= end) continue;
+        path[l - begin] = sum[g];
+        if (ends[g]) last[max(start[g] - begin, 0)] = l;
     }
-    const double missing = known ? enters - carry : 0;
+    __syncthreads();
+    float part[NUM_BIAS_SUMS] = {};
     for (int g = 0; g < 2; g++) {
         const int l = t0 + 32 * g + lane;
         if (l >= s.T) continue;
         const size_t token = (size_t)b * s.T + l;
-        const float i = mlstm_gate(in, token, head), f = mlstm_gate(in, token, NH + head);
-        const float d_log_f = (float)(sum[g] + missing * (end - l) / (end - begin));
-        float di = s.sigmoid_gate ? k_dk[g] / (1 + expf(i)) : k_dk[g];
-        float df = start[g] == l || (empty && l == 0) ? 0 : d_log_f / (1 + expf(f));
+        const int first = max(start[g], begin), tokens = last[first - begin] - first + 1;
+        const double missing = (start[g] < begin ? enters : 0) - path[first - begin];
+        const float d_log_f = (float)(sum[g] + missing * (first + tokens - l) / tokens);
+        float di = s.sigmoid_gate ? k_dk[g] / (1 + expf(i[g])) : k_dk[g];
+        float df = start[g] == l || (empty && l == 0) ? 0 : d_log_f / (1 + expf(f[g]));
         if (in.cap > 0) {
-            di *= 1 - (i / in.cap) * (i / in.cap);
-            df *= 1 - (f / in.cap) * (f / in.cap);
+            di *= 1 - (i[g] / in.cap) * (i[g] / in.cap);
+            df *= 1 - (f[g] / in.cap) * (f[g] / in.cap);
         }
-        di_sum += di, df_sum += df;
+        part[BIAS_INPUT] += di, part[BIAS_FORGET] += df;
+        part[BIAS_TERMS] += fabsf(k_dk[g]), part[BIAS_SLOPES] += fabsf(di);
+        if (sums.q_dq_exact) part[BIAS_SURPLUS] += (float)((double)sums.q_dq_exact[bh * s.T + l] - k_dk[g]);
         dgates[token * ld_dgates + head] = from_float<F>(di);
         dgates[token * ld_dgates + NH + head] = from_float<F>(df);
     }
-    di_sum = block_sum(di_sum), df_sum = block_sum(df_sum);
-    const size_t parts = (size_t)s.B * spans, part = (size_t)b * spans + c;
-    if (threadIdx.x == 0) bias_partial[head * parts + part] = di_sum;
-    if (threadIdx.x == 0) bias_partial[(NH + head) * parts + part] = df_sum;
+    if (threadIdx.x == 0 && c == 0) part[BIAS_SURPLUS] -= (float)enters;
+    if (threadIdx.x == 0 && c + 1 == spans) part[BIAS_SURPLUS] += (float)leaves;
+    const size_t parts = (size_t)s.B * spans * GATE_WARPS, place = ((size_t)b * spans + c) * GATE_WARPS + warp;
+    for (int k = 0; k < NUM_BIAS_SUMS; k++) part[k] = warp_sum(part[k]);
+    for (int k = 0; k < NUM_BIAS_SUMS && lane == 0; k++) bias_sums[((size_t)k * NH + head) * parts + place] = part[k];
 }
 
-// dbias[column] += sum of partial[column, parts]; a block a column
-static __global__ void mlstm_bwd_gate_bias_kernel(float *dbias, const float *partial, int parts) {
-    float sum = 0;
-    for (int p = threadIdx.x; p < parts; p += blockDim.x) sum += partial[(size_t)blockIdx.x * parts + p];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) dbias[blockIdx.x] += sum;
+// dbias [2NH] += the sums of bias_sums [NUM_BIAS_SUMS][NH][parts]; a block a head. exact: <q, dq> was known
+static __global__ void mlstm_bwd_gate_bias_kernel(float *dbias, const float *bias_sums, int parts, bool exact) {
+    const int head = blockIdx.x, NH = gridDim.x;
+    float sum[NUM_BIAS_SUMS] = {};
+    for (int k = 0; k < NUM_BIAS_SUMS; k++) {
+        for (int p = threadIdx.x; p < parts; p += blockDim.x) sum[k] += bias_sums[((size_t)k * NH + head) * parts + p];
+        sum[k] = block_sum(sum[k]);
+    }
+    if (threadIdx.x) return;
+    if (exact && sum[BIAS_TERMS] > 0) sum[BIAS_INPUT] += sum[BIAS_SURPLUS] / sum[BIAS_TERMS] * sum[BIAS_SLOPES];
+    dbias[head] += sum[BIAS_INPUT];
+    dbias[NH + head] += sum[BIAS_FORGET];
 }
 
 MAYBE_UNUSED
 static size_t mlstm_gates_partial_floats(const MlstmShape *s) {
-    return (size_t)2 * s->NH * s->B * ceil_div(s->T, MLSTM_SPAN);
+    return (size_t)NUM_BIAS_SUMS * s->NH * s->B * ceil_div(s->T, MLSTM_SPAN) * GATE_WARPS;
 }
 
 // gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, spans]:
-// partial sums, to be added in order (the last span's anchor is not read), anchor_start [anchor_tiles][B, NH] or NULL,
-// tail [B, NH] or NULL. initial: of the forward pass. dgates [B*T, 2NH] row stride ld_dgates, gradient of the gates
-// before bias and cap; dbias [2NH] is added to; partial [mlstm_gates_partial_floats].
+// partial sums, to be added in order (the last span's anchor is not read), anchor_start [anchor_tiles][B, NH], read if
+// there are initial states, tail [B, NH] or NULL, exact [B, NH, T]: q_dq of MlstmRows, or NULL. initial: of the forward
+// pass. dgates [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dbias [2NH] is added to;
+// partial [mlstm_gates_partial_floats].
 template <typename F>
 static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
                                  const int *doc_start, const float *q_dq, const float *k_dk, int tiles,
                                  const float *anchor, int anchor_tiles, const float *anchor_start, const float *tail,
-                                 MlstmState initial, F *dgates, size_t ld_dgates, float *dbias, float *partial,
-                                 cudaStream_t stream) {
+                                 const float *exact, MlstmState initial, F *dgates, size_t ld_dgates, float *dbias,
+                                 float *partial, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
-    const MlstmGateSums sums = {q_dq, k_dk, tiles, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
+    const MlstmGateSums sums = {q_dq, k_dk, tiles, exact, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
     const int spans = ceil_div(s->T, MLSTM_SPAN);
     mlstm_bwd_gates_kernel<F><<<(unsigned)((size_t)s->B * s->NH * spans), 32 * GATE_WARPS, 0, stream>>>(
         *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans);
     LAUNCH_CHECK();
-    mlstm_bwd_gate_bias_kernel<<<2 * s->NH, 256, 0, stream>>>(dbias, partial, s->B * spans);
+    mlstm_bwd_gate_bias_kernel<<<s->NH, 256, 0, stream>>>(dbias, partial, s->B * spans * GATE_WARPS, exact != NULL);
     LAUNCH_CHECK();
 }
 

@@ -267,9 +267,10 @@ static void run(Problem *p, int version) {
                              p->dbias, &p->scan_saved, &p->scan_scratch, 0);
     } else {
         const MlstmScratch<bf16> *scratch = &p->scratch;
-        mlstm_row_factors(&p->s, p->dh_dot_h, &p->saved.gates, scratch->inv_den, scratch->ds, 0);
-        const GradArgs args = {p->s,        p->in,   p->dh,    p->grad,   p->saved.gates, scratch->inv_den,
-                               scratch->ds, p->keep, p->write, p->states, p->vectors};
+        mlstm_row_factors(&p->s, p->dh_dot_h, &p->saved.gates, scratch->rows, 0);
+        const GradArgs args = {
+            p->s,    p->in,    p->dh,     p->grad,   p->saved.gates, scratch->rows.inv_den, scratch->rows.ds,
+            p->keep, p->write, p->states, p->vectors};
         gradient<GRAD_DV>(args, version);
         gradient<GRAD_DQ>(args, version);
         gradient<GRAD_DK>(args, version);

@@ -237,11 +237,7 @@ static void mlstm_check_all(const MlstmCase *c, const MlstmHost *x, const MlstmD
         mlstm_check(&l, p.name, got, p.want ? p.want : want, x->rows * p.count, p.limit);
         free(want);
     }
-    // Sums over all tokens are as exact as their terms, whose norm counts where they cancel: it is 5.7 times the sum's
-    // at T 140 with one head of 128/256
-    const double terms = norm_of(x->out[OUT_DGATES], x->rows * x->G), sum = norm_of(x->out[OUT_DBIAS], x->G);
-    mlstm_check(&l, "dbias", to_host(d->dbias, x->G), x->out[OUT_DBIAS], x->G,
-                tolerance<F>(1e-5, 1.5e-2) * fmax(1, terms / sum));
+    mlstm_check(&l, "dbias", to_host(d->dbias, x->G), x->out[OUT_DBIAS], x->G, tolerance<F>(1e-5, 1e-2));
     free(states), free(wide), free(unwritten);
 }
 
