@@ -22,7 +22,8 @@
 #include "util.h"
 
 typedef enum { COMM_WORLD, COMM_SP, NUM_COMM_GROUPS } CommGroup;
-typedef enum { COMM_F32, COMM_F64 } CommType;
+typedef enum { COMM_F32, COMM_F64, COMM_BF16 } CommType;  // bf16: summed in float, the sum is rounded
+static size_t comm_type_bytes(CommType type) { return type == COMM_F64 ? 8 : type == COMM_F32 ? 4 : 2; }
 
 // What a back end does. Ranks are those of the group; `what` names the call in messages; stream: of a device, else
 // NULL.
@@ -67,7 +68,7 @@ static void self_all_gather(CommGroup group, const void *src, void *dst, size_t 
 }
 static void self_reduce_scatter(CommGroup group, const void *src, void *dst, size_t count, CommType type,
                                 const char *what, void *stream) {
-    self_all_gather(group, src, dst, count * (type == COMM_F32 ? sizeof(float) : sizeof(double)), what, stream);
+    self_all_gather(group, src, dst, count * comm_type_bytes(type), what, stream);
 }
 static void self_all_to_all(CommGroup group, const void *src, const size_t *send, void *dst, const size_t *recv,
                             const char *what, void *stream) {
