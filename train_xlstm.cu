@@ -179,7 +179,7 @@ struct Model {
     int *bucket_chunks;  // [num_buckets + 1] with own_moments: the first chunk of each bucket
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
-    cudaEvent_t worked, exchanged, reduced, gathered;
+    cudaEvent_t worked, exchanged, reduced;
     size_t unsent;                                  // buckets whose gradients have not left, the first ones
     size_t unrounded;                               // elements not yet in `rounded`, the first ones
     float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
@@ -922,6 +922,7 @@ static void enqueue_norm_part(Model<F> *m, int part, size_t first, size_t bucket
                    m->stream);
 }
 
+// The gradient stream goes on from where m->stream is, and the other way round.
 template <typename F>
 static void send_begins(Model<F> *m) {
     CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
@@ -933,7 +934,54 @@ static void send_ends(Model<F> *m) {
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
 }
 
-// Small tensors travel in float where the others do in bf16, and every rank gets their sums.
+// The buckets that the end of the backward pass completes, the first ones: they hold what is before PART_MATMUL.
+template <typename F>
+static size_t last_buckets(const Model<F> *m) {
+    return (m->begins[PART_MATMUL] + shards_bucket(&m->shards) - 1) / shards_bucket(&m->shards);
+}
+
+// The sums of a bucket's gradients over the world, to the owners of its pieces
+template <typename F>
+static void reduce_bucket(Model<F> *m, size_t k) {
+    const Shards *s = &m->shards;
+    size_t bytes = m->rounded ? sizeof(bf16) : sizeof(float);
+    char *bucket = (m->rounded ? (char *)m->rounded : (char *)m->grads) + k * shards_bucket(s) * bytes;
+    comm.data->reduce_scatter(COMM_WORLD, bucket, bucket + s->piece * (size_t)s->rank * bytes, s->piece,
+                              m->rounded ? COMM_BF16 : COMM_F32, "reduce-scatter of gradients", m->gradient_stream);
+}
+// From the owners to all: buckets first .. end-1, the last one first
+template <typename F>
+static void gather_buckets(Model<F> *m, size_t first, size_t end) {
+    const Shards *s = &m->shards;
+    size_t bytes = m->rounded ? sizeof(bf16) : sizeof(float);
+    for (size_t k = end; k-- > first;) {
+        char *bucket = (m->rounded ? (char *)m->rounded : (char *)m->grads) + k * shards_bucket(s) * bytes;
+        comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank * bytes, bucket, s->piece * bytes,
+                              "all-gather of gradients", m->gradient_stream);
+    }
+}
+
+template <typename F>
+static void round_gradients(Model<F> *m, size_t begin, size_t end, cudaStream_t stream) {
+    if (m->rounded && begin < end) to_bf16(m->rounded + begin, m->grads + begin, end - begin, stream);
+}
+
+// Gradients of matmuls from element `complete` on are what they will be: those that travel in bf16 are rounded, unless
+// that is how they were made, and their buckets leave to be summed over the world, while the backward pass goes on.
+template <typename F>
+static void send_gradients(Model<F> *m, size_t complete, int made_rounded) {
+    size_t size = shards_bucket(&m->shards), before = m->unsent;
+    if (!m->unsent) return;
+    send_begins(m);
+    if (!made_rounded) round_gradients(m, complete, m->unrounded, m->gradient_stream);
+    m->unrounded = complete;
+    while (m->unsent > 0 && (m->unsent - 1) * size >= complete) m->unsent--;
+    for (size_t k = before; k-- > m->unsent;) reduce_bucket(m, k);
+    if (!m->run.zero) gather_buckets(m, m->unsent, before);
+}
+
+// Small tensors travel in float where the others do in bf16, and every rank gets their sums. They are complete before
+// the embedding is.
 template <typename F>
 static void send_small_gradients(Model<F> *m) {
     size_t part = m->begins[PART_EMBEDDING] / (size_t)comm.size, mine = part * (size_t)comm.rank;
@@ -945,38 +993,24 @@ static void send_small_gradients(Model<F> *m) {
                           m->gradient_stream);
 }
 
-// Gradients from element `complete` on are what they will be: those that travel in bf16 are rounded, unless that is how
-// they were made, and their buckets leave to be summed over the world, while the backward pass goes on.
+// The rest has nothing left to hide behind: one bucket is rounded while another one travels, and beside them the norm
+// of all others is taken. Without --zero model_update gathers them.
 template <typename F>
-static void send_gradients(Model<F> *m, size_t complete, int made_rounded) {
-    const Shards *s = &m->shards;
-    size_t size = shards_bucket(s), before = m->unsent, bytes = m->rounded ? sizeof(bf16) : sizeof(float);
-    char *all = m->rounded ? (char *)m->rounded : (char *)m->grads, *pieces = all + s->piece * (size_t)s->rank * bytes;
+static void send_last_gradients(Model<F> *m) {
+    size_t size = shards_bucket(&m->shards), begin = m->begins[PART_EMBEDDING], last = m->unsent;
     if (!m->unsent) return;
-    send_begins(m);
-    if (m->rounded && !made_rounded)
-        convert_weights(m->rounded + complete, m->grads + complete, m->unrounded - complete, m->gradient_stream);
-    m->unrounded = complete;
-    if (complete == m->begins[PART_EMBEDDING]) complete = 0;
-    while (m->unsent > 0 && (m->unsent - 1) * size >= complete) m->unsent--;
-    if (complete == 0) {  // the norm of what has left already is taken beside the last buckets
-        send_ends(m);
-        enqueue_norm_part(m, 0, before, s->num_buckets - before);
+    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));  // all others
+    for (size_t k = last; k-- > 0;) {
+        size_t end = (k + 1) * size;
+        round_gradients(m, k * size > begin ? k * size : begin, end < m->unrounded ? end : m->unrounded, m->stream);
+        send_begins(m);
+        reduce_bucket(m, k);
     }
-    for (size_t k = before; k-- > m->unsent;)
-        comm.data->reduce_scatter(COMM_WORLD, all + k * size * bytes, pieces + k * size * bytes, s->piece,
-                                  m->rounded ? COMM_BF16 : COMM_F32, "reduce-scatter of gradients", m->gradient_stream);
-    if (complete == 0) {  // and the norm of these while they are gathered
-        send_ends(m);
-        enqueue_norm_part(m, 1, 0, before);
-        grad_norm_squared(m->sums + 1, m->norm_partial, 2, m->stream);
-    }
-    for (size_t k = before; !m->run.zero && k-- > m->unsent;)
-        comm.data->all_gather(COMM_WORLD, pieces + k * size * bytes, all + k * size * bytes, s->piece * bytes,
-                              "all-gather of gradients", m->gradient_stream);
-    if (complete > 0) return;
-    CUDA_CHECK(cudaEventRecord(m->gathered, m->gradient_stream));
-    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered, 0));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+    enqueue_norm_part(m, 0, last, m->shards.num_buckets - last);
+    send_ends(m);
+    enqueue_norm_part(m, 1, 0, last);
+    grad_norm_squared(m->sums + 1, m->norm_partial, 2, m->stream);
 }
 
 // Where a block's weights for matmuls begin; what it has read in float is complete with the embedding.
@@ -1001,7 +1035,7 @@ static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
     send_small_gradients(m);
     embedding_backward(m->grads + m->offsets[m->table.shell[SHELL_EMBEDDING]], m->dx, tokens, rows, dim(m, DIM_D),
                        dim(m, DIM_V), m->embedding_scratch, m->stream);
-    send_gradients(m, m->begins[PART_EMBEDDING], 0);
+    send_last_gradients(m);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -1551,7 +1585,7 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->side, cudaStreamNonBlocking, low));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->exchange_stream, cudaStreamNonBlocking, high));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, high));
-    for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced, &m->gathered})
+    for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced})
         CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     matmul_init(m->workspace, m->side);
     m->staging = NULL;
@@ -1583,6 +1617,7 @@ static double model_grad_norm(Model<F> *m) {
     return sqrt(sum);
 }
 
+// While the last buckets of gradients are gathered, all others are updated.
 // With its own moments only, a rank updates its piece of a bucket, and while the next bucket is updated the pieces of
 // this one are gathered: those for matmuls in format F only, whose float is nobody's but the owner's.
 template <typename F>
@@ -1599,16 +1634,22 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
     size_t size = shards_bucket(s), mine = s->piece * (size_t)s->rank;
     bf16 *weights = sizeof(F) == 2 ? (bf16 *)m->weights : NULL;
     if (!m->own_moments) {
-        adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks, m->num_chunks, args, m->stream);
+        int last = comm.size > 1 ? m->bucket_chunks[last_buckets(m)] : 0;  // chunks of the last buckets
+        if (last) {
+            send_begins(m);
+            gather_buckets(m, 0, last_buckets(m));
+        }
+        adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks + last, m->num_chunks - last, args,
+                     m->stream);
+        if (last) send_ends(m);
+        adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks, last, args, m->stream);
         return;
     }
     for (size_t k = 0; k < s->num_buckets; k++) {
         int first = m->bucket_chunks[k], count = m->bucket_chunks[k + 1] - first;
         float *bucket = m->params + k * size;
-        if (count > 0)
-            adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks + first, count, args, m->stream);
-        CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
-        CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
+        adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks + first, count, args, m->stream);
+        send_begins(m);
         if (!weights || k * size < m->begins[PART_MATMUL])
             comm.data->all_gather(COMM_WORLD, bucket + mine, bucket, s->piece * sizeof(float), "all-gather of weights",
                                   m->gradient_stream);
@@ -1616,8 +1657,7 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
             comm.data->all_gather(COMM_WORLD, weights + k * size + mine, weights + k * size, s->piece * sizeof(bf16),
                                   "all-gather of weights", m->gradient_stream);
     }
-    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
-    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+    send_ends(m);
 }
 
 template <typename F>
@@ -1641,7 +1681,7 @@ static void model_collect(Model<F> *m, int kind) {
                               what[kind], m->stream);
     }
     if (kind == KIND_WEIGHT && sizeof(F) == 2)
-        convert_weights((bf16 *)m->weights, m->params, shards_padded(s), m->stream);
+        to_bf16((bf16 *)m->weights, m->params, shards_padded(s), m->stream);
     device_wait(m->stream, what[kind]);
 }
 
@@ -1664,7 +1704,7 @@ static void model_move_part(Model<F> *m, int kind, int index, size_t first, size
         else CUDA_CHECK(cudaMemcpyAsync(device, src + at, n * sizeof(float), cudaMemcpyHostToDevice, m->stream));
     }
     if (src && kind == KIND_WEIGHT && sizeof(F) == 2)
-        convert_weights((bf16 *)m->weights + begin, m->params + begin, count, m->stream);
+        to_bf16((bf16 *)m->weights + begin, m->params + begin, count, m->stream);
     device_wait(m->stream, "a copy");  // src is the caller's
 }
 

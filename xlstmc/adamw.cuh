@@ -77,6 +77,7 @@ static __global__ void __launch_bounds__(UPDATE_THREADS)
 MAYBE_UNUSED
 static void adamw_update(float *w, bf16 *w16, float *m, float *v, Gradients grads, const UpdateChunk *chunks,
                          int num_chunks, AdamwArgs args, cudaStream_t stream) {
+    if (num_chunks == 0) return;
     adamw_kernel<<<num_chunks, UPDATE_THREADS, 0, stream>>>(w, w16, m, v, grads, chunks, args);
     LAUNCH_CHECK();
 }
@@ -127,7 +128,7 @@ static void grad_norm_squared(double *result, const double *partial, int parts, 
 
 // Costs 6 bytes an element.
 static __global__ void __launch_bounds__(256)
-    convert_weights_kernel(bf16 *__restrict__ dst, const float *__restrict__ src, size_t n, bool quads) {
+    to_bf16_kernel(bf16 *__restrict__ dst, const float *__restrict__ src, size_t n, bool quads) {
     size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4, end = min(i + 4, n);
     if (quads && i + 4 <= n) {
         float x[4];
@@ -139,9 +140,9 @@ static __global__ void __launch_bounds__(256)
 }
 // dst [n] = src [n] rounded
 MAYBE_UNUSED
-static void convert_weights(bf16 *dst, const float *src, size_t n, cudaStream_t stream) {
+static void to_bf16(bf16 *dst, const float *src, size_t n, cudaStream_t stream) {
     bool quads = quads_aligned(dst, 4) && quads_aligned(src, 4);
-    convert_weights_kernel<<<ceil_div(n, 1024), 256, 0, stream>>>(dst, src, n, quads);
+    to_bf16_kernel<<<ceil_div(n, 1024), 256, 0, stream>>>(dst, src, n, quads);
     LAUNCH_CHECK();
 }
 
