@@ -6,8 +6,9 @@
 //   make && ./train_xlstmcu --model 164m --train 'shards/train_*.bin' --batch 16 --seq-len 2048 --out out/164m
 //
 // Formats: --precision bf16 (default) keeps activations and the weights that matmuls read in bf16; sums, gates,
-// normalisers, states, gradients of weights, master weights and moments are float. --precision fp32 keeps all in float,
-// without TF32. Notation: B sequences of T tokens, width D, NH heads; rows = B*T. F is the format of activations.
+// normalisers, states, gradients of weights, master weights and moments are float; between ranks gradients of matrices
+// are bf16, too (XLSTM_REDUCE). --precision fp32 keeps all in float, without TF32. Notation: B sequences of T tokens,
+// width D, NH heads; rows = B*T. F is the format of activations.
 //
 // Results do not depend on timing: every sum has a fixed order, so the same command gives the same bits.
 
@@ -33,8 +34,8 @@ enum { ALIGN = 64 };             // elements; where tensors and states begin
 static int align_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Where tensors and states lie in device memory: first what is read in float, the embedding last, then what matmuls read
-// in format F. With several ranks what is before the embedding is a whole number of ALIGN elements for each.
+// Where tensors and states lie in device memory: first what is read in float, the embedding last, then what matmuls
+// read in format F. What is before the embedding is a whole number of ALIGN elements for each rank.
 // Tensors that one matmul reads stand without a gap behind each other, as in the table; every other tensor begins at a
 // multiple of ALIGN. Gate weights end with zero rows, so that their number is a multiple of 8: matmuls want that, and
 // the gradient of a zero row stays zero.
@@ -176,7 +177,7 @@ struct Model {
     F *weights;             // params in format F (the same memory if F is float)
     UpdateChunk *chunks;    // device
     int num_chunks;
-    int *bucket_chunks;  // [num_buckets + 1] with own_moments: the first chunk of each bucket
+    int *bucket_chunks;  // [num_buckets + 1] the first chunk that begins in a bucket or behind it
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
     cudaEvent_t worked, exchanged, reduced;
@@ -1511,7 +1512,7 @@ static void check_memory(Model<F> *m, size_t available) {
 }
 
 // The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own:
-// those of this rank's shards only; first_of_bucket [num_buckets + 1] then says where each bucket's begin, or is NULL.
+// those of this rank's shards only; first_of_bucket [num_buckets + 1]: see bucket_chunks, or NULL.
 template <typename F>
 static int update_chunks(const Model<F> *m, UpdateChunk *chunks, int *first_of_bucket) {
     const Shards *shards = &m->shards;

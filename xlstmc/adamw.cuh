@@ -110,8 +110,8 @@ static __global__ void __launch_bounds__(GRAD_NORM_BLOCKS) grad_norm_add_kernel(
     for (int k = 0; k < parts; k++) sum += block_sum_double(partial[k * GRAD_NORM_BLOCKS + threadIdx.x]);
     if (threadIdx.x == 0) *result = sum;
 }
-// partial [GRAD_NORM_BLOCKS] = sums of squares of `pieces` pieces of grads, the first of which begins at element `first`
-// and the others `stride` apart; all are aligned to 16 bytes
+// partial [GRAD_NORM_BLOCKS] = sums of squares of `pieces` pieces of grads, which begin `stride` elements apart, the
+// first one at element `first`; all are aligned to 16 bytes
 MAYBE_UNUSED
 static void grad_norm_part(double *partial, Gradients grads, size_t first, size_t piece, size_t pieces, size_t stride,
                            cudaStream_t stream) {
