@@ -317,6 +317,13 @@ static void exchange_begins(Model<F> *m) {
     CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->exchange_stream, m->worked, 0));
 }
+// The same before a kernel whose results an all-gather is to take: nobody will have to wait for this rank to be ready.
+template <typename F>
+static void exchange_expected(Model<F> *m, const char *what) {
+    if (!comm.data->expect) return;
+    exchange_begins(m);
+    comm.data->expect(COMM_SP, what, m->exchange_stream);
+}
 template <typename F>
 static void exchange_ends(Model<F> *m, const char *what) {
     CUDA_CHECK(cudaEventRecord(m->exchanged, m->exchange_stream));
@@ -509,6 +516,7 @@ static void mlstm_enter_begins(Model<F> *m, int b, const Sequence *s, BlockActs<
     size_t size;
     if (!s->whole) return;
     mlstm_pairs(m, &shape, &own, &all, &size);
+    if (!s->again && comm.sp_size <= fold_by_gather) exchange_expected(m, "all-gather of mLSTM states");
     mlstm_pair_forward(shape, mlstm_input(m, b, a, s), mlstm_pair_state(shape, own), &a->mlstm, mlstm_scratch(m, b),
                        m->stream);
     if (s->again) return;
@@ -537,6 +545,7 @@ static void mlstm_leave_begins(Model<F> *m, int b, const Sequence *s, BlockActs<
     int next = comm.sp_rank + 1;
     if (!s->whole) return;
     mlstm_pairs(m, &shape, &own, &all, &size);
+    if (comm.sp_size <= fold_by_gather) exchange_expected(m, "all-gather of mLSTM gradients");
     mlstm_pair_backward(shape, mlstm_input(m, b, a, s), dh, m->dh_dot_h, mlstm_pair_state(shape, own), &a->mlstm,
                         mlstm_scratch(m, b), m->stream);
     exchange_begins(m);

@@ -40,6 +40,9 @@ typedef struct {
     // bytes to rank `to` and as many from rank `from`; -1: to or from nobody.
     void (*send_recv)(CommGroup group, const void *src, int to, void *dst, int from, size_t bytes, const char *what,
                       void *stream);
+    // Before an all_gather, by all ranks of the group: from here on what the others have may arrive at its dst, though
+    // this rank's part is not there yet. NULL: no use.
+    void (*expect)(CommGroup group, const char *what, void *stream);
 } CommOps;
 
 typedef struct {
@@ -83,7 +86,8 @@ static void self_send_recv(CommGroup group, const void *src, int to, void *dst, 
 // Ends what comm.data has under way on a device, before the job ends because of another rank; NULL: nothing to end
 static void (*comm_abort_data)(void) MAYBE_UNUSED = NULL;
 
-static const CommOps comm_self = {"self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv};
+static const CommOps comm_self = {"self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv,
+                                 NULL};
 static Comm comm = {0, 1, 0, 1, 0, 1, 0, 1, 600, 0, &comm_self, &comm_self, NULL};
 
 MAYBE_UNUSED

@@ -70,6 +70,7 @@ static struct {
     size_t max_bytes;
     const CommOps *otherwise;  // for what lies outside
     CUstreamBatchMemOpParams *ops;
+    int expected[NUM_COMM_GROUPS];  // 1: the ranks have met to be READY for the next all-gather
     volatile int *under_way;     // [NUM_COMM_GROUPS] pinned: the number of the call that has begun, 0: it has ended
     int (*number)(const char *);  // of a call
 } copies;
@@ -114,6 +115,11 @@ static void copies_meet(CommGroup group, int meeting, const char *what, cudaStre
 // ----------------------------------------------------------------------------------------------------------------
 // The functions of comm.data
 
+static void copies_expect(CommGroup group, const char *what, void *stream) {
+    copies_meet(group, READY, what, (cudaStream_t)stream);
+    copies.expected[group] = 1;
+}
+
 static void copies_all_gather(CommGroup group, const void *src, void *dst, size_t bytes, const char *what,
                               void *stream) {
     int ranks = comm_group_size(group), me = comm_group_rank(group);
@@ -123,7 +129,8 @@ static void copies_all_gather(CommGroup group, const void *src, void *dst, size_
         copies.otherwise->all_gather(group, src, dst, bytes, what, stream);
         return;
     }
-    copies_meet(group, READY, what, on);
+    if (!copies.expected[group]) copies_meet(group, READY, what, on);
+    copies.expected[group] = 0;
     for (int k = 1; k < ranks; k++)
         CUDA_CHECK(cudaMemcpyAsync(copies_address(group, (me + k) % ranks, part), src, bytes, cudaMemcpyDeviceToDevice,
                                    on));
@@ -223,6 +230,7 @@ static void copies_start(int wanted, void *memory, size_t bytes, size_t max_byte
     comm_copies.name = "copies";
     comm_copies.all_gather = copies_all_gather;
     comm_copies.reduce_scatter = copies_reduce_scatter;
+    comm_copies.expect = copies_expect;
     comm.data = &comm_copies;
 }
 

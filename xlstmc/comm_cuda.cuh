@@ -148,7 +148,8 @@ static void nccl_send_recv(CommGroup group, const void *src, int to, void *dst, 
     nccl_end(group, (cudaStream_t)stream);
 }
 
-static const CommOps comm_nccl = {"nccl", nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all, nccl_send_recv};
+static const CommOps comm_nccl = {"nccl", nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all, nccl_send_recv,
+                                 NULL};
 
 // One communicator for the world, for gradients and weights, one for the ranks of a sequence. What a communicator does
 // first takes memory and connects: that happens here, before memory is planned.
@@ -239,7 +240,7 @@ static void staged_send_recv(CommGroup group, const void *src, int to, void *dst
 }
 
 static const CommOps comm_staged = {"staged", staged_all_gather, staged_reduce_scatter, staged_all_to_all,
-                                    staged_send_recv};
+                                    staged_send_recv,   NULL};
 
 // ----------------------------------------------------------------------------------------------------------------
 // Start
