@@ -104,9 +104,10 @@ if part share || part nccl; then alone; fi
 
 # In bf16, beside one rank that adds up in float: 2436 tokens are several micro-steps, then gradients are rounded before
 # they leave; with one micro-step products of mLSTM blocks write them so.
-PLAIN=(--blocks "mlstm,mlstm_v1" --dim 64 --heads 2 --train text.txt --batch 1 --seq-len 203 --comm-timeout 30)
+TEXT=(--train text.txt --batch 1 --seq-len 203 --comm-timeout 30)
+PLAIN=(--blocks "mlstm,mlstm_v1" --dim 64 --heads 2 "${TEXT[@]}")
 rounded() { # rounded N ZERO TOKENS LIMIT [EXPECTED]: passes if all gradients are within LIMIT, with EXPECTED 1: if not
-    local got=0 flags=("${PLAIN[@]}" --tokens-per-step "$3" --load "$(step plain 10)")
+    local got=0 flags=("${TEXT[@]}" --tokens-per-step "$3" --load "$(step plain 10)")
     [ -e "plain$3.dump" ] || must "$GPU" "${flags[@]}" --dump "plain$3.dump"
     must ranks "$1" "$GPU" "${flags[@]}" --zero "$2" --dump got.dump
     compare "plain$3.dump" got.dump loss=1e-5 logits=1e-5 "grad=$4" || got=1
