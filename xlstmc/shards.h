@@ -14,7 +14,7 @@
 #include "util.h"
 
 #ifndef SHARD_BUCKET
-#define SHARD_BUCKET ((size_t)1 << 23)  // most elements of a bucket, about; 32 MiB of floats
+#define SHARD_BUCKET ((size_t)1 << 24)  // most elements of a bucket, about; 64 MiB of floats
 #endif
 
 typedef struct {
