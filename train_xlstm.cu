@@ -1804,8 +1804,9 @@ static void choose_reduction(void) {
 }
 
 static void cuda_build(const ModelConfig *config, const TensorTable *table, const RunConfig *run) {
-    const char *gather = getenv("XLSTM_FOLD_BY_GATHER");
+    const char *gather = getenv("XLSTM_FOLD_BY_GATHER"), *bucket = getenv("XLSTM_BUCKET");  // for tests
     if (gather) fold_by_gather = atoi(gather);
+    if (bucket && atoi(bucket) > 0) shard_bucket = (size_t)atoi(bucket);
     use_bf16 = run->bf16;
     choose_reduction();
     check_shapes(config, run);

@@ -35,6 +35,7 @@ ranks() { # ranks N COMMAND...
 part() { [[ $PARTS == *" $1 "* ]]; }
 step() { printf '%s/step_%08d' "$1" "$2"; }
 losses() { sed -n 's/.*"step": \([0-9]*\), "loss": \([^,]*\),.*/\1 \2/p' "$1/log.jsonl"; }
+norms() { sed -n 's/.*"step": \([0-9]*\),.*"grad_norm": \([^,]*\),.*/\1 \2/p' "$1/log.jsonl"; }
 curves() { # curves LIMIT WANT GOT: the same steps, and losses to LIMIT; lists of losses
     awk -v limit="$1" 'NR == FNR { want[$1] = $2; steps++; next }
         { d = ($2 - want[$1]) / want[$1]; if (d < 0) d = -d; if (!($1 in want) || !(d <= limit)) print "step " $1 ": " d
@@ -134,6 +135,7 @@ rounded_gradients() { # of two ranks, however they exchange
     plain_run plain_1 2 1 406
     losses plain_0 >got.txt
     check "2 ranks, gradients in bf16: the loss curve of one" curves 2e-2 plain.txt got.txt
+    check "2 ranks, gradients in bf16: the norms of one" curves 1e-2 <(norms plain) <(norms plain_0)
     check "gradients in bf16: --zero 0 and 1 give the same bytes" diff -r "$(step plain_0 20)" "$(step plain_1 20)"
 }
 if part rounded; then
@@ -180,15 +182,18 @@ if part rounded; then
     rounded_gradients
     check "3 ranks, one micro-step: gradients in bf16" rounded 3 1 609 4e-3
     plain_run plain_3 3 0 609
-    export XLSTM_COPIES=1
+    export XLSTM_COPIES=1 XLSTM_BUCKET=8192 # elements, so that there are 15 buckets
+    check "2 ranks, many buckets: gradients in bf16" rounded 2 1 2436 4e-3
     check "3 ranks, one micro-step, copies: gradients in bf16" rounded 3 0 609 4e-3
+    XLSTM_REDUCE=fp32 check "2 ranks, many buckets, XLSTM_REDUCE=fp32" rounded 2 0 406 1e-5
     plain_run plain_c 2 0 406
+    check "the norms of one, many buckets" curves 1e-2 <(norms plain) <(norms plain_c)
     check "gradients in bf16: copies and host memory give the same bytes" \
         diff -r "$(step plain_0 20)" "$(step plain_c 20)"
     plain_run plain_c3 3 1 609
     check "3 ranks: copies with --zero 1 and host memory with --zero 0 give the same bytes" \
         diff -r "$(step plain_3 20)" "$(step plain_c3 20)"
-    unset XLSTM_COPIES XLSTM_SHARE_GPU
+    unset XLSTM_COPIES XLSTM_BUCKET XLSTM_SHARE_GPU
     XLSTM_REDUCE=int8 check "XLSTM_REDUCE=int8 is refused" refused "fp32 or bf16" "$GPU" "${PLAIN[@]}" --steps 1 \
         --out refused
     XLSTM_REDUCE=bf16 check "XLSTM_REDUCE=bf16 with --precision fp32 is refused" refused "--precision fp32" "$GPU" \
@@ -205,7 +210,7 @@ if [ "$GPUS" -lt 2 ]; then
 fi
 if part rounded && [ "$GPUS" -ge 2 ]; then
     rounded_gradients
-    XLSTM_COPIES=0 plain_run plain_n 2 0 406
+    XLSTM_COPIES=0 XLSTM_BUCKET=8192 plain_run plain_n 2 0 406
     check "gradients in bf16: NCCL and copies give the same bytes" diff -r "$(step plain_0 20)" "$(step plain_n 20)"
 fi
 if part nccl; then
