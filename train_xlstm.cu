@@ -55,12 +55,8 @@ static Part part_of(const ModelConfig *c, const TensorTable *t, int k) {
     if (k == t->shell[SHELL_EMBEDDING]) return PART_EMBEDDING;
     if (block < 0) return k == t->shell[SHELL_HEAD] ? PART_MATMUL : PART_SMALL;
     switch (c->block_types[block]) {
-        case BLOCK_MLSTM:
-            matmul = (slot >= M_Q && slot <= M_FGATE) || slot == M_OUT_PROJ || slot >= M_FFN_GATE;
-            break;
-        case BLOCK_MLSTM_V1:
-            matmul = slot == V1_UP || slot == V1_IGATE || slot == V1_FGATE || slot == V1_DOWN;
-            break;
+        case BLOCK_MLSTM: matmul = (slot >= M_Q && slot <= M_FGATE) || slot == M_OUT_PROJ || slot >= M_FFN_GATE; break;
+        case BLOCK_MLSTM_V1: matmul = slot == V1_UP || slot == V1_IGATE || slot == V1_FGATE || slot == V1_DOWN; break;
         default: matmul = (slot >= S_IGATE && slot <= S_RECURRENT) || slot >= S_FFN_UP;
     }
     return matmul ? PART_MATMUL : PART_SMALL;
@@ -181,11 +177,11 @@ struct Model {
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
     cudaEvent_t worked, exchanged, reduced;
-    size_t unsent;                                  // buckets whose gradients have not left, the first ones
-    size_t unrounded;                               // elements not yet in `rounded`, the first ones
-    float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
+    size_t unsent;                       // buckets whose gradients have not left, the first ones
+    size_t unrounded;                    // elements not yet in `rounded`, the first ones
+    float *entering, *leaving, *dstate;  // [max_batch][state_size] of this rank's segments: see Sequence
     char *exchange;
-    float *folded;                      // in it: the pairs that this rank is to fold, in order
+    float *folded;  // in it: the pairs that this rank is to fold, in order
     int num_folded;
     int *whole_start;                   // doc_start of the rows that this rank's sLSTMs take, [rows, whole]
     float *stored;                      // [num_state_rows][state_size]
@@ -1690,8 +1686,7 @@ static void model_collect(Model<F> *m, int kind) {
         comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank * bytes, bucket, s->piece * bytes,
                               what[kind], m->stream);
     }
-    if (kind == KIND_WEIGHT && sizeof(F) == 2)
-        to_bf16((bf16 *)m->weights, m->params, shards_padded(s), m->stream);
+    if (kind == KIND_WEIGHT && sizeof(F) == 2) to_bf16((bf16 *)m->weights, m->params, shards_padded(s), m->stream);
     device_wait(m->stream, what[kind]);
 }
 

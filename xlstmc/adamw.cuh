@@ -104,8 +104,8 @@ static __global__ void __launch_bounds__(GRAD_NORM_THREADS)
     sum = block_sum_double(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
-static __global__ void __launch_bounds__(GRAD_NORM_BLOCKS) grad_norm_add_kernel(double *result, const double *partial,
-                                                                                   int parts) {
+static __global__ void __launch_bounds__(GRAD_NORM_BLOCKS)
+    grad_norm_add_kernel(double *result, const double *partial, int parts) {
     double sum = 0;
     for (int k = 0; k < parts; k++) sum += block_sum_double(partial[k * GRAD_NORM_BLOCKS + threadIdx.x]);
     if (threadIdx.x == 0) *result = sum;

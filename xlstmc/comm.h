@@ -86,8 +86,7 @@ static void self_send_recv(CommGroup group, const void *src, int to, void *dst, 
 // Ends what comm.data has under way on a device, before the job ends because of another rank; NULL: nothing to end
 static void (*comm_abort_data)(void) MAYBE_UNUSED = NULL;
 
-static const CommOps comm_self = {"self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv,
-                                 NULL};
+static const CommOps comm_self = {"self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv, NULL};
 static Comm comm = {0, 1, 0, 1, 0, 1, 0, 1, 600, 0, &comm_self, &comm_self, NULL};
 
 MAYBE_UNUSED

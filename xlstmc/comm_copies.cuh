@@ -63,16 +63,16 @@ static void stream_write(cudaStream_t stream, volatile void *word, int value) {
 enum { READY, DONE, NUM_MEETINGS };
 
 static struct {
-    char **of;          // [size] where the windows of all ranks are seen from here; NULL: no copies
-    size_t bytes;       // of each
-    unsigned *flags;    // in the window: [NUM_COMM_GROUPS][NUM_MEETINGS][size], 1: that rank has come
-    char *received;     // in the window: [size][max_bytes] what a reduce-scatter gets from the others
+    char **of;        // [size] where the windows of all ranks are seen from here; NULL: no copies
+    size_t bytes;     // of each
+    unsigned *flags;  // in the window: [NUM_COMM_GROUPS][NUM_MEETINGS][size], 1: that rank has come
+    char *received;   // in the window: [size][max_bytes] what a reduce-scatter gets from the others
     size_t max_bytes;
     const CommOps *otherwise;  // for what lies outside
     CUstreamBatchMemOpParams *ops;
     int expected[NUM_COMM_GROUPS];  // 1: the ranks have met to be READY for the next all-gather
-    volatile int *under_way;     // [NUM_COMM_GROUPS] pinned: the number of the call that has begun, 0: it has ended
-    int (*number)(const char *);  // of a call
+    volatile int *under_way;        // [NUM_COMM_GROUPS] pinned: the number of the call that has begun, 0: it has ended
+    int (*number)(const char *);    // of a call
 } copies;
 
 // Bytes that the window must begin with
@@ -132,8 +132,8 @@ static void copies_all_gather(CommGroup group, const void *src, void *dst, size_
     if (!copies.expected[group]) copies_meet(group, READY, what, on);
     copies.expected[group] = 0;
     for (int k = 1; k < ranks; k++)
-        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, (me + k) % ranks, part), src, bytes, cudaMemcpyDeviceToDevice,
-                                   on));
+        CUDA_CHECK(
+            cudaMemcpyAsync(copies_address(group, (me + k) % ranks, part), src, bytes, cudaMemcpyDeviceToDevice, on));
     if (part != src) CUDA_CHECK(cudaMemcpyAsync(part, src, bytes, cudaMemcpyDeviceToDevice, on));
     copies_meet(group, DONE, what, on);
 }

@@ -117,8 +117,8 @@ static void nccl_reduce_scatter(CommGroup group, const void *src, void *dst, siz
                                 const char *what, void *stream) {
     const ncclDataType_t types[] = {ncclFloat32, ncclFloat64, ncclBfloat16};  // of CommType
     nccl_begin(group, what, (cudaStream_t)stream);
-    NCCL_CHECK(ncclReduceScatter(src, dst, count, types[type], ncclSum, device_comm.comms[group],
-                                 (cudaStream_t)stream));
+    NCCL_CHECK(
+        ncclReduceScatter(src, dst, count, types[type], ncclSum, device_comm.comms[group], (cudaStream_t)stream));
     nccl_end(group, (cudaStream_t)stream);
 }
 
@@ -148,8 +148,7 @@ static void nccl_send_recv(CommGroup group, const void *src, int to, void *dst, 
     nccl_end(group, (cudaStream_t)stream);
 }
 
-static const CommOps comm_nccl = {"nccl", nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all, nccl_send_recv,
-                                 NULL};
+static const CommOps comm_nccl = {"nccl", nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all, nccl_send_recv, NULL};
 
 // One communicator for the world, for gradients and weights, one for the ranks of a sequence. What a communicator does
 // first takes memory and connects: that happens here, before memory is planned.
@@ -239,8 +238,8 @@ static void staged_send_recv(CommGroup group, const void *src, int to, void *dst
     if (from >= 0) staged_in(dst, received, bytes, stream);
 }
 
-static const CommOps comm_staged = {"staged", staged_all_gather, staged_reduce_scatter, staged_all_to_all,
-                                    staged_send_recv,   NULL};
+static const CommOps comm_staged = {"staged",          staged_all_gather, staged_reduce_scatter,
+                                    staged_all_to_all, staged_send_recv,  NULL};
 
 // ----------------------------------------------------------------------------------------------------------------
 // Start

@@ -192,8 +192,7 @@ static void peer_reduce_scatter(CommGroup group, const void *src, void *dst, siz
             ((float *)dst)[k] = sum;
         } else if (type == COMM_BF16) {
             float sum = 0;
-            for (int r = 0; r < ranks; r++)
-                sum += peer_from_bf16(((const uint16_t *)(parts + (size_t)r * bytes))[k]);
+            for (int r = 0; r < ranks; r++) sum += peer_from_bf16(((const uint16_t *)(parts + (size_t)r * bytes))[k]);
             ((uint16_t *)dst)[k] = peer_to_bf16(sum);
         } else {
             double sum = 0;
@@ -203,8 +202,8 @@ static void peer_reduce_scatter(CommGroup group, const void *src, void *dst, siz
     }
 }
 
-static const CommOps comm_peers = {"peers", peer_all_gather, peer_reduce_scatter, peer_all_to_all, peer_send_recv,
-                                  NULL};
+static const CommOps comm_peers = {"peers",         peer_all_gather, peer_reduce_scatter,
+                                   peer_all_to_all, peer_send_recv,  NULL};
 
 static int comm_env(const char *name) {  // 0: not set
     const char *text = getenv(name);
