@@ -60,7 +60,8 @@ static void test_matmul_format(void) {
         F *gx = device_poisoned<F>(nx);
         float *gw = to_device<float>(want_dw, nw);  // added to: twice the value is expected
         matmul_forward(out, N, dx_, K, dw_, dr, rows, N, K, (cudaStream_t)0);
-        matmul_backward(gx, K, 0, gw, dr, N, dx_, K, dw_, rows, N, K, (cudaStream_t)0);
+        matmul_inputs(gx, K, 0, dr, N, dw_, rows, N, K, (cudaStream_t)0);
+        matmul_weights(gw, 1, dr, N, dx_, K, rows, N, K, (cudaStream_t)0);
         char what[96];
         for (size_t i = 0; i < nw; i++) want_dw[i] *= 2;
         format_into(what, sizeof what, "matmul %s %d x %d x %d, out", format_name<F>(), rows, N, K);

@@ -6,8 +6,9 @@
 //   make && ./train_xlstmcu --model 164m --train 'shards/train_*.bin' --batch 16 --seq-len 2048 --out out/164m
 //
 // Formats: --precision bf16 (default) keeps activations and the weights that matmuls read in bf16; sums, gates,
-// normalisers, states, gradients of weights, master weights and moments are float. --precision fp32 keeps all in float,
-// without TF32. Notation: B sequences of T tokens, width D, NH heads; rows = B*T. F is the format of activations.
+// normalisers, states, gradients of weights, master weights and moments are float; between ranks gradients of matrices
+// are bf16, too (XLSTM_REDUCE). --precision fp32 keeps all in float, without TF32. Notation: B sequences of T tokens,
+// width D, NH heads; rows = B*T. F is the format of activations.
 //
 // Results do not depend on timing: every sum has a fixed order, so the same command gives the same bits.
 
@@ -33,7 +34,8 @@ enum { ALIGN = 64 };             // elements; where tensors and states begin
 static int align_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Where tensors and states lie in device memory: first what is read in float, then what matmuls read in format F.
+// Where tensors and states lie in device memory: first what is read in float, the embedding last, then what matmuls
+// read in format F. What is before the embedding is a whole number of ALIGN elements for each rank.
 // Tensors that one matmul reads stand without a gap behind each other, as in the table; every other tensor begins at a
 // multiple of ALIGN. Gate weights end with zero rows, so that their number is a multiple of 8: matmuls want that, and
 // the gradient of a zero row stays zero.
@@ -46,23 +48,29 @@ static int joins_previous(BlockType type, int slot) {
     return 0;
 }
 
-static int for_matmul(const ModelConfig *c, const TensorTable *t, int k) {
-    int block = t->tensors[k].block, slot = block < 0 ? 0 : k - t->block_first[block];
-    if (block < 0) return k == t->shell[SHELL_HEAD];
+typedef enum { PART_SMALL, PART_EMBEDDING, PART_MATMUL, NUM_PARTS } Part;
+
+static Part part_of(const ModelConfig *c, const TensorTable *t, int k) {
+    int block = t->tensors[k].block, slot = block < 0 ? 0 : k - t->block_first[block], matmul;
+    if (k == t->shell[SHELL_EMBEDDING]) return PART_EMBEDDING;
+    if (block < 0) return k == t->shell[SHELL_HEAD] ? PART_MATMUL : PART_SMALL;
     switch (c->block_types[block]) {
-        case BLOCK_MLSTM: return (slot >= M_Q && slot <= M_FGATE) || slot == M_OUT_PROJ || slot >= M_FFN_GATE;
-        case BLOCK_MLSTM_V1: return slot == V1_UP || slot == V1_IGATE || slot == V1_FGATE || slot == V1_DOWN;
-        default: return (slot >= S_IGATE && slot <= S_RECURRENT) || slot >= S_FFN_UP;
+        case BLOCK_MLSTM: matmul = (slot >= M_Q && slot <= M_FGATE) || slot == M_OUT_PROJ || slot >= M_FFN_GATE; break;
+        case BLOCK_MLSTM_V1: matmul = slot == V1_UP || slot == V1_IGATE || slot == V1_FGATE || slot == V1_DOWN; break;
+        default: matmul = (slot >= S_IGATE && slot <= S_RECURRENT) || slot >= S_FFN_UP;
     }
+    return matmul ? PART_MATMUL : PART_SMALL;
 }
 
-// offsets[tensor], in elements, and where those for matmuls begin; returns the size of one copy of all tensors.
-static size_t device_layout(const ModelConfig *c, const TensorTable *t, size_t *offsets, size_t *matmul_begin) {
+// offsets[tensor] and begins[part], in elements; returns the size of one copy of all tensors.
+static size_t device_layout(const ModelConfig *c, const TensorTable *t, size_t *offsets, size_t *begins) {
     size_t at = 0;
-    for (int matmul = 0; matmul < 2; matmul++) {
+    for (int part = 0; part < NUM_PARTS; part++) {
+        size_t line = part == PART_EMBEDDING ? ALIGN * (size_t)comm.size : ALIGN;
+        begins[part] = at = (at + line - 1) / line * line;
         for (int k = 0; k < t->num_tensors; k++) {
             const TensorSpec *s = &t->tensors[k];
-            if (for_matmul(c, t, k) != matmul) continue;
+            if (part_of(c, t, k) != part) continue;
             BlockType type = s->block >= 0 ? (BlockType)c->block_types[s->block] : NUM_BLOCK_TYPES;
             int slot = s->block >= 0 ? k - t->block_first[s->block] : 0;
             if (!joins_previous(type, slot)) at = (at + ALIGN - 1) / ALIGN * ALIGN;
@@ -71,10 +79,8 @@ static size_t device_layout(const ModelConfig *c, const TensorTable *t, size_t *
             if ((type == BLOCK_MLSTM && slot == M_FGATE) || (type == BLOCK_MLSTM_V1 && slot == V1_FGATE))
                 at = offsets[k - 1] + (size_t)gate_rows(c->num_heads) * (size_t)s->shape[1];
         }
-        at = (at + ALIGN - 1) / ALIGN * ALIGN;
-        if (!matmul) *matmul_begin = at;
     }
-    return at;
+    return (at + ALIGN - 1) / ALIGN * ALIGN;
 }
 
 // States of one sequence: all small ones first, then the matrices C, which generation updates in place.
@@ -123,13 +129,14 @@ struct BlockActs {    // what a block keeps for its backward pass
 typedef struct {
     int B, T, training, stateful;
     int whole, reduce;  // as in Batch: with --sp; gradients leave
+    int first;          // the update's first micro-step, and gradients of weight matrices can be written, not added to
 } GraphKey;
 
 // The gradient of a weight matrix, dw[N, K] += dout[rows, N]^T in[rows, K], which nothing waits for before the step's
 // end. The scan of an sLSTM leaves much of the GPU idle, so products that come shortly before it run beside it.
 template <typename F>
 struct WeightProduct {
-    float *dw;
+    float *dw;  // in m->grads
     const F *dout, *in;
     size_t ld_dout, ld_in;
     int rows, N, K;
@@ -154,23 +161,27 @@ struct Model {
     char *workspace;  // of matmuls, on m->stream and on `side`
     cudaStream_t stream;
     size_t *offsets, total;  // of tensors; elements of one copy
-    size_t matmul_begin;     // of those for matmuls
+    size_t begins[NUM_PARTS];
     size_t *state_offsets, state_size, state_small;
     Shards shards;          // of params, grads and weights
     int own_moments;        // 1: m and v hold this rank's pieces only, [shards_owned]
     float *params, *grads;  // [shards_padded], which is total with one rank
+    bf16 *rounded;          // the same: gradients of PART_EMBEDDING on as they travel, then their sums; NULL: in float
+    int fresh, first;       // gradients are those of no micro-step yet; see GraphKey
+    int direct;             // 1: what products make is complete with them, and goes to `rounded` at once
     float *m, *v;           // the same, or [shards_owned]
     F *weights;             // params in format F (the same memory if F is float)
     UpdateChunk *chunks;    // device
     int num_chunks;
-    int *bucket_chunks;  // [num_buckets + 1] with own_moments: the first chunk of each bucket
+    int *bucket_chunks;  // [num_buckets + 1] the first chunk that begins in a bucket or behind it
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
-    cudaEvent_t worked, exchanged, reduced, gathered;
-    size_t unsent;                                  // buckets whose gradients have not left, the first ones
-    float *entering, *leaving, *dstate;             // [max_batch][state_size] of this rank's segments: see Sequence
+    cudaEvent_t worked, exchanged, reduced;
+    size_t unsent;                       // buckets whose gradients have not left, the first ones
+    size_t unrounded;                    // elements not yet in `rounded`, the first ones
+    float *entering, *leaving, *dstate;  // [max_batch][state_size] of this rank's segments: see Sequence
     char *exchange;
-    float *folded;                      // in it: the pairs that this rank is to fold, in order
+    float *folded;  // in it: the pairs that this rank is to fold, in order
     int num_folded;
     int *whole_start;                   // doc_start of the rows that this rank's sLSTMs take, [rows, whole]
     float *stored;                      // [num_state_rows][state_size]
@@ -179,7 +190,7 @@ struct Model {
     int *inputs, *targets, *doc_start;  // [rows] device
     int *decode_token;                  // [1] device
     float *scale;                       // [1] device
-    double *sums, *norm_partial;        // [2] loss, squared norm; [GRAD_NORM_BLOCKS]
+    double *sums, *norm_partial;        // [2] loss, squared norm; [2][GRAD_NORM_BLOCKS]
     void *staging;                      // pinned host memory: inputs, targets, doc_start, scale, sums, logits [V]
     F **x;                              // [N+1][rows, D] host array: input of each block, last one's output
     BlockActs<F> *acts;                 // [N]; with recomputation all share the same memory
@@ -263,11 +274,19 @@ static HeadNormShape head_norm(const Model<F> *m, int width, int v1) {
     return n;
 }
 
+template <typename F>
+static void run_product(Model<F> *m, const WeightProduct<F> *p, cudaStream_t stream) {
+    if (m->direct)
+        matmul_weights(m->rounded + (p->dw - m->grads), 0, p->dout, p->ld_dout, p->in, p->ld_in, p->rows, p->N, p->K,
+                       stream);
+    else matmul_weights(p->dw, !m->first, p->dout, p->ld_dout, p->in, p->ld_in, p->rows, p->N, p->K, stream);
+}
+
 // Runs the product, or keeps it: then dout and in must stay as they are until run_later.
 template <typename F>
 static void weight_product(Model<F> *m, int keep, WeightProduct<F> p) {
     if (keep) m->later[m->num_later++] = p;
-    else matmul_weights(p.dw, p.dout, p.ld_dout, p.in, p.ld_in, p.rows, p.N, p.K, m->stream);
+    else run_product(m, &p, m->stream);
 }
 
 // What has been kept, on the side stream. begin_later: from here on it may run; m->stream goes on. end_later: it has.
@@ -279,10 +298,7 @@ template <typename F>
 static void end_later(Model<F> *m) {
     if (!m->num_later) return;
     CUDA_CHECK(cudaStreamWaitEvent(m->side, m->fork, 0));
-    for (int k = 0; k < m->num_later; k++) {
-        const WeightProduct<F> *p = &m->later[k];
-        matmul_weights(p->dw, p->dout, p->ld_dout, p->in, p->ld_in, p->rows, p->N, p->K, m->side);
-    }
+    for (int k = 0; k < m->num_later; k++) run_product(m, &m->later[k], m->side);
     CUDA_CHECK(cudaEventRecord(m->join, m->side));
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->join, 0));
     m->num_later = 0;
@@ -296,6 +312,13 @@ template <typename F>
 static void exchange_begins(Model<F> *m) {
     CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->exchange_stream, m->worked, 0));
+}
+// The same before a kernel whose results an all-gather is to take: nobody will have to wait for this rank to be ready.
+template <typename F>
+static void exchange_expected(Model<F> *m, const char *what) {
+    if (!comm.data->expect) return;
+    exchange_begins(m);
+    comm.data->expect(COMM_SP, what, m->exchange_stream);
 }
 template <typename F>
 static void exchange_ends(Model<F> *m, const char *what) {
@@ -364,7 +387,8 @@ static void ffn_backward(Model<F> *m, const F *x, const FfnActs<F> *a, NormShape
                          float *dw_norm, const F *w_up, float *dw_up, const F *w_down, float *dw_down, int rows, int U,
                          int use_gelu, F *d_gate_up) {
     int D = norm.width;
-    matmul_backward(m->d_mid, U, 0, dw_down, m->dx, D, a->act, U, w_down, rows, D, U, m->stream);
+    matmul_inputs(m->d_mid, U, 0, m->dx, D, w_down, rows, D, U, m->stream);
+    weight_product(m, 0, {dw_down, m->dx, a->act, (size_t)D, (size_t)U, rows, D, U});
     gated_backward(d_gate_up, m->d_mid, a->gate_up, rows, U, use_gelu, m->stream);
     matmul_inputs(m->d_mid2, D, 0, d_gate_up, 2 * (size_t)U, w_up, rows, 2 * U, D, m->stream);
     weight_product(m, d_gate_up != m->d_wide, {dw_up, d_gate_up, a->u, 2 * (size_t)U, (size_t)D, rows, 2 * U, D});
@@ -447,18 +471,18 @@ static int fold_by_gather = 8;
 template <typename F>
 static void mlstm_pairs(Model<F> *m, const MlstmShape *shape, float **own, float **all, size_t *size) {
     *size = (size_t)shape->B * mlstm_pair_row(shape);
-    *own = (float *)m->exchange;
-    *all = *own + *size;
+    *all = (float *)m->exchange;
+    *own = *all + (comm.sp_size > fold_by_gather ? 0 : *size * (size_t)comm.sp_rank);
 }
 // Doubling distances: `own` covers 1, 2, 4, ... segments up to this one (REVERSE: from this one on), `before` the same
 // without this one, which is what is to be folded. The four pairs change places.
 template <bool REVERSE, typename F>
 static void mlstm_scan_pairs(Model<F> *m, const MlstmShape *shape, const char *what) {
     int P = comm.sp_size, me = comm.sp_rank;
-    float *own, *got, *before, *spare;
+    float *own, *got, *before, *spare, *all;
     size_t size;
-    mlstm_pairs(m, shape, &own, &got, &size);
-    before = got + size, spare = before + size;
+    mlstm_pairs(m, shape, &own, &all, &size);
+    got = own + size, before = got + size, spare = before + size;
     m->num_folded = 0;
     for (int away = 1; away < P; away *= 2) {
         int right = me + away < P ? me + away : -1, left = me - away < 0 ? -1 : me - away;
@@ -488,6 +512,7 @@ static void mlstm_enter_begins(Model<F> *m, int b, const Sequence *s, BlockActs<
     size_t size;
     if (!s->whole) return;
     mlstm_pairs(m, &shape, &own, &all, &size);
+    if (!s->again && comm.sp_size <= fold_by_gather) exchange_expected(m, "all-gather of mLSTM states");
     mlstm_pair_forward(shape, mlstm_input(m, b, a, s), mlstm_pair_state(shape, own), &a->mlstm, mlstm_scratch(m, b),
                        m->stream);
     if (s->again) return;
@@ -516,6 +541,7 @@ static void mlstm_leave_begins(Model<F> *m, int b, const Sequence *s, BlockActs<
     int next = comm.sp_rank + 1;
     if (!s->whole) return;
     mlstm_pairs(m, &shape, &own, &all, &size);
+    if (comm.sp_size <= fold_by_gather) exchange_expected(m, "all-gather of mLSTM gradients");
     mlstm_pair_backward(shape, mlstm_input(m, b, a, s), dh, m->dh_dot_h, mlstm_pair_state(shape, own), &a->mlstm,
                         mlstm_scratch(m, b), m->stream);
     exchange_begins(m);
@@ -579,7 +605,7 @@ static void mlstm_block_backward(Model<F> *m, int b, const Sequence *s, const F 
                             a->hn_stats, param(m, b, M_HEAD_NORM), a->proj + 2 * Dk + Dv, (size_t)P,
                             head_norm(m, Dv, 0), rows, m->partial, m->stream);
     mlstm_leave_begins(m, b, s, a, dh);
-    matmul_weights(grad(m, b, M_OUT_PROJ), m->dx, D, a->y, Dv, rows, D, Dv, m->stream);
+    weight_product(m, 0, {grad(m, b, M_OUT_PROJ), m->dx, a->y, (size_t)D, (size_t)Dv, rows, D, Dv});
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dproj + P + 2 * NH, ld * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
     mlstm_leave_ends(m, b, s);
@@ -637,11 +663,11 @@ static void mlstm_v1_block_backward(Model<F> *m, int b, const Sequence *s, const
     if (G > 2 * NH)
         CUDA_CHECK(cudaMemset2DAsync(dgates + 2 * NH, G * sizeof(F), 0, (G - 2 * NH) * sizeof(F), rows, m->stream));
     mlstm_leave_begins(m, b, s, a, dh);
-    matmul_weights(grad(m, b, V1_DOWN), m->dx, D, a->y, I, rows, D, I, m->stream);
+    weight_product(m, 0, {grad(m, b, V1_DOWN), m->dx, a->y, (size_t)D, (size_t)I, rows, D, I});
     mlstm_leave_ends(m, b, s);
     mlstm_cell_back(m, b, s, a, dh, dqkv, dqkv + I, dqkv + 2 * I, ld_qkv, dgates, (size_t)G, grad(m, b, V1_IGATE_BIAS));
-    matmul_backward(dqkv, ld_qkv, 1, grad(m, b, V1_IGATE), dgates, G, a->qkv, ld_qkv, weight(m, b, V1_IGATE), rows, G,
-                    3 * I, m->stream);
+    matmul_inputs(dqkv, ld_qkv, 1, dgates, G, weight(m, b, V1_IGATE), rows, G, 3 * I, m->stream);
+    weight_product(m, 0, {grad(m, b, V1_IGATE), dgates, a->qkv, (size_t)G, ld_qkv, rows, G, 3 * I});
     blocks4_qkv_backward(dca, dup, ld_up, grad(m, b, V1_Q), grad(m, b, V1_K), grad(m, b, V1_V), dqkv, a->ca, a->proj,
                          ld_up, param(m, b, V1_Q), param(m, b, V1_K), param(m, b, V1_V), rows, I, m->partial,
                          m->stream);
@@ -649,8 +675,8 @@ static void mlstm_v1_block_backward(Model<F> *m, int b, const Sequence *s, const
                   param(m, b, V1_CONV), s->doc_start, conv_window(m, b, STATE_CONV, s), m->state_size, s->B, s->T, I,
                   m->partial, m->stream);
     conv_leave(m, b, STATE_CONV, s, dup, ld_up, dca, a->conv, param(m, b, V1_CONV), I);
-    matmul_backward(m->d_mid, D, 0, grad(m, b, V1_UP), dup, ld_up, a->u, D, weight(m, b, V1_UP), rows, 2 * I, D,
-                    m->stream);
+    matmul_inputs(m->d_mid, D, 0, dup, ld_up, weight(m, b, V1_UP), rows, 2 * I, D, m->stream);
+    weight_product(m, 0, {grad(m, b, V1_UP), dup, a->u, ld_up, (size_t)D, rows, 2 * I, D});
     norm_backward(m->dx, 1, grad(m, b, V1_NORM), m->d_mid, x, a->stats, param(m, b, V1_NORM), layernorm_v1(m), rows,
                   m->partial, m->stream);
 }
@@ -866,9 +892,9 @@ static void classifier(Model<F> *m, int rows, int training, const int *targets, 
         classifier_loss(m->logits, (size_t)Vp, m->losses + r0, targets ? targets + r0 : NULL,
                         logits_out ? logits_out + (size_t)r0 * V : NULL, n, V, (float)m->config.logit_soft_cap,
                         m->scale, training, m->stream);
-        if (training)
-            matmul_backward(m->d_mid + (size_t)r0 * D, D, 0, m->grads + head, m->logits, Vp, out, D, m->weights + head,
-                            n, V, D, m->stream);
+        if (!training) continue;
+        matmul_inputs(m->d_mid + (size_t)r0 * D, D, 0, m->logits, Vp, m->weights + head, n, V, D, m->stream);
+        matmul_weights(m->grads + head, !m->first || r0 > 0, m->logits, Vp, out, D, n, V, D, m->stream);
     }
 }
 
@@ -887,47 +913,117 @@ static void model_forward(Model<F> *m, const Sequence *s, const int *tokens) {
                  rows, m->stream);
 }
 
-// The sum of squares of the gradients, of several ranks each its own pieces, to m->sums[1]
 template <typename F>
-static void enqueue_grad_norm(Model<F> *m) {
-    const Shards *s = &m->shards;
-    grad_norm_squared(m->sums + 1, m->norm_partial, m->grads + s->piece * (size_t)s->rank, s->piece, s->num_buckets,
-                      shards_bucket(s), m->stream);
+static Gradients gradients(const Model<F> *m) {
+    Gradients g = {m->grads, m->rounded, m->begins[PART_EMBEDDING]};
+    return g;
 }
 
-// Gradients from element `complete` on are what they will be: their buckets leave to be summed over the world, while
-// the backward pass goes on. Last called with 0: nothing is left to hide the last buckets behind, but the norm of what
-// is summed is taken while these are gathered.
+// The sum of squares of the gradients of some buckets, of several ranks each its own pieces
 template <typename F>
-static void send_gradients(Model<F> *m, size_t complete) {
+static void enqueue_norm_part(Model<F> *m, int part, size_t first, size_t buckets) {
     const Shards *s = &m->shards;
-    size_t size = shards_bucket(s), before = m->unsent;
-    float *pieces = m->grads + s->piece * (size_t)s->rank;
-    while (m->unsent > 0 && (m->unsent - 1) * size >= complete) m->unsent--;
-    if (m->unsent == before) return;
+    grad_norm_part(m->norm_partial + part * GRAD_NORM_BLOCKS, gradients(m),
+                   first * shards_bucket(s) + s->piece * (size_t)s->rank, s->piece, buckets, shards_bucket(s),
+                   m->stream);
+}
+
+// The gradient stream goes on from where m->stream is, and the other way round.
+template <typename F>
+static void send_begins(Model<F> *m) {
     CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
-    for (size_t k = before; k-- > m->unsent;)
-        comm.data->reduce_scatter(COMM_WORLD, m->grads + k * size, pieces + k * size, s->piece, COMM_F32,
-                                  "reduce-scatter of gradients", m->gradient_stream);
-    if (complete == 0) {
-        CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
-        CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
-        enqueue_grad_norm(m);
-    }
-    for (size_t k = before; !m->run.zero && k-- > m->unsent;)
-        comm.data->all_gather(COMM_WORLD, pieces + k * size, m->grads + k * size, s->piece * sizeof(float),
+}
+template <typename F>
+static void send_ends(Model<F> *m) {
+    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+}
+
+// The buckets that the end of the backward pass completes, the first ones: they hold what is before PART_MATMUL.
+template <typename F>
+static size_t last_buckets(const Model<F> *m) {
+    return (m->begins[PART_MATMUL] + shards_bucket(&m->shards) - 1) / shards_bucket(&m->shards);
+}
+
+// The sums of a bucket's gradients over the world, to the owners of its pieces
+template <typename F>
+static void reduce_bucket(Model<F> *m, size_t k) {
+    const Shards *s = &m->shards;
+    size_t bytes = m->rounded ? sizeof(bf16) : sizeof(float);
+    char *bucket = (m->rounded ? (char *)m->rounded : (char *)m->grads) + k * shards_bucket(s) * bytes;
+    comm.data->reduce_scatter(COMM_WORLD, bucket, bucket + s->piece * (size_t)s->rank * bytes, s->piece,
+                              m->rounded ? COMM_BF16 : COMM_F32, "reduce-scatter of gradients", m->gradient_stream);
+}
+// From the owners to all: buckets first .. end-1, the last one first
+template <typename F>
+static void gather_buckets(Model<F> *m, size_t first, size_t end) {
+    const Shards *s = &m->shards;
+    size_t bytes = m->rounded ? sizeof(bf16) : sizeof(float);
+    for (size_t k = end; k-- > first;) {
+        char *bucket = (m->rounded ? (char *)m->rounded : (char *)m->grads) + k * shards_bucket(s) * bytes;
+        comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank * bytes, bucket, s->piece * bytes,
                               "all-gather of gradients", m->gradient_stream);
-    if (complete > 0) return;
-    CUDA_CHECK(cudaEventRecord(m->gathered, m->gradient_stream));
-    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered, 0));
+    }
+}
+
+template <typename F>
+static void round_gradients(Model<F> *m, size_t begin, size_t end, cudaStream_t stream) {
+    if (m->rounded && begin < end) to_bf16(m->rounded + begin, m->grads + begin, end - begin, stream);
+}
+
+// Gradients of matmuls from element `complete` on are what they will be: those that travel in bf16 are rounded, unless
+// that is how they were made, and their buckets leave to be summed over the world, while the backward pass goes on.
+template <typename F>
+static void send_gradients(Model<F> *m, size_t complete, int made_rounded) {
+    size_t size = shards_bucket(&m->shards), before = m->unsent;
+    if (!m->unsent) return;
+    send_begins(m);
+    if (!made_rounded) round_gradients(m, complete, m->unrounded, m->gradient_stream);
+    m->unrounded = complete;
+    while (m->unsent > 0 && (m->unsent - 1) * size >= complete) m->unsent--;
+    for (size_t k = before; k-- > m->unsent;) reduce_bucket(m, k);
+    if (!m->run.zero) gather_buckets(m, m->unsent, before);
+}
+
+// Small tensors travel in float where the others do in bf16, and every rank gets their sums. They are complete before
+// the embedding is.
+template <typename F>
+static void send_small_gradients(Model<F> *m) {
+    size_t part = m->begins[PART_EMBEDDING] / (size_t)comm.size, mine = part * (size_t)comm.rank;
+    if (!m->unsent || !m->rounded) return;
+    send_begins(m);
+    comm.data->reduce_scatter(COMM_WORLD, m->grads, m->grads + mine, part, COMM_F32, "reduce-scatter of gradients",
+                              m->gradient_stream);
+    comm.data->all_gather(COMM_WORLD, m->grads + mine, m->grads, part * sizeof(float), "all-gather of gradients",
+                          m->gradient_stream);
+}
+
+// The rest has nothing left to hide behind: one bucket is rounded while another one travels, and beside them the norm
+// of all others is taken. Without --zero model_update gathers them.
+template <typename F>
+static void send_last_gradients(Model<F> *m) {
+    size_t size = shards_bucket(&m->shards), begin = m->begins[PART_EMBEDDING], last = m->unsent;
+    if (!m->unsent) return;
+    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));  // all others
+    for (size_t k = last; k-- > 0;) {
+        size_t end = (k + 1) * size;
+        round_gradients(m, k * size > begin ? k * size : begin, end < m->unrounded ? end : m->unrounded, m->stream);
+        send_begins(m);
+        reduce_bucket(m, k);
+    }
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+    enqueue_norm_part(m, 0, last, m->shards.num_buckets - last);
+    send_ends(m);
+    enqueue_norm_part(m, 1, 0, last);
+    grad_norm_squared(m->sums + 1, m->norm_partial, 2, m->stream);
 }
 
 // Where a block's weights for matmuls begin; what it has read in float is complete with the embedding.
 template <typename F>
 static size_t block_matmul_begin(const Model<F> *m, int b) {
     int k = m->table.block_first[b];
-    while (!for_matmul(&m->config, &m->table, k)) k++;
+    while (part_of(&m->config, &m->table, k) != PART_MATMUL) k++;
     return m->offsets[k];
 }
 
@@ -935,16 +1031,17 @@ template <typename F>
 static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
     int rows = s->B * s->T, last = m->config.num_blocks;
     size_t norm = m->offsets[m->table.shell[SHELL_OUT_NORM]];
-    send_gradients(m, m->offsets[m->table.shell[SHELL_HEAD]]);  // of the classifier
+    send_gradients(m, m->offsets[m->table.shell[SHELL_HEAD]], 0);  // of the classifier
     norm_backward(m->dx, 0, m->grads + norm, m->d_mid, m->x[last], m->out_stats, m->params + norm, out_norm(m), rows,
                   m->partial, m->stream);
     for (int b = last - 1; b >= 0; b--) {
         block_backward(m, b, s);
-        if (!m->num_later) send_gradients(m, block_matmul_begin(m, b));
+        if (!m->num_later) send_gradients(m, block_matmul_begin(m, b), m->direct);
     }
+    send_small_gradients(m);
     embedding_backward(m->grads + m->offsets[m->table.shell[SHELL_EMBEDDING]], m->dx, tokens, rows, dim(m, DIM_D),
                        dim(m, DIM_V), m->embedding_scratch, m->stream);
-    send_gradients(m, 0);
+    send_last_gradients(m);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -1021,6 +1118,9 @@ static void enqueue_step(Model<F> *m, const GraphKey *k, float *logits_out) {
     Sequence s = {k->B, k->T, m->doc_start, k->stateful ? m->state_in : NULL, k->stateful ? m->state_out : NULL, 0};
     if (k->whole) share_sequence(m, &s, k->whole);
     m->unsent = k->reduce && comm.size > 1 ? m->shards.num_buckets : 0;
+    m->unrounded = m->total;
+    m->first = k->first;
+    m->direct = k->first && k->reduce && m->rounded;
     model_forward(m, &s, m->inputs);
     classifier(m, k->B * k->T, k->training, m->targets, logits_out);
     loss_sum(m->sums, m->losses, k->B * k->T, m->stream);
@@ -1093,6 +1193,14 @@ static size_t find_whole_documents(const Model<F> *m, const Batch *batch, int *w
     return (size_t)share.rows * whole;
 }
 
+// Before an update's first micro-step. written: those of weight matrices need not be 0.
+template <typename F>
+static void clear_gradients(Model<F> *m, int written) {
+    size_t count = written ? m->begins[PART_MATMUL] : m->total;
+    CUDA_CHECK(cudaMemsetAsync(m->grads, 0, count * sizeof(float), m->stream));
+    m->fresh = 0;
+}
+
 // The sum of the token losses.
 template <typename F>
 static double run_batch(Model<F> *m, const Batch *batch, int training, double scale) {
@@ -1100,7 +1208,9 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
     size_t rows = (size_t)B * T, row_bytes = m->state_size * sizeof(float);
     Staging host = staging(m, NULL);
     int stateful = batch->state_row >= 0 && m->run.num_state_rows > 0;
-    GraphKey key = {B, T, training, stateful, batch->whole, training && batch->last_of_step};
+    int reduce = training && batch->last_of_step, first = training && m->fresh && !model_has(&m->config, BLOCK_SLSTM);
+    GraphKey key = {B, T, training, stateful, batch->whole, reduce, first};
+    if (training && m->fresh) clear_gradients(m, first);
     memcpy(host.inputs, batch->inputs, rows * sizeof(int));
     memcpy(host.targets, batch->targets, rows * sizeof(int));
     find_documents(host.doc_start, batch->resets, B, T);
@@ -1243,7 +1353,7 @@ static size_t partial_floats(const Model<F> *m) {
     return most;
 }
 
-// Of what the ranks of a sequence exchange: an mLSTM's own pair and those of all, or the four of a scan; a window there
+// Of what the ranks of a sequence exchange: the pairs of an mLSTM of all ranks, or the four of a scan; a window there
 // and back; an sLSTM's pre-activations there and back, or its final states.
 template <typename F>
 static size_t exchange_bytes(const Model<F> *m) {
@@ -1251,7 +1361,7 @@ static size_t exchange_bytes(const Model<F> *m) {
     for (int type = 0; type < NUM_BLOCK_TYPES; type++) {
         if (!model_has(&m->config, (BlockType)type)) continue;
         MlstmShape shape = mlstm_shape(m, (int)B, m->run.max_len, type == BLOCK_MLSTM_V1);
-        size_t pairs = comm.sp_size <= fold_by_gather ? P + 1 : 4;
+        size_t pairs = comm.sp_size <= fold_by_gather ? P : 4;
         size_t cell = pairs * B * mlstm_pair_row(&shape) * sizeof(float);
         if (type == BLOCK_SLSTM) {
             size_t packed = 2 * slstm_rows(m) * 4 * D * sizeof(F) + 256, states = (P + 1) * B * 4 * D * sizeof(float);
@@ -1310,13 +1420,24 @@ static void take_activations(Arena *a, Model<F> *m) {
     m->dh_dot_h = take<float>(a, rows * NH);
     m->partial = take<float>(a, partial_floats(m));
     m->embedding_scratch = take<int>(a, embedding_scratch_size((int)rows, (int)D));
-    m->norm_partial = take<double>(a, GRAD_NORM_BLOCKS);
+    m->norm_partial = take<double>(a, 2 * GRAD_NORM_BLOCKS);
 }
 
 // One for each stream that multiplies
 template <typename F>
 static size_t matmul_workspaces(const Model<F> *m) {
     return (m->run.training && model_has(&m->config, BLOCK_SLSTM) ? 2 : 1) * MATMUL_WORKSPACE;
+}
+
+// 1: gradients of PART_EMBEDDING on travel in bf16. XLSTM_REDUCE
+static int reduce_rounded;
+
+// What a rank gets from another one in one reduce-scatter
+template <typename F>
+static size_t received_bytes(const Model<F> *m) {
+    size_t small = m->begins[PART_EMBEDDING] / (size_t)comm.size * sizeof(float);
+    size_t piece = m->shards.piece * (reduce_rounded ? sizeof(bf16) : sizeof(float));
+    return piece > small ? piece : small;
 }
 
 // Everything but the activations: tensors, moments, states. Up to the end of the window all ranks have the same in the
@@ -1326,10 +1447,11 @@ static void take_tensors(Arena *a, Model<F> *m) {
     size_t rows = (size_t)m->run.max_batch, training = m->run.training != 0;
     size_t padded = shards_padded(&m->shards), moments = m->own_moments ? shards_owned(&m->shards) : padded;
     size_t segments = comm.sp_size > 1 ? rows * m->state_size : 0;
-    m->window = take<char>(a, copies_head_bytes(m->shards.piece));
+    m->window = take<char>(a, copies_head_bytes(received_bytes(m)));
     m->params = take<float>(a, padded);
     m->weights = sizeof(F) == 4 ? (F *)m->params : take<F>(a, padded);
     m->grads = take<float>(a, training * padded);
+    m->rounded = training && reduce_rounded ? take<bf16>(a, padded) : NULL;
     m->exchange = take<char>(a, comm.sp_size > 1 ? exchange_bytes(m) : 0);
     m->window_bytes = a->used;
     m->workspace = take<char>(a, matmul_workspaces(m));
@@ -1395,16 +1517,16 @@ static void check_memory(Model<F> *m, size_t available) {
 }
 
 // The pieces that the optimiser works on, in the order of memory; returns their number, `chunks` may be NULL. own:
-// those of this rank's shards only; first_of_bucket [num_buckets + 1] then says where each bucket's begin, or is NULL.
+// those of this rank's shards only; first_of_bucket [num_buckets + 1]: see bucket_chunks, or NULL.
 template <typename F>
 static int update_chunks(const Model<F> *m, UpdateChunk *chunks, int *first_of_bucket) {
     const Shards *shards = &m->shards;
     int count = 0, owner = 0, own = m->own_moments, num_tensors = m->table.num_tensors;
     size_t bucket = 0;
-    for (int pass = 0; pass < 2 * num_tensors; pass++) {
+    for (int pass = 0; pass < NUM_PARTS * num_tensors; pass++) {
         int k = pass % num_tensors;
         const TensorSpec *s = &m->table.tensors[k];
-        if ((m->offsets[k] >= m->matmul_begin) != (pass >= num_tensors)) continue;
+        if (part_of(&m->config, &m->table, k) != pass / num_tensors) continue;
         for (size_t at = 0, n; at < s->count; at += n) {
             size_t place = m->offsets[k] + at, left = s->count - at, moments = place;
             n = left < (size_t)UPDATE_CHUNK ? left : (size_t)UPDATE_CHUNK;
@@ -1432,7 +1554,7 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     m->run = *run;
     m->offsets = (size_t *)xcalloc((size_t)table->num_tensors, sizeof(size_t));
     m->state_offsets = (size_t *)xcalloc((size_t)m->states.num_tensors, sizeof(size_t));
-    m->total = device_layout(config, table, m->offsets, &m->matmul_begin);
+    m->total = device_layout(config, table, m->offsets, m->begins);
     m->state_size = state_layout(&m->states, m->state_offsets, &m->state_small);
     m->shards = shards_make(m->total, comm.size, comm.rank);
     m->own_moments = run->zero && comm.size > 1;
@@ -1469,7 +1591,7 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->side, cudaStreamNonBlocking, low));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->exchange_stream, cudaStreamNonBlocking, high));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, high));
-    for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced, &m->gathered})
+    for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced})
         CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     matmul_init(m->workspace, m->side);
     m->staging = NULL;
@@ -1481,7 +1603,7 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     free(chunks);
     CUDA_CHECK(cudaMemset(m->scale, 0, sizeof(float)));
     CUDA_CHECK(cudaDeviceSynchronize());
-    device_share_window(m->window, m->window_bytes, m->shards.piece);
+    device_share_window(m->window, m->window_bytes, received_bytes(m));
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -1490,7 +1612,10 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
 template <typename F>
 static double model_grad_norm(Model<F> *m) {
     Staging host = staging(m, NULL);
-    if (comm.size == 1) enqueue_grad_norm(m);  // several ranks have done that: send_gradients
+    if (comm.size == 1) {  // several ranks have done that: send_gradients
+        enqueue_norm_part(m, 0, 0, 1);
+        grad_norm_squared(m->sums + 1, m->norm_partial, 1, m->stream);
+    }
     CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums + 1, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
     device_wait(m->stream, "the gradient's norm");
     double sum = host.sums[0];
@@ -1498,6 +1623,7 @@ static double model_grad_norm(Model<F> *m) {
     return sqrt(sum);
 }
 
+// While the last buckets of gradients are gathered, all others are updated.
 // With its own moments only, a rank updates its piece of a bucket, and while the next bucket is updated the pieces of
 // this one are gathered: those for matmuls in format F only, whose float is nobody's but the owner's.
 template <typename F>
@@ -1514,25 +1640,30 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
     size_t size = shards_bucket(s), mine = s->piece * (size_t)s->rank;
     bf16 *weights = sizeof(F) == 2 ? (bf16 *)m->weights : NULL;
     if (!m->own_moments) {
-        adamw_update(m->params, weights, m->m, m->v, m->grads, m->chunks, m->num_chunks, args, m->stream);
+        int last = comm.size > 1 ? m->bucket_chunks[last_buckets(m)] : 0;  // chunks of the last buckets
+        if (last) {
+            send_begins(m);
+            gather_buckets(m, 0, last_buckets(m));
+        }
+        adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks + last, m->num_chunks - last, args,
+                     m->stream);
+        if (last) send_ends(m);
+        adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks, last, args, m->stream);
         return;
     }
     for (size_t k = 0; k < s->num_buckets; k++) {
         int first = m->bucket_chunks[k], count = m->bucket_chunks[k + 1] - first;
         float *bucket = m->params + k * size;
-        if (count > 0)
-            adamw_update(m->params, weights, m->m, m->v, m->grads, m->chunks + first, count, args, m->stream);
-        CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
-        CUDA_CHECK(cudaStreamWaitEvent(m->gradient_stream, m->worked, 0));
-        if (!weights || k * size < m->matmul_begin)
+        adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks + first, count, args, m->stream);
+        send_begins(m);
+        if (!weights || k * size < m->begins[PART_MATMUL])
             comm.data->all_gather(COMM_WORLD, bucket + mine, bucket, s->piece * sizeof(float), "all-gather of weights",
                                   m->gradient_stream);
-        if (weights && (k + 1) * size > m->matmul_begin)
+        if (weights && (k + 1) * size > m->begins[PART_MATMUL])
             comm.data->all_gather(COMM_WORLD, weights + k * size + mine, weights + k * size, s->piece * sizeof(bf16),
                                   "all-gather of weights", m->gradient_stream);
     }
-    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));
-    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
+    send_ends(m);
 }
 
 template <typename F>
@@ -1548,13 +1679,14 @@ static void model_collect(Model<F> *m, int kind) {
     const char *const what[] = {"all-gather of weights", "all-gather of gradients", "all-gather of moments",
                                 "all-gather of moments"};
     if (m->own_moments && (kind == KIND_M || kind == KIND_V)) return;
+    size_t bytes = kind == KIND_GRAD && m->rounded ? sizeof(bf16) : sizeof(float);
     for (size_t k = 0; k < s->num_buckets; k++) {
-        float *bucket = kind_base(m, kind) + k * shards_bucket(s);
-        comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank, bucket, s->piece * sizeof(float),
+        char *base = bytes == sizeof(bf16) ? (char *)m->rounded : (char *)kind_base(m, kind);
+        char *bucket = base + k * shards_bucket(s) * bytes;
+        comm.data->all_gather(COMM_WORLD, bucket + s->piece * (size_t)s->rank * bytes, bucket, s->piece * bytes,
                               what[kind], m->stream);
     }
-    if (kind == KIND_WEIGHT && sizeof(F) == 2)
-        convert_weights((bf16 *)m->weights, m->params, shards_padded(s), m->stream);
+    if (kind == KIND_WEIGHT && sizeof(F) == 2) to_bf16((bf16 *)m->weights, m->params, shards_padded(s), m->stream);
     device_wait(m->stream, what[kind]);
 }
 
@@ -1571,11 +1703,13 @@ static void model_move_part(Model<F> *m, int kind, int index, size_t first, size
         if (apart) n = shards_run(&m->shards, begin + at, n, &owner, &place);
         if (owner != m->shards.rank) continue;
         float *device = kind_base(m, kind) + place;
+        if (kind == KIND_GRAD && m->rounded && place >= m->begins[PART_EMBEDDING])
+            widen_gradients(device, m->rounded + place, n, m->stream);
         if (dst) CUDA_CHECK(cudaMemcpyAsync(dst + at, device, n * sizeof(float), cudaMemcpyDeviceToHost, m->stream));
         else CUDA_CHECK(cudaMemcpyAsync(device, src + at, n * sizeof(float), cudaMemcpyHostToDevice, m->stream));
     }
     if (src && kind == KIND_WEIGHT && sizeof(F) == 2)
-        convert_weights((bf16 *)m->weights + begin, m->params + begin, count, m->stream);
+        to_bf16((bf16 *)m->weights + begin, m->params + begin, count, m->stream);
     device_wait(m->stream, "a copy");  // src is the caller's
 }
 
@@ -1651,10 +1785,25 @@ static void check_shapes(const ModelConfig *c, const RunConfig *run) {
     }
 }
 
+// In which format gradients travel between ranks: XLSTM_REDUCE, by default that of activations
+static void choose_reduction(void) {
+    const char *wanted = getenv("XLSTM_REDUCE");
+    int bf16_wanted = wanted ? strcmp(wanted, "bf16") == 0 : use_bf16;
+    if (wanted && !bf16_wanted && strcmp(wanted, "fp32") != 0)
+        die(EXIT_USAGE, "XLSTM_REDUCE=%s is no format for gradients between ranks; set it to fp32 or bf16", wanted);
+    if (bf16_wanted && !use_bf16)
+        die(EXIT_USAGE, "XLSTM_REDUCE=bf16 and --precision fp32 exclude each other; give one of them");
+    if (comm_any(bf16_wanted, "comparing XLSTM_REDUCE") && comm_any(!bf16_wanted, "comparing XLSTM_REDUCE"))
+        die(EXIT_USAGE, "XLSTM_REDUCE is not the same on all ranks; let the launcher hand it to all of them");
+    reduce_rounded = bf16_wanted && comm.size > 1;
+}
+
 static void cuda_build(const ModelConfig *config, const TensorTable *table, const RunConfig *run) {
-    const char *gather = getenv("XLSTM_FOLD_BY_GATHER");
+    const char *gather = getenv("XLSTM_FOLD_BY_GATHER"), *bucket = getenv("XLSTM_BUCKET");  // for tests
     if (gather) fold_by_gather = atoi(gather);
+    if (bucket && atoi(bucket) > 0) shard_bucket = (size_t)atoi(bucket);
     use_bf16 = run->bf16;
+    choose_reduction();
     check_shapes(config, run);
     choose_device();
     if (use_bf16) model_build(&model_bf16, config, table, run);
@@ -1669,7 +1818,7 @@ static double cuda_evaluate(const Batch *batch) {
 }
 template <typename F>
 static void model_zero_grad(Model<F> *m) {
-    CUDA_CHECK(cudaMemsetAsync(m->grads, 0, shards_padded(&m->shards) * sizeof(float), m->stream));
+    m->fresh = 1;  // clear_gradients
 }
 static void cuda_zero_grad(void) { WITH_MODEL(model_zero_grad); }
 static double cuda_grad_norm(void) { return WITH_MODEL(model_grad_norm); }

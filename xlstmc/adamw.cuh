@@ -14,6 +14,20 @@ typedef struct {
     float decay;     // 1: weight decay applies, 0: it does not
 } UpdateChunk;
 
+// Gradients of all parameters. Several ranks may sum them in bf16: then those from element `begin` on lie in `rounded`,
+// a multiple of 4; NULL: all are in float.
+typedef struct {
+    const float *values;
+    const bf16 *rounded;
+    size_t begin;
+} Gradients;
+
+template <int N>
+__device__ inline void load_gradients(float (&g)[N], const Gradients &from, size_t i) {
+    if (from.rounded && i >= from.begin) load_group<N == 4>(g, from.rounded + i);
+    else load_group<N == 4>(g, from.values + i);
+}
+
 typedef struct {
     float lr, beta1, beta2, eps, weight_decay;
     float correct1, correct2;  // 1 / (1 - beta^step)
@@ -29,10 +43,10 @@ __device__ inline void adamw(float &w, float &m, float &v, float g, float decay,
 
 // N elements from i on, whose moments begin at j
 template <int N>
-__device__ inline void adamw_elements(float *w, bf16 *w16, float *m, float *v, const float *grads, size_t i, size_t j,
-                                      float decay, const AdamwArgs &args) {
+__device__ inline void adamw_elements(float *w, bf16 *w16, float *m, float *v, const Gradients &grads, size_t i,
+                                      size_t j, float decay, const AdamwArgs &args) {
     float we[N], me[N], ve[N], ge[N];
-    load_group<N == 4>(ge, grads + i);
+    load_gradients(ge, grads, i);
     load_group<N == 4>(me, m + j);
     load_group<N == 4>(ve, v + j);
     load_group<N == 4>(we, w + i);
@@ -44,10 +58,10 @@ __device__ inline void adamw_elements(float *w, bf16 *w16, float *m, float *v, c
     if (w16) store_group<N == 4>(w16 + i, we);
 }
 
-// Costs 28 bytes a parameter, 30 with the copy in bf16.
+// Costs 28 bytes a parameter, 30 with the copy in bf16; 2 less with gradients in bf16.
 static __global__ void __launch_bounds__(UPDATE_THREADS)
     adamw_kernel(float *__restrict__ w, bf16 *__restrict__ w16, float *__restrict__ m, float *__restrict__ v,
-                 const float *__restrict__ grads, const UpdateChunk *__restrict__ chunks, AdamwArgs args) {
+                 Gradients grads, const UpdateChunk *__restrict__ chunks, AdamwArgs args) {
     UpdateChunk chunk = chunks[blockIdx.x];
     unsigned quads = chunk.offset % 4 == 0 ? chunk.count / 4 : 0;  // only small tensors have other offsets
     float decay = chunk.decay * args.weight_decay;
@@ -61,16 +75,18 @@ static __global__ void __launch_bounds__(UPDATE_THREADS)
 // w, m, v, grads: flat buffers of all parameters, aligned to 16 bytes; w16: the weights in bf16, or NULL;
 // chunks [num_chunks] on the device.
 MAYBE_UNUSED
-static void adamw_update(float *w, bf16 *w16, float *m, float *v, const float *grads, const UpdateChunk *chunks,
+static void adamw_update(float *w, bf16 *w16, float *m, float *v, Gradients grads, const UpdateChunk *chunks,
                          int num_chunks, AdamwArgs args, cudaStream_t stream) {
+    if (num_chunks == 0) return;
     adamw_kernel<<<num_chunks, UPDATE_THREADS, 0, stream>>>(w, w16, m, v, grads, chunks, args);
     LAUNCH_CHECK();
 }
 
-// Costs 4 bytes an element. The number of blocks is fixed, so the order of the sum is too, on every device. Elements
-// counted are those of pieces that begin `stride` apart.
+// Costs 4 bytes an element, 2 in bf16. The number of blocks is fixed, so the order of the sum is too, on every device.
+// Elements counted are those of pieces from `first_element` on that begin `stride` apart.
 static __global__ void __launch_bounds__(GRAD_NORM_THREADS)
-    grad_norm_kernel(double *partial, const float *__restrict__ grads, size_t total, size_t piece, size_t stride) {
+    grad_norm_kernel(double *partial, Gradients grads, size_t first_element, size_t total, size_t piece,
+                     size_t stride) {
     size_t quads = total / 4, step = (size_t)GRAD_NORM_BLOCKS * GRAD_NORM_THREADS;
     size_t first = (size_t)blockIdx.x * GRAD_NORM_THREADS + threadIdx.x;
     double sum = 0;
@@ -78,31 +94,41 @@ static __global__ void __launch_bounds__(GRAD_NORM_THREADS)
     for (size_t k = first; k < quads; k += step) {
         float g[4];
         const size_t at = 4 * k;
-        load_group<true>(g, grads + (piece == total ? at : at / piece * stride + at % piece));
+        load_gradients(g, grads, first_element + (piece == total ? at : at / piece * stride + at % piece));
         sum += (double)g[0] * g[0] + (double)g[1] * g[1] + (double)g[2] * g[2] + (double)g[3] * g[3];
     }
-    if (4 * quads + first < total) sum += (double)grads[4 * quads + first] * grads[4 * quads + first];
+    if (4 * quads + first < total) {  // of one rank, whose pieces are not rounded
+        const float g = grads.values[4 * quads + first];
+        sum += (double)g * g;
+    }
     sum = block_sum_double(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
-static __global__ void __launch_bounds__(GRAD_NORM_BLOCKS) grad_norm_add_kernel(double *result, const double *partial) {
-    double sum = block_sum_double(partial[threadIdx.x]);
+static __global__ void __launch_bounds__(GRAD_NORM_BLOCKS)
+    grad_norm_add_kernel(double *result, const double *partial, int parts) {
+    double sum = 0;
+    for (int k = 0; k < parts; k++) sum += block_sum_double(partial[k * GRAD_NORM_BLOCKS + threadIdx.x]);
     if (threadIdx.x == 0) *result = sum;
 }
-// result [1] = the sum of squares of `pieces` pieces of grads, which begin `stride` elements apart; all are aligned to
-// 16 bytes; partial [GRAD_NORM_BLOCKS]
+// partial [GRAD_NORM_BLOCKS] = sums of squares of `pieces` pieces of grads, which begin `stride` elements apart, the
+// first one at element `first`; all are aligned to 16 bytes
 MAYBE_UNUSED
-static void grad_norm_squared(double *result, double *partial, const float *grads, size_t piece, size_t pieces,
-                              size_t stride, cudaStream_t stream) {
-    grad_norm_kernel<<<GRAD_NORM_BLOCKS, GRAD_NORM_THREADS, 0, stream>>>(partial, grads, piece * pieces, piece, stride);
+static void grad_norm_part(double *partial, Gradients grads, size_t first, size_t piece, size_t pieces, size_t stride,
+                           cudaStream_t stream) {
+    grad_norm_kernel<<<GRAD_NORM_BLOCKS, GRAD_NORM_THREADS, 0, stream>>>(partial, grads, first, piece * pieces, piece,
+                                                                         stride);
     LAUNCH_CHECK();
-    grad_norm_add_kernel<<<1, GRAD_NORM_BLOCKS, 0, stream>>>(result, partial);
+}
+// result [1] = the sum of partial [parts][GRAD_NORM_BLOCKS]
+MAYBE_UNUSED
+static void grad_norm_squared(double *result, const double *partial, int parts, cudaStream_t stream) {
+    grad_norm_add_kernel<<<1, GRAD_NORM_BLOCKS, 0, stream>>>(result, partial, parts);
     LAUNCH_CHECK();
 }
 
 // Costs 6 bytes an element.
 static __global__ void __launch_bounds__(256)
-    convert_weights_kernel(bf16 *__restrict__ dst, const float *__restrict__ src, size_t n, bool quads) {
+    to_bf16_kernel(bf16 *__restrict__ dst, const float *__restrict__ src, size_t n, bool quads) {
     size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4, end = min(i + 4, n);
     if (quads && i + 4 <= n) {
         float x[4];
@@ -114,9 +140,20 @@ static __global__ void __launch_bounds__(256)
 }
 // dst [n] = src [n] rounded
 MAYBE_UNUSED
-static void convert_weights(bf16 *dst, const float *src, size_t n, cudaStream_t stream) {
+static void to_bf16(bf16 *dst, const float *src, size_t n, cudaStream_t stream) {
     bool quads = quads_aligned(dst, 4) && quads_aligned(src, 4);
-    convert_weights_kernel<<<ceil_div(n, 1024), 256, 0, stream>>>(dst, src, n, quads);
+    to_bf16_kernel<<<ceil_div(n, 1024), 256, 0, stream>>>(dst, src, n, quads);
+    LAUNCH_CHECK();
+}
+
+static __global__ void __launch_bounds__(256) widen_gradients_kernel(float *dst, const bf16 *src, size_t n) {
+    size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i < n) dst[i] = to_float(src[i]);
+}
+// dst [n] = src [n]
+MAYBE_UNUSED
+static void widen_gradients(float *dst, const bf16 *src, size_t n, cudaStream_t stream) {
+    widen_gradients_kernel<<<ceil_div(n, 256), 256, 0, stream>>>(dst, src, n);
     LAUNCH_CHECK();
 }
 

@@ -22,7 +22,8 @@
 #include "util.h"
 
 typedef enum { COMM_WORLD, COMM_SP, NUM_COMM_GROUPS } CommGroup;
-typedef enum { COMM_F32, COMM_F64 } CommType;
+typedef enum { COMM_F32, COMM_F64, COMM_BF16 } CommType;  // bf16: summed in float, the sum is rounded
+static size_t comm_type_bytes(CommType type) { return type == COMM_F64 ? 8 : type == COMM_F32 ? 4 : 2; }
 
 // What a back end does. Ranks are those of the group; `what` names the call in messages; stream: of a device, else
 // NULL.
@@ -39,6 +40,9 @@ typedef struct {
     // bytes to rank `to` and as many from rank `from`; -1: to or from nobody.
     void (*send_recv)(CommGroup group, const void *src, int to, void *dst, int from, size_t bytes, const char *what,
                       void *stream);
+    // Before an all_gather, by all ranks of the group: from here on what the others have may arrive at its dst, though
+    // this rank's part is not there yet. NULL: no use.
+    void (*expect)(CommGroup group, const char *what, void *stream);
 } CommOps;
 
 typedef struct {
@@ -67,7 +71,7 @@ static void self_all_gather(CommGroup group, const void *src, void *dst, size_t 
 }
 static void self_reduce_scatter(CommGroup group, const void *src, void *dst, size_t count, CommType type,
                                 const char *what, void *stream) {
-    self_all_gather(group, src, dst, count * (type == COMM_F32 ? sizeof(float) : sizeof(double)), what, stream);
+    self_all_gather(group, src, dst, count * comm_type_bytes(type), what, stream);
 }
 static void self_all_to_all(CommGroup group, const void *src, const size_t *send, void *dst, const size_t *recv,
                             const char *what, void *stream) {
@@ -82,7 +86,7 @@ static void self_send_recv(CommGroup group, const void *src, int to, void *dst, 
 // Ends what comm.data has under way on a device, before the job ends because of another rank; NULL: nothing to end
 static void (*comm_abort_data)(void) MAYBE_UNUSED = NULL;
 
-static const CommOps comm_self = {"self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv};
+static const CommOps comm_self = {"self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv, NULL};
 static Comm comm = {0, 1, 0, 1, 0, 1, 0, 1, 600, 0, &comm_self, &comm_self, NULL};
 
 MAYBE_UNUSED

@@ -17,7 +17,7 @@
 #include <cuda.h>
 
 #include "comm.h"
-#include "cuda_util.cuh"
+#include "floats.cuh"
 
 // ----------------------------------------------------------------------------------------------------------------
 // Memory operations of streams
@@ -63,22 +63,24 @@ static void stream_write(cudaStream_t stream, volatile void *word, int value) {
 enum { READY, DONE, NUM_MEETINGS };
 
 static struct {
-    char **of;          // [size] where the windows of all ranks are seen from here; NULL: no copies
-    size_t bytes;       // of each
-    unsigned *flags;    // in the window: [NUM_COMM_GROUPS][NUM_MEETINGS][size], 1: that rank has come
-    float *received;    // in the window: [size][max_count] what a reduce-scatter gets from the others
-    size_t max_count;
+    char **of;        // [size] where the windows of all ranks are seen from here; NULL: no copies
+    size_t bytes;     // of each
+    unsigned *flags;  // in the window: [NUM_COMM_GROUPS][NUM_MEETINGS][size], 1: that rank has come
+    char *received;   // in the window: [size][max_bytes] what a reduce-scatter gets from the others
+    size_t max_bytes;
     const CommOps *otherwise;  // for what lies outside
     CUstreamBatchMemOpParams *ops;
-    void (*note)(CommGroup, const char *, cudaStream_t);  // `what` begins, NULL: has ended
+    int expected[NUM_COMM_GROUPS];  // 1: the ranks have met to be READY for the next all-gather
+    volatile int *under_way;        // [NUM_COMM_GROUPS] pinned: the number of the call that has begun, 0: it has ended
+    int (*number)(const char *);    // of a call
 } copies;
 
 // Bytes that the window must begin with
 static size_t copies_flag_bytes(void) {
     return (NUM_COMM_GROUPS * NUM_MEETINGS * (size_t)comm.size * sizeof(unsigned) + 255) / 256 * 256;
 }
-static size_t copies_head_bytes(size_t max_count) {
-    return comm.size == 1 ? 0 : copies_flag_bytes() + (size_t)comm.size * max_count * sizeof(float);
+static size_t copies_head_bytes(size_t max_bytes) {
+    return comm.size == 1 ? 0 : copies_flag_bytes() + (size_t)comm.size * max_bytes;
 }
 
 static char *copies_address(CommGroup group, int rank, const void *mine) {
@@ -90,9 +92,12 @@ static int copies_reach(const void *begin, size_t bytes) {
 }
 
 // Every flag goes from 0 to 1 by its rank, and back by the one who waited: nobody sets it again before, since READY and
-// DONE take turns.
-static void copies_meet(CommGroup group, int meeting, cudaStream_t stream) {
+// DONE take turns. READY notes that the call has begun, DONE that it has ended.
+static void copies_meet(CommGroup group, int meeting, const char *what, cudaStream_t stream) {
     int ranks = comm_group_size(group), me = comm_group_rank(group), n = 0;
+    volatile int *note = copies.under_way + group;
+    if (meeting == READY)
+        copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, note, (unsigned)copies.number(what));
     unsigned *row = copies.flags + ((size_t)group * NUM_MEETINGS + meeting) * (size_t)comm.size;
     for (int k = 1; k < ranks; k++) {
         int r = (me + k) % ranks;
@@ -103,11 +108,17 @@ static void copies_meet(CommGroup group, int meeting, cudaStream_t stream) {
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WAIT_VALUE_32, row + r, 1);
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, row + r, 0);
     }
+    if (meeting == DONE) copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, note, 0);
     memory_ops(stream, copies.ops, n);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // The functions of comm.data
+
+static void copies_expect(CommGroup group, const char *what, void *stream) {
+    copies_meet(group, READY, what, (cudaStream_t)stream);
+    copies.expected[group] = 1;
+}
 
 static void copies_all_gather(CommGroup group, const void *src, void *dst, size_t bytes, const char *what,
                               void *stream) {
@@ -118,53 +129,61 @@ static void copies_all_gather(CommGroup group, const void *src, void *dst, size_
         copies.otherwise->all_gather(group, src, dst, bytes, what, stream);
         return;
     }
-    copies.note(group, what, on);
-    copies_meet(group, READY, on);
+    if (!copies.expected[group]) copies_meet(group, READY, what, on);
+    copies.expected[group] = 0;
     for (int k = 1; k < ranks; k++)
-        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, (me + k) % ranks, part), src, bytes, cudaMemcpyDeviceToDevice,
-                                   on));
+        CUDA_CHECK(
+            cudaMemcpyAsync(copies_address(group, (me + k) % ranks, part), src, bytes, cudaMemcpyDeviceToDevice, on));
     if (part != src) CUDA_CHECK(cudaMemcpyAsync(part, src, bytes, cudaMemcpyDeviceToDevice, on));
-    copies_meet(group, DONE, on);
-    copies.note(group, NULL, on);
+    copies_meet(group, DONE, what, on);
 }
 
-// dst [count] = the sum over ranks, in their order, of own (of rank `me`) and received [ranks][count] (of the others)
+// dst [count] = the sum over ranks, in their order, of own (of rank `me`) and received [ranks][count] (of the others),
+// in float. dst may be own. 16 bytes at a time.
+template <typename T>
 static __global__ void __launch_bounds__(256)
-    copies_sum_kernel(float *dst, const float *own, const float *__restrict__ received, int ranks, int me,
-                      size_t quads) {
-    const size_t step = (size_t)gridDim.x * blockDim.x;
+    copies_sum_kernel(T *dst, const T *own, const T *__restrict__ received, int ranks, int me, size_t count) {
+    const size_t step = (size_t)gridDim.x * blockDim.x * VEC<T>;
 #pragma unroll 2
-    for (size_t k = (size_t)blockIdx.x * blockDim.x + threadIdx.x; k < quads; k += step) {
-        float4 sum = make_float4(0, 0, 0, 0);
+    for (size_t k = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC<T>; k < count; k += step) {
+        float sum[VEC<T>];
         for (int r = 0; r < ranks; r++) {
-            float4 x = ((const float4 *)(r == me ? own : received + 4 * quads * (size_t)r))[k];
-            sum = r == 0 ? x : make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+            float x[VEC<T>];
+            load_floats(x, r == me ? own + k : received + count * (size_t)r + k);
+#pragma unroll
+            for (int j = 0; j < VEC<T>; j++) sum[j] = r == 0 ? x[j] : sum[j] + x[j];
         }
-        ((float4 *)dst)[k] = sum;
+        store_floats(dst + k, sum);
     }
+}
+
+template <typename T>
+static void copies_sum(void *dst, const void *own, int ranks, int me, size_t count, cudaStream_t stream) {
+    copies_sum_kernel<<<imin(ceil_div(count, 512 * VEC<T>), 1056), 256, 0, stream>>>(
+        (T *)dst, (const T *)own, (const T *)copies.received, ranks, me, count);
+    LAUNCH_CHECK();
 }
 
 static void copies_reduce_scatter(CommGroup group, const void *src, void *dst, size_t count, CommType type,
                                   const char *what, void *stream) {
     int ranks = comm_group_size(group), me = comm_group_rank(group);
     cudaStream_t on = (cudaStream_t)stream;
-    const float *parts = (const float *)src;
-    if (type != COMM_F32 || count > copies.max_count || count % 4) {
+    const char *parts = (const char *)src;
+    size_t bytes = count * comm_type_bytes(type);
+    if (type == COMM_F64 || bytes > copies.max_bytes || bytes % 16) {
         copies.otherwise->reduce_scatter(group, src, dst, count, type, what, stream);
         return;
     }
-    copies.note(group, what, on);
-    copies_meet(group, READY, on);
+    copies_meet(group, READY, what, on);
     for (int k = 1; k < ranks; k++) {
         int r = (me + k) % ranks;
-        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, copies.received + (size_t)me * count),
-                                   parts + (size_t)r * count, count * sizeof(float), cudaMemcpyDeviceToDevice, on));
+        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, copies.received + (size_t)me * bytes),
+                                   parts + (size_t)r * bytes, bytes, cudaMemcpyDeviceToDevice, on));
     }
-    copies_meet(group, DONE, on);
-    copies_sum_kernel<<<imin(ceil_div(count, 2048), 1056), 256, 0, on>>>(
-        (float *)dst, parts + (size_t)me * count, copies.received, ranks, me, count / 4);
-    LAUNCH_CHECK();
-    copies.note(group, NULL, on);
+    copies_meet(group, DONE, what, on);
+    parts += (size_t)me * bytes;
+    if (type == COMM_BF16) copies_sum<bf16>(dst, parts, ranks, me, count, on);
+    else copies_sum<float>(dst, parts, ranks, me, count, on);
 }
 
 static CommOps comm_copies;
@@ -174,9 +193,9 @@ static CommOps comm_copies;
 
 // Sets comm.data to copies if that is wanted and possible: all ranks on one host, and their GPUs see each other's
 // memory. memory: the beginning of an allocation; its first `bytes` are the window, they are 0 up to
-// copies_head_bytes(max_count), and both numbers are the same on all ranks.
-static void copies_start(int wanted, void *memory, size_t bytes, size_t max_count,
-                         void (*note)(CommGroup, const char *, cudaStream_t)) {
+// copies_head_bytes(max_bytes), and both numbers are the same on all ranks. under_way, number: see copies.
+static void copies_start(int wanted, void *memory, size_t bytes, size_t max_bytes, volatile int *under_way,
+                         int (*number)(const char *)) {
     int apart = !wanted;
     cudaIpcMemHandle_t mine, *all;
     if (comm.size == 1) return;
@@ -201,15 +220,17 @@ static void copies_start(int wanted, void *memory, size_t bytes, size_t max_coun
     }
     copies.bytes = bytes;
     copies.flags = (unsigned *)memory;
-    copies.received = (float *)((char *)memory + copies_flag_bytes());
-    copies.max_count = max_count;
-    copies.note = note;
+    copies.received = (char *)memory + copies_flag_bytes();
+    copies.max_bytes = max_bytes;
+    copies.under_way = under_way;
+    copies.number = number;
     copies.ops = (CUstreamBatchMemOpParams *)xcalloc(3 * (size_t)comm.size, sizeof *copies.ops);
     copies.otherwise = comm.data;
     comm_copies = *comm.data;
     comm_copies.name = "copies";
     comm_copies.all_gather = copies_all_gather;
     comm_copies.reduce_scatter = copies_reduce_scatter;
+    comm_copies.expect = copies_expect;
     comm.data = &comm_copies;
 }
 

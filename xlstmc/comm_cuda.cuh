@@ -82,14 +82,12 @@ static void device_wait(cudaStream_t stream, const char *what) {
     cuda_check_(status, what, __FILE__, __LINE__);
 }
 
-// What the stream does from here on for the ranks of a group, NULL: nothing any more
-static void device_note(CommGroup group, const char *what, cudaStream_t stream) {
+// The number of a call in notes
+static int device_call(const char *what) {
     int call = 0;
-    if (!device_comm.under_way) return;
-    while (what && call < device_comm.num_calls && device_comm.calls[call] != what) call++;
-    if (what && call == device_comm.num_calls && call < MAX_DEVICE_CALLS)
-        device_comm.calls[device_comm.num_calls++] = what;
-    stream_write(stream, device_comm.under_way + group, what ? call + 1 : 0);
+    while (call < device_comm.num_calls && device_comm.calls[call] != what) call++;
+    if (call == device_comm.num_calls && call < MAX_DEVICE_CALLS) device_comm.calls[device_comm.num_calls++] = what;
+    return call + 1;
 }
 
 static bool device_captures(cudaStream_t stream) {
@@ -104,7 +102,7 @@ static bool device_captures(cudaStream_t stream) {
 #ifdef USE_NCCL
 // Before and behind a call. One that is not captured into a graph may itself wait: its first use makes connections.
 static void nccl_begin(CommGroup group, const char *what, cudaStream_t stream) {
-    if (device_captures(stream)) device_note(group, what, stream);
+    if (device_captures(stream)) stream_write(stream, device_comm.under_way + group, what ? device_call(what) : 0);
     else comm_guard(what);
 }
 static void nccl_end(CommGroup group, cudaStream_t stream) { nccl_begin(group, NULL, stream); }
@@ -117,9 +115,10 @@ static void nccl_all_gather(CommGroup group, const void *src, void *dst, size_t 
 
 static void nccl_reduce_scatter(CommGroup group, const void *src, void *dst, size_t count, CommType type,
                                 const char *what, void *stream) {
+    const ncclDataType_t types[] = {ncclFloat32, ncclFloat64, ncclBfloat16};  // of CommType
     nccl_begin(group, what, (cudaStream_t)stream);
-    NCCL_CHECK(ncclReduceScatter(src, dst, count, type == COMM_F32 ? ncclFloat32 : ncclFloat64, ncclSum,
-                                 device_comm.comms[group], (cudaStream_t)stream));
+    NCCL_CHECK(
+        ncclReduceScatter(src, dst, count, types[type], ncclSum, device_comm.comms[group], (cudaStream_t)stream));
     nccl_end(group, (cudaStream_t)stream);
 }
 
@@ -149,7 +148,7 @@ static void nccl_send_recv(CommGroup group, const void *src, int to, void *dst, 
     nccl_end(group, (cudaStream_t)stream);
 }
 
-static const CommOps comm_nccl = {"nccl", nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all, nccl_send_recv};
+static const CommOps comm_nccl = {"nccl", nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all, nccl_send_recv, NULL};
 
 // One communicator for the world, for gradients and weights, one for the ranks of a sequence. What a communicator does
 // first takes memory and connects: that happens here, before memory is planned.
@@ -219,7 +218,7 @@ static void staged_all_gather(CommGroup group, const void *src, void *dst, size_
 }
 static void staged_reduce_scatter(CommGroup group, const void *src, void *dst, size_t count, CommType type,
                                   const char *what, void *stream) {
-    size_t bytes = count * (type == COMM_F32 ? sizeof(float) : sizeof(double));
+    size_t bytes = count * comm_type_bytes(type);
     void *sent = staged_out(src, bytes * (size_t)comm_group_size(group), stream), *received = staging_buffer(1, bytes);
     comm.host->reduce_scatter(group, sent, received, count, type, what, NULL);
     staged_in(dst, received, bytes, stream);
@@ -239,8 +238,8 @@ static void staged_send_recv(CommGroup group, const void *src, int to, void *dst
     if (from >= 0) staged_in(dst, received, bytes, stream);
 }
 
-static const CommOps comm_staged = {"staged", staged_all_gather, staged_reduce_scatter, staged_all_to_all,
-                                    staged_send_recv};
+static const CommOps comm_staged = {"staged",          staged_all_gather, staged_reduce_scatter,
+                                    staged_all_to_all, staged_send_recv,  NULL};
 
 // ----------------------------------------------------------------------------------------------------------------
 // Start
@@ -270,12 +269,13 @@ static void device_check_shared(const char *bus) {
     free(all);
 }
 
-// All ranks have laid out the first bytes of an allocation alike, zero up to copies_head_bytes(max_count): from here on
+// All ranks have laid out the first bytes of an allocation alike, zero up to copies_head_bytes(max_bytes): from here on
 // what lies there is exchanged by copies, where that is possible. XLSTM_COPIES: 0 forbids it, 1 also lets ranks do it
 // that share a GPU.
-static void device_share_window(void *window, size_t bytes, size_t max_count) {
+static void device_share_window(void *window, size_t bytes, size_t max_bytes) {
     const char *wanted = getenv("XLSTM_COPIES");
-    copies_start(wanted ? *wanted == '1' : device_comm.graphs, window, bytes, max_count, device_note);
+    copies_start(wanted ? *wanted == '1' : device_comm.graphs, window, bytes, max_bytes, device_comm.under_way,
+                 device_call);
 }
 
 // Sets comm.data, after cudaSetDevice.

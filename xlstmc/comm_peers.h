@@ -155,12 +155,24 @@ static void peer_send_recv(CommGroup group, const void *src, int to, void *dst, 
     peer_wait(what);
 }
 
+static float peer_from_bf16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+static uint16_t peer_to_bf16(float x) {  // to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return isnan(x) ? 0x7fff : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 static void peer_reduce_scatter(CommGroup group, const void *src, void *dst, size_t count, CommType type,
                                 const char *what, void *stream) {
     static char *parts = NULL;  // [ranks][count]
     static size_t size = 0;
     int ranks = comm_group_size(group), me = comm_group_rank(group);
-    size_t bytes = count * (type == COMM_F32 ? sizeof(float) : sizeof(double));
+    size_t bytes = count * comm_type_bytes(type);
     (void)stream;
     if (size < (size_t)ranks * bytes) {
         free(parts);
@@ -178,6 +190,10 @@ static void peer_reduce_scatter(CommGroup group, const void *src, void *dst, siz
             float sum = 0;
             for (int r = 0; r < ranks; r++) sum += ((const float *)(parts + (size_t)r * bytes))[k];
             ((float *)dst)[k] = sum;
+        } else if (type == COMM_BF16) {
+            float sum = 0;
+            for (int r = 0; r < ranks; r++) sum += peer_from_bf16(((const uint16_t *)(parts + (size_t)r * bytes))[k]);
+            ((uint16_t *)dst)[k] = peer_to_bf16(sum);
         } else {
             double sum = 0;
             for (int r = 0; r < ranks; r++) sum += ((const double *)(parts + (size_t)r * bytes))[k];
@@ -186,7 +202,8 @@ static void peer_reduce_scatter(CommGroup group, const void *src, void *dst, siz
     }
 }
 
-static const CommOps comm_peers = {"peers", peer_all_gather, peer_reduce_scatter, peer_all_to_all, peer_send_recv};
+static const CommOps comm_peers = {"peers",         peer_all_gather, peer_reduce_scatter,
+                                   peer_all_to_all, peer_send_recv,  NULL};
 
 static int comm_env(const char *name) {  // 0: not set
     const char *text = getenv(name);

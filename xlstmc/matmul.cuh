@@ -155,19 +155,12 @@ static void matmul_inputs(F *dx, size_t ld_dx, int accumulate, const F *dout, si
     Matrix dy = {dout, ld_dout, 0, 0}, weight = {w, (size_t)K, 0, 0};
     matmul_general<F, F>(dx, ld_dx, 0, dy, weight, accumulate ? dx : NULL, ld_dx, rows, K, N, 1, stream);
 }
-// dw[N, K] += dout[rows, N]^T x[rows, K]
-template <typename F>
-static void matmul_weights(float *dw, const F *dout, size_t ld_dout, const F *x, size_t ld_x, int rows, int N, int K,
-                           cudaStream_t stream) {
+// dw[N, K] (+)= dout[rows, N]^T x[rows, K]
+template <typename F, typename FD>
+static void matmul_weights(FD *dw, int accumulate, const F *dout, size_t ld_dout, const F *x, size_t ld_x, int rows,
+                           int N, int K, cudaStream_t stream) {
     Matrix dy = {dout, ld_dout, 1, 0}, in = {x, ld_x, 0, 0};
-    matmul_general<F, float>(dw, (size_t)K, 0, dy, in, dw, (size_t)K, N, K, rows, 1, stream);
-}
-// Both
-template <typename F>
-static void matmul_backward(F *dx, size_t ld_dx, int accumulate_dx, float *dw, const F *dout, size_t ld_dout,
-                            const F *x, size_t ld_x, const F *w, int rows, int N, int K, cudaStream_t stream) {
-    matmul_inputs(dx, ld_dx, accumulate_dx, dout, ld_dout, w, rows, N, K, stream);
-    matmul_weights(dw, dout, ld_dout, x, ld_x, rows, N, K, stream);
+    matmul_general<F, FD>(dw, (size_t)K, 0, dy, in, accumulate ? dw : NULL, (size_t)K, N, K, rows, 1, stream);
 }
 
 #endif

@@ -14,8 +14,9 @@
 #include "util.h"
 
 #ifndef SHARD_BUCKET
-#define SHARD_BUCKET ((size_t)1 << 23)  // elements of a bucket, about; 32 MiB of floats
+#define SHARD_BUCKET ((size_t)1 << 24)  // most elements of a bucket, about; 64 MiB of floats
 #endif
+static size_t shard_bucket = SHARD_BUCKET;
 
 typedef struct {
     size_t total;        // elements of the buffer that mean something
@@ -36,8 +37,8 @@ static Shards shards_make(size_t total, int ranks, int rank) {
     const size_t line = 16;  // elements; pieces begin at multiples
     Shards s = {total, total, 1, ranks, rank};
     if (ranks == 1) return s;
-    size_t n = (size_t)ranks, all = (total + n - 1) / n, most = (SHARD_BUCKET + n - 1) / n;
-    s.piece = ((all < most ? all : most) + line - 1) / line * line;
+    size_t n = (size_t)ranks, pieces = (total + shard_bucket - 1) / shard_bucket * n;
+    s.piece = ((total + pieces - 1) / pieces + line - 1) / line * line;
     s.num_buckets = (total + s.piece * n - 1) / (s.piece * n);
     return s;
 }

@@ -923,7 +923,7 @@ static void dump(Trainer *t) {
     t->dump_logits = (float *)xcalloc((size_t)t->batch * (size_t)t->len * V, sizeof(float));
     double loss = accumulate_gradients(t, logits);
     comm_merge(logits, count, "gathering logits");
-    if (comm.size > 1 && t->flags.zero) t->backend->collect(KIND_GRAD);
+    if (comm.size > 1) t->backend->collect(KIND_GRAD);
     if (comm.rank == 0)
         code = dump_write(t->flags.dump, &t->table, t->backend, loss, logits, S, t->seq_len, t->config.vocab_size, why,
                           sizeof why);

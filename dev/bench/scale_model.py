@@ -48,7 +48,7 @@ def main():
         compute = args.tokens / ranks / args.rate
         exchange = (copies(ranks, 1, pair, 157) if ranks <= 8 else ring(ranks, 1, pair) if ranks <= 32 else
                     math.ceil(math.log2(ranks)) * ((14 + 4) * US + pair / (45 * GB)))
-        share = args.parameters * 4 / ranks
+        share = args.parameters * 2 / ranks
         reduction = copies(ranks, 2, share, 363) if ranks <= 8 else ring(ranks, 2, share)
         step = compute + 2 * args.layers * exchange + max(args.exposed * reduction, reduction - 0.6 * compute)
         print(f"| {ranks} | {1e3 * compute:,.1f} | {1e6 * exchange:,.0f} | {2e3 * args.layers * exchange:.1f} | "

@@ -2,19 +2,19 @@
 # gpu_ranks.sh: several ranks of train_xlstmcu against one: gradients, loss curves, bytes, checkpoints, ranks that die.
 #
 #   bash dev/test/cuda/gpu_ranks.sh              (make test-gpu runs it)
-#   bash dev/test/cuda/gpu_ranks.sh nccl kill    only the parts named: share, nccl, kill
+#   bash dev/test/cuda/gpu_ranks.sh nccl kill    only the parts named: share, rounded, nccl, kill
 #
 # share: 2, 3 and 4 ranks on one GPU, which exchange through host memory or copy into each other's buffers: the kernels
-# and all that is around them.
-# nccl, kill: 2 ranks on 2 GPUs, by copies and over NCCL; left out where there is one GPU. KILLS (default 1): how often a rank is killed, and how
-# often one is stopped. Prints what failed and, last, "N passed, N failed".
+# and all that is around them. rounded: gradients that travel in bf16, on one GPU and on two.
+# nccl, kill: 2 ranks on 2 GPUs, by copies and over NCCL; left out where there is one GPU. KILLS (default 1): how often
+# a rank is killed, and how often one is stopped. Prints what failed and, last, "N passed, N failed".
 set -u
 export LC_ALL=C OMP_NUM_THREADS=2
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 cd "$(dirname "$0")/../../.." || exit 1
 ROOT=$PWD GPU=$PWD/train_xlstmcu
-PARTS=" ${*:-share nccl kill} "
+PARTS=" ${*:-share rounded nccl kill} "
 KILLS=${KILLS:-1}
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/gpu_ranks.XXXXXX")
 trap 'rm -rf "$WORK"' EXIT
@@ -35,6 +35,7 @@ ranks() { # ranks N COMMAND...
 part() { [[ $PARTS == *" $1 "* ]]; }
 step() { printf '%s/step_%08d' "$1" "$2"; }
 losses() { sed -n 's/.*"step": \([0-9]*\), "loss": \([^,]*\),.*/\1 \2/p' "$1/log.jsonl"; }
+norms() { sed -n 's/.*"step": \([0-9]*\),.*"grad_norm": \([^,]*\),.*/\1 \2/p' "$1/log.jsonl"; }
 curves() { # curves LIMIT WANT GOT: the same steps, and losses to LIMIT; lists of losses
     awk -v limit="$1" 'NR == FNR { want[$1] = $2; steps++; next }
         { d = ($2 - want[$1]) / want[$1]; if (d < 0) d = -d; if (!($1 in want) || !(d <= limit)) print "step " $1 ": " d
@@ -102,6 +103,46 @@ checkpoints() { # checkpoints N SP: what N ranks saved goes on with one, and bac
 
 if part share || part nccl; then alone; fi
 
+# In bf16, beside one rank that adds up in float: 2436 tokens are several micro-steps, then gradients are rounded before
+# they leave; with one micro-step products of mLSTM blocks write them so.
+TEXT=(--train text.txt --batch 1 --seq-len 203 --comm-timeout 30)
+PLAIN=(--blocks "mlstm,mlstm_v1" --dim 64 --heads 2 "${TEXT[@]}")
+rounded() { # rounded N ZERO TOKENS LIMIT [EXPECTED]: passes if all gradients are within LIMIT, with EXPECTED 1: if not
+    local got=0 flags=("${TEXT[@]}" --tokens-per-step "$3" --load "$(step plain 10)")
+    [ -e "plain$3.dump" ] || must "$GPU" "${flags[@]}" --dump "plain$3.dump"
+    must ranks "$1" "$GPU" "${flags[@]}" --zero "$2" --dump got.dump
+    compare "plain$3.dump" got.dump loss=1e-5 logits=1e-5 "grad=$4" || got=1
+    cat compare.log
+    [ $got = "${5:-0}" ]
+}
+plain_run() { # plain_run OUT N ZERO TOKENS
+    must ranks "$2" "$GPU" "${PLAIN[@]}" --tokens-per-step "$4" --steps 20 --warmup 3 --lr 3e-3 --save-every 20 \
+        --zero "$3" --out "$1"
+}
+refused() { # refused WORDS COMMAND...: exit code 2 and one line that has these words
+    local code=0 words=$1
+    shift
+    "$@" >refused.log 2>&1 || code=$?
+    cat refused.log
+    [ $code = 2 ] && [ "$(grep -c '^error: ' refused.log)" = 1 ] && grep -q -- "$words" refused.log
+}
+rounded_gradients() { # of two ranks, however they exchange
+    check "2 ranks, several micro-steps: gradients in bf16" rounded 2 0 2436 4e-3
+    check "2 ranks, one micro-step: gradients in bf16" rounded 2 1 406 4e-3
+    check "they are rounded" rounded 2 0 406 1e-5 1
+    XLSTM_REDUCE=fp32 check "2 ranks, XLSTM_REDUCE=fp32" rounded 2 0 2436 1e-5
+    plain_run plain_0 2 0 406
+    plain_run plain_1 2 1 406
+    losses plain_0 >got.txt
+    check "2 ranks, gradients in bf16: the loss curve of one" curves 2e-2 plain.txt got.txt
+    check "2 ranks, gradients in bf16: the norms of one" curves 1e-2 <(norms plain) <(norms plain_0)
+    check "gradients in bf16: --zero 0 and 1 give the same bytes" diff -r "$(step plain_0 20)" "$(step plain_1 20)"
+}
+if part rounded; then
+    must "$GPU" "${PLAIN[@]}" --tokens-per-step 406 --steps 20 --warmup 3 --lr 3e-3 --save-every 10 --out plain
+    losses plain >plain.txt
+fi
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks that share one GPU
 
@@ -136,12 +177,41 @@ if part share; then
     unset XLSTM_SHARE_GPU
 fi
 
+if part rounded; then
+    export XLSTM_SHARE_GPU=1
+    rounded_gradients
+    check "3 ranks, one micro-step: gradients in bf16" rounded 3 1 609 4e-3
+    plain_run plain_3 3 0 609
+    export XLSTM_COPIES=1 XLSTM_BUCKET=8192 # elements, so that there are 15 buckets
+    check "2 ranks, many buckets: gradients in bf16" rounded 2 1 2436 4e-3
+    check "3 ranks, one micro-step, copies: gradients in bf16" rounded 3 0 609 4e-3
+    XLSTM_REDUCE=fp32 check "2 ranks, many buckets, XLSTM_REDUCE=fp32" rounded 2 0 406 1e-5
+    plain_run plain_c 2 0 406
+    check "the norms of one, many buckets" curves 1e-2 <(norms plain) <(norms plain_c)
+    check "gradients in bf16: copies and host memory give the same bytes" \
+        diff -r "$(step plain_0 20)" "$(step plain_c 20)"
+    plain_run plain_c3 3 1 609
+    check "3 ranks: copies with --zero 1 and host memory with --zero 0 give the same bytes" \
+        diff -r "$(step plain_3 20)" "$(step plain_c3 20)"
+    unset XLSTM_COPIES XLSTM_BUCKET XLSTM_SHARE_GPU
+    XLSTM_REDUCE=int8 check "XLSTM_REDUCE=int8 is refused" refused "fp32 or bf16" "$GPU" "${PLAIN[@]}" --steps 1 \
+        --out refused
+    XLSTM_REDUCE=bf16 check "XLSTM_REDUCE=bf16 with --precision fp32 is refused" refused "--precision fp32" "$GPU" \
+        "${PLAIN[@]}" --steps 1 --precision fp32 --out refused
+    rm -rf plain_?*
+fi
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A GPU a rank
 
 if [ "$GPUS" -lt 2 ]; then
     PARTS=
     echo "one GPU: nothing over NCCL is tested"
+fi
+if part rounded && [ "$GPUS" -ge 2 ]; then
+    rounded_gradients
+    XLSTM_COPIES=0 XLSTM_BUCKET=8192 plain_run plain_n 2 0 406
+    check "gradients in bf16: NCCL and copies give the same bytes" diff -r "$(step plain_0 20)" "$(step plain_n 20)"
 fi
 if part nccl; then
     for layout in "2 1 0" "2 1 1" "2 2 0" "2 2 1"; do
