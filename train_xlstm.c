@@ -1,6 +1,7 @@
 // train_xlstm.c: the CPU reference trainer. Every layer of the model, forward and backward, in one file that is meant
-// to be read: plain C11, fp32, OpenMP where it pays, no intrinsics. It is also the oracle that the CUDA code is
-// checked against. Files, flags, logging and the training loop live in xlstmc/ and are shared with train_xlstm.cu.
+// to be read: plain C11, fp32, OpenMP where it pays, no intrinsics but for a matrix unit (xlstmc/matmul_amx.h). It is
+// also the oracle that the CUDA code is checked against. Files, flags, logging and the training loop live in xlstmc/ and
+// are shared with train_xlstm.cu.
 //
 //   build:  make train_xlstm             (OpenMP and OpenBLAS are used where they are found)
 //   run:    ./train_xlstm --train text.txt --val other.txt --out out/run       (./train_xlstm --help teaches the rest)
@@ -402,7 +403,7 @@ static void strassen_rows(int m, int n, int k, const real *a, size_t a_row, size
 
 #if defined(__AMX_BF16__) && defined(__linux__) && !defined(REAL_DOUBLE) && !defined(USE_OPENBLAS)
 #define USE_AMX
-#include "xlstmc/matmul_amx.h"  // pack_parts, amx_rows: the same on a matrix unit, from three bf16 parts of a float
+#include "xlstmc/matmul_amx.h"  // amx_usable, pack_parts, amx_rows: products on a matrix unit, to a float's rounding
 static int amx_min = 64;        // all of M, N and K
 #endif
 
@@ -442,13 +443,13 @@ static void gemm_serial(int M, int N, int K, const real *a, size_t a_row, size_t
 // The product on all threads.
 static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row,
                  size_t b_col, real *c, size_t ldc, int accumulate) {
-    int threads = 1, smallest = imin(M, imin(N, K));
+    int threads = 1;
     enum { DIRECTLY, BY_SUMS, BY_PARTS } way = DIRECTLY;
 #ifndef USE_OPENBLAS
-    if (smallest >= strassen_min) way = BY_SUMS;
+    if (imin(M, imin(N, K)) >= strassen_min) way = BY_SUMS;
 #endif
 #ifdef USE_AMX
-    if (smallest >= amx_min && amx_usable()) way = BY_PARTS;
+    if (imin(M, imin(N, K)) >= amx_min && amx_usable()) way = BY_PARTS;
 #endif
 #ifdef _OPENMP
     if ((double)M * N * K > 20000) threads = omp_get_max_threads();

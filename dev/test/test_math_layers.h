@@ -212,6 +212,14 @@ static void test_amx(void) {
     }
     check(worst, 1.3e-7, "AMX: 1000 products of two numbers, to rounding");
     check(!isnan(amx_relative_error(NAN, 1)), 0.5, "AMX: NaN stays NaN");
+    static real nan[64 * 64], c[64 * 64];  // what a product of NaN leaves on the stack must not come into the next one
+    GemmCase few = {64, 64, 20, 0, 0, 0, 0};
+    int usual = amx_min;
+    amx_min = 1;
+    for (int k = 0; k < 64 * 64; k++) nan[k] = NAN;
+    gemm(64, 64, 64, nan, 64, 1, nan, 64, 1, c, 64, 0);
+    check(gemm_error(&few, 1), 2e-6, "AMX: 64 x 64 x 20 after a product of NaN");
+    amx_min = usual;
 }
 #endif
 #endif
