@@ -404,7 +404,7 @@ static void strassen_rows(int m, int n, int k, const real *a, size_t a_row, size
 #if defined(__AMX_BF16__) && defined(__linux__) && !defined(REAL_DOUBLE) && !defined(USE_OPENBLAS)
 #define USE_AMX
 #include "xlstmc/matmul_amx.h"  // amx_usable, pack_parts, amx_rows: products on a matrix unit, to a float's rounding
-static int amx_min = 64;        // all of M, N and K
+static int amx_min = 256;       // all of M, N and K: below it gains nothing
 #endif
 
 // Length of the blocks that K is cut into. They are about equal: a short last one would cost a whole pass over C.

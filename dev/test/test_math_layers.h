@@ -205,6 +205,8 @@ static void test_amx(void) {
     if (!amx_usable()) return;
     test_way("AMX", &amx_min);
     double worst = 0;
+    int usual = amx_min;
+    amx_min = 1;
     for (int k = 0; k < 1000; k++) {
         double range = exp(20 * rng_normal(3, RNG_TEST, 1, k) / 3);
         worst = fmax(worst, amx_relative_error((float)(range * rng_normal(1, RNG_TEST, 1, k)),
@@ -214,8 +216,6 @@ static void test_amx(void) {
     check(!isnan(amx_relative_error(NAN, 1)), 0.5, "AMX: NaN stays NaN");
     static real nan[64 * 64], c[64 * 64];  // what a product of NaN leaves on the stack must not come into the next one
     GemmCase few = {64, 64, 20, 0, 0, 0, 0};
-    int usual = amx_min;
-    amx_min = 1;
     for (int k = 0; k < 64 * 64; k++) nan[k] = NAN;
     gemm(64, 64, 64, nan, 64, 1, nan, 64, 1, c, 64, 0);
     check(gemm_error(&few, 1), 2e-6, "AMX: 64 x 64 x 20 after a product of NaN");
