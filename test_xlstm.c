@@ -324,6 +324,9 @@ static const Test tests[] = {
 #ifndef USE_OPENBLAS
     {"strassen", test_strassen},
 #endif
+#ifdef USE_AMX
+    {"amx", test_amx},
+#endif
     {"elementary", test_elementary},
     {"layers", test_layers},
     {"mlstm_forms", test_mlstm_forms},

@@ -1,6 +1,7 @@
 // train_xlstm.c: the CPU reference trainer. Every layer of the model, forward and backward, in one file that is meant
-// to be read: plain C11, fp32, OpenMP where it pays, no intrinsics. It is also the oracle that the CUDA code is
-// checked against. Files, flags, logging and the training loop live in xlstmc/ and are shared with train_xlstm.cu.
+// to be read: plain C11, fp32, OpenMP where it pays, no intrinsics but for a matrix unit (xlstmc/matmul_amx.h). It is
+// also the oracle that the CUDA code is checked against. Files, flags, logging and the training loop live in xlstmc/ and
+// are shared with train_xlstm.cu.
 //
 //   build:  make train_xlstm             (OpenMP and OpenBLAS are used where they are found)
 //   run:    ./train_xlstm --train text.txt --val other.txt --out out/run       (./train_xlstm --help teaches the rest)
@@ -400,6 +401,12 @@ static void strassen_rows(int m, int n, int k, const real *a, size_t a_row, size
 }
 #endif
 
+#if defined(__AMX_BF16__) && defined(__linux__) && !defined(REAL_DOUBLE) && !defined(USE_OPENBLAS)
+#define USE_AMX
+#include "xlstmc/matmul_amx.h"  // amx_usable, pack_parts, amx_rows: products on a matrix unit, to a float's rounding
+static int amx_min = 256;       // all of M, N and K: below it gains nothing
+#endif
+
 // Length of the blocks that K is cut into. They are about equal: a short last one would cost a whole pass over C.
 static int block_length(int K, int max_length) {
     int blocks = (K + max_length - 1) / max_length;
@@ -436,14 +443,18 @@ static void gemm_serial(int M, int N, int K, const real *a, size_t a_row, size_t
 // The product on all threads.
 static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row,
                  size_t b_col, real *c, size_t ldc, int accumulate) {
-    int threads = 1, by_sums = 0;
+    int threads = 1;
+    enum { DIRECTLY, BY_SUMS, BY_PARTS } way = DIRECTLY;
 #ifndef USE_OPENBLAS
-    by_sums = imin(M, imin(N, K)) >= strassen_min;
+    if (imin(M, imin(N, K)) >= strassen_min) way = BY_SUMS;
+#endif
+#ifdef USE_AMX
+    if (imin(M, imin(N, K)) >= amx_min && amx_usable()) way = BY_PARTS;
 #endif
 #ifdef _OPENMP
     if ((double)M * N * K > 20000) threads = omp_get_max_threads();
 #endif
-    if (threads == 1 && !by_sums) {
+    if (threads == 1 && way == DIRECTLY) {
         gemm_serial(M, N, K, a, a_row, a_col, b, b_row, b_col, c, ldc, accumulate);
         return;
     }
@@ -463,9 +474,12 @@ static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col,
 #else  // The threads take rows of C, one block of B after the other. Who finds no rows left packs panels of the next
        // block into a second buffer, so that the threads wait for each other only once a block.
     static real *b_panels[2];
-    int mr = by_sums ? 2 * MR : MR, nr = by_sums ? 2 * NR : NR;
+    int mr = way == BY_SUMS ? 2 * MR : MR, nr = way == BY_SUMS ? 2 * NR : NR, kc = way == BY_SUMS ? SUMS_KC : KC;
+#ifdef USE_AMX
+    if (way == BY_PARTS) mr = AMX_MN, nr = AMX_NR, kc = AMX_KC;
+#endif
     int rows = mr * imax(1, imin(MC / MR, M / (5 * MR * threads)));
-    int length = block_length(K, by_sums ? SUMS_KC : KC), k_blocks = (K + length - 1) / length;
+    int length = block_length(K, kc), k_blocks = (K + length - 1) / length;
     int blocks = (N + NC - 1) / NC * k_blocks;
     for (int i = 0; i < 2; i++)
         if (!b_panels[i]) b_panels[i] = (real *)xcalloc((size_t)SUMS_KC / 2 * (NC / 2) * 7, sizeof(real));
@@ -480,7 +494,14 @@ static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col,
                 const real *a_rows = a + m0 * a_row + k0 * a_col;
                 real *c_rows = c + m0 * ldc + n0;
                 int m = imin(rows, M - m0), add = accumulate || k0 > 0;
-                if (by_sums) strassen_rows(m, n, k, a_rows, a_row, a_col, panels, c_rows, ldc, add);
+#ifdef USE_AMX
+                if (way == BY_PARTS) {
+                    amx_rows(m, n, k, a_rows, a_row, a_col, (uint32_t *)panels_of_a(), (const uint32_t *)panels, c_rows,
+                             ldc, add);
+                    continue;
+                }
+#endif
+                if (way == BY_SUMS) strassen_rows(m, n, k, a_rows, a_row, a_col, panels, c_rows, ldc, add);
                 else gemm_rows(m, n, k, a_rows, a_row, a_col, panels, NR, k, c_rows, ldc, add);
             }
         }
@@ -490,11 +511,21 @@ static void gemm(int M, int N, int K, const real *a, size_t a_row, size_t a_col,
             const real *block = b + k0 * b_row + n0 * b_col;
             real *panels = b_panels[packed % 2];
 #pragma omp for schedule(dynamic)
-            for (int j = 0; j < n; j += nr)
-                if (by_sums)
-                    pack_sums(panels + (size_t)(j / nr) * 7 * half_length(k) * NR, block + j * b_col, b_col, b_row,
-                              imin(nr, n - j), k, NR, 1);
-                else pack_panels(panels + (size_t)j * k, block + j * b_col, b_col, b_row, imin(nr, n - j), k, NR);
+            for (int j = 0; j < n; j += nr) {
+                const real *columns = block + j * b_col;
+                int count = imin(nr, n - j);
+#ifdef USE_AMX
+                if (way == BY_PARTS) {
+                    pack_parts((uint32_t *)panels + (size_t)(j / AMX_MN) * ((k + AMX_K - 1) / AMX_K) * AMX_WORDS,
+                               columns, b_col, b_row, count, k, 1);
+                    continue;
+                }
+#endif
+                if (way == BY_SUMS)
+                    pack_sums(panels + (size_t)(j / nr) * 7 * half_length(k) * NR, columns, b_col, b_row, count, k, NR,
+                              1);
+                else pack_panels(panels + (size_t)j * k, columns, b_col, b_row, count, k, NR);
+            }
         }
     }
 #endif

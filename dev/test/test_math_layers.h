@@ -154,29 +154,74 @@ static int same_bits(int M, int N, int K) {
     return same;
 }
 
-static void test_strassen(void) {
+// A way of the product that is taken from the size *min on
+static void test_way(const char *name, int *min) {
     static const int sizes[] = {1, 2, 11, 12, 13, 24, 31, 33, 64, 130}, inner[] = {1, 2, 3, 7, 8, 9, 31, 32, 33, 257};
     static const int levels[] = {10, 10, 10, 2, 2, 2, 2};
     double tolerance = IS_DOUBLE ? 1e-13 : 2e-6, worst = 0;
-    int usual = strassen_min;
-    strassen_min = 1;
+    int usual = *min;
+    *min = 1;
     Grid grid = pair_grid(7, levels);
     for (int k = 0; k < grid.count; k++) {
         const int *o = grid.level[k];
         GemmCase g = {sizes[o[0]], sizes[o[1]], inner[o[2]], o[3], o[4], o[5], o[6] ? 5 : 0};
         worst = fmax(worst, gemm_error(&g, 1));
     }
-    check(worst, tolerance, "Strassen, %d combinations of odd sizes, strides, transposes, accumulate", grid.count);
-    strassen_min = usual;
+    check(worst, tolerance, "%s, %d combinations of odd sizes, strides, transposes, accumulate", name, grid.count);
+    *min = usual;
     GemmCase big[] = {{usual, usual, usual, 0, 1, 0, 0},   // as forward, from the first size on
                       {521, 577, 721, 0, 0, 0, 3},         // as the gradient of the inputs; two blocks of K
                       {usual, 513, 713, 1, 0, 1, 0},       // as the gradient of the weights
                       {usual - 1, 513, 522, 1, 0, 1, 0},   // one row too few
                       {513, 2118, usual, 1, 1, 1, 1}};     // two blocks of N
     for (int k = 0; k < 5; k++)
-        check(gemm_error(&big[k], 1), tolerance, "Strassen %d x %d x %d", big[k].M, big[k].N, big[k].K);
-    check(!same_bits(600, 530, 1500), 0.5, "Strassen: the same bits on 1 to 5 threads");
+        check(gemm_error(&big[k], 1), tolerance, "%s %d x %d x %d", name, big[k].M, big[k].N, big[k].K);
+    check(!same_bits(600, 530, 1500), 0.5, "%s: the same bits on 1 to 5 threads", name);
 }
+
+static void test_strassen(void) {
+#ifdef USE_AMX
+    int usual = amx_min;
+    amx_min = 1 << 30;  // never
+#endif
+    test_way("Strassen", &strassen_min);
+#ifdef USE_AMX
+    amx_min = usual;
+#endif
+}
+
+#ifdef USE_AMX
+// c = a b for one number each, in the corner of zeros: what is lost of the product, relative to it
+static double amx_relative_error(float a, float b) {
+    enum { N = 64 };
+    static float A[N * N], B[N * N], C[N * N];
+    A[0] = a;
+    B[0] = b;
+    gemm(N, N, N, A, N, 1, B, N, 1, C, N, 0);
+    return fabs(C[0] - (double)a * b) / fabs((double)a * b);
+}
+
+static void test_amx(void) {
+    if (!amx_usable()) return;
+    test_way("AMX", &amx_min);
+    double worst = 0;
+    int usual = amx_min;
+    amx_min = 1;
+    for (int k = 0; k < 1000; k++) {
+        double range = exp(20 * rng_normal(3, RNG_TEST, 1, k) / 3);
+        worst = fmax(worst, amx_relative_error((float)(range * rng_normal(1, RNG_TEST, 1, k)),
+                                               (float)(rng_normal(2, RNG_TEST, 1, k) / range)));
+    }
+    check(worst, 1.3e-7, "AMX: 1000 products of two numbers, to rounding");
+    check(!isnan(amx_relative_error(NAN, 1)), 0.5, "AMX: NaN stays NaN");
+    static real nan[64 * 64], c[64 * 64];  // what a product of NaN leaves on the stack must not come into the next one
+    GemmCase few = {64, 64, 20, 0, 0, 0, 0};
+    for (int k = 0; k < 64 * 64; k++) nan[k] = NAN;
+    gemm(64, 64, 64, nan, 64, 1, nan, 64, 1, c, 64, 0);
+    check(gemm_error(&few, 1), 2e-6, "AMX: 64 x 64 x 20 after a product of NaN");
+    amx_min = usual;
+}
+#endif
 #endif
 
 // ----------------------------------------------------------------------------------------------------------------
