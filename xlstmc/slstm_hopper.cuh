@@ -141,8 +141,9 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 // How a cluster divides its work
 
 // A chunk is 8 units of a sequence in bf16, 16 bytes: what a warp hands over for one of them, and a row of an 8 x 8
-// matrix. Right operands lie in rows of chunks, a row a sequence. A chunk lies at its number with some bits flipped by
-// its row, so that neither the 8 rows of a chunk nor 4 chunks of two neighbouring rows share banks.
+// matrix. Forward, right operands lie chunk by chunk (y_at). Backward they lie in rows of chunks, a row a sequence: a
+// chunk lies at its number with some bits flipped by its row, so that neither the 8 rows of a chunk nor 4 chunks of two
+// neighbouring rows share banks.
 __device__ __forceinline__ int chunk_flip(int row) { return (row & 1) * 4 + (row >> 1 & 3); }
 
 template <int Ctas, int Warps, int Tiles, int Sequences = 8>
@@ -214,8 +215,8 @@ struct SlstmCluster {
         return SPLIT ? (SPLIT_SHARED * k + QUARTER_STEPS - 1) / QUARTER_STEPS : 0;
     }
     static constexpr int RING = CTAS > 8 ? 4 : 8;                    // tokens on their way
-    // Outputs lie by chunks, the sequences of a chunk side by side: what a warp sends to a peer is one piece. They
-    // change places so that what 8 lanes load shares no banks: 4 chunks of two sequences, or of one.
+    // Outputs lie by chunks, the sequences of a chunk side by side: what a warp sends to a peer is one piece of 64 or
+    // 128 bytes. They change places so that what 8 lanes load shares no banks: 4 chunks of two sequences, or of one.
     static constexpr int CHUNK_BYTES = 16 * SEQUENCES, GROUP_BYTES = 4 * CHUNK_BYTES;
     static __device__ int y_at(int chunk, int sequence) {
         return chunk * CHUNK_BYTES + ((sequence ^ (SEQUENCES == 8 ? chunk % 4 * 2 : chunk / 2 % 2)) << 4);
