@@ -141,8 +141,9 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 // How a cluster divides its work
 
 // A chunk is 8 units of a sequence in bf16, 16 bytes: what a warp hands over for one of them, and a row of an 8 x 8
-// matrix. Right operands lie in rows of chunks, a row a sequence. A chunk lies at its number with some bits flipped by
-// its row, so that neither the 8 rows of a chunk nor 4 chunks of two neighbouring rows share banks.
+// matrix. Forward, right operands lie chunk by chunk (y_at). Backward they lie in rows of chunks, a row a sequence: a
+// chunk lies at its number with some bits flipped by its row, so that neither the 8 rows of a chunk nor 4 chunks of two
+// neighbouring rows share banks.
 __device__ __forceinline__ int chunk_flip(int row) { return (row & 1) * 4 + (row >> 1 & 3); }
 
 template <int Ctas, int Warps, int Tiles, int Sequences = 8>
@@ -214,7 +215,13 @@ struct SlstmCluster {
         return SPLIT ? (SPLIT_SHARED * k + QUARTER_STEPS - 1) / QUARTER_STEPS : 0;
     }
     static constexpr int RING = CTAS > 8 ? 4 : 8;                    // tokens on their way
-    static constexpr int Y_PITCH = (CHUNKS + 7) / 8 * 128, Y_TILE = 8 * Y_PITCH, Y_SLOT = TILES * Y_TILE;
+    // Outputs lie by chunks, the sequences of a chunk side by side: what a warp sends to a peer is one piece of 64 or
+    // 128 bytes. They change places so that what 8 lanes load shares no banks: 4 chunks of two sequences, or of one.
+    static constexpr int CHUNK_BYTES = 16 * SEQUENCES, GROUP_BYTES = 4 * CHUNK_BYTES;
+    static __device__ int y_at(int chunk, int sequence) {
+        return chunk * CHUNK_BYTES + ((sequence ^ (SEQUENCES == 8 ? chunk % 4 * 2 : chunk / 2 % 2)) << 4);
+    }
+    static constexpr int Y_TILE = (CHUNKS + 7) / 8 * 8 * CHUNK_BYTES, Y_SLOT = TILES * Y_TILE;
     static constexpr int X_BYTES = 512, DOC_BYTES = 2048;  // of a token; doc_start of 8 sequences, two times 32 tokens
     static constexpr int PRODUCT_BYTES = DIVIDED ? 1024 : SPLIT ? 4 * CELLS * 512 : 0;
     static constexpr int AT_Y = 256, AT_X = AT_Y + 2 * Y_SLOT, AT_DOC = AT_X + TILES * WARPS * RING * X_BYTES;
@@ -384,14 +391,13 @@ __device__ __forceinline__ void slstm_forward_start(const SlstmJob<bf16> &job, c
     __syncthreads();
     for (int k = threadIdx.x; k < Tile::ROWS * Tile::CHUNKS * 8; k += Tile::THREADS) {
         int sequence = k / (Tile::CHUNKS * 8), chunk = k / 8 % Tile::CHUNKS, b = first + sequence;
-        int row = sequence * Tile::APART;
         int unit = Tile::unit_of_chunk(chunk, p.rank) + k % 8;
         if (b >= job.shape.B || unit >= d) continue;
         size_t at = (size_t)p.head * d + unit;
         bool fresh = job.doc_start[(size_t)b * T] == 0;
         bf16 y = from_float<bf16>(fresh ? 0.0f : load_cell(job.initial, b, at).y);
-        unsigned char *to = shared + Tile::AT_Y + row / 8 * Tile::Y_TILE + row % 8 * Tile::Y_PITCH;
-        ((bf16 *)(to + ((chunk ^ chunk_flip(row % 8)) << 4)))[k % 8] = y;
+        unsigned char *to = shared + Tile::AT_Y + sequence / Tile::SEQUENCES * Tile::Y_TILE;
+        ((bf16 *)(to + Tile::y_at(chunk, sequence % Tile::SEQUENCES)))[k % 8] = y;
         if (chunk < Tile::WARPS) job.saved.y_prev[(size_t)b * T * NH * d + at] = y;
     }
 }
@@ -402,7 +408,7 @@ struct SlstmForward {  // what a thread keeps through all steps. e: one of its t
     SlstmPlace p;
     unsigned bars;                // barriers
     unsigned slots, products;     // the warp's R; sums that other warps have made for this one, of tile 0
-    unsigned y_even, y_odd;       // right operands of even and odd groups, of tile 0; split: the first, of its groups
+    unsigned right;               // right operand of the first of its groups, of tile 0
     uint4 held[Tile::SPLIT ? Tile::SPLIT_HELD : 2 * Tile::HELD];  // R
     // of a warp that has units
     unsigned ring, docs, row, own;                // the warp's pre-activations, doc_start, chunks to write and to send
@@ -421,9 +427,7 @@ struct SlstmForward {  // what a thread keeps through all steps. e: one of its t
 template <typename Tile>
 __device__ __forceinline__ void slstm_forward_load_weights(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
     const SlstmPlace &p = f.p;
-    const unsigned flip = chunk_flip(p.g);
-    f.y_even = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + ((p.q ^ flip) << 4);
-    f.y_odd = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + (((4 + p.q) ^ flip) << 4);
+    f.right = f.bars + Tile::AT_Y + Tile::y_at(p.q, p.g / Tile::APART);
     f.slots = f.bars + Tile::AT_R + p.warp * Tile::IN_SHARED * 1024 + p.lane * 16;
 #pragma unroll
     for (int k = 0; k < Tile::HELD; k++)
@@ -441,7 +445,7 @@ __device__ __forceinline__ void slstm_split_load_weights(SlstmForward<Tile> &f, 
                                                          int turn) {
     constexpr int HALF = Tile::HALF, M = Tile::SAME_OPERAND;
     const SlstmPlace &p = f.p;
-    f.y_even = f.bars + Tile::AT_Y + p.g * Tile::Y_PITCH + (((4 * turn + p.q) ^ chunk_flip(p.g)) << 4);
+    f.right = f.bars + Tile::AT_Y + Tile::y_at(p.q, p.g / Tile::APART) + turn * Tile::GROUP_BYTES;
     f.slots = f.bars + Tile::AT_R + (4 * half + turn) * Tile::SPLIT_SHARED * 512 + p.lane * 16;
     f.products = f.bars + Tile::AT_PRODUCTS + (turn * Tile::WARPS + half * HALF) * Tile::CELLS * 512 + p.lane * 16;
     auto weights = [&](int k, int i) {
@@ -467,19 +471,19 @@ template <typename Tile>
 __device__ __forceinline__ void slstm_forward_addresses(SlstmForward<Tile> &f, const SlstmJob<bf16> &job) {
     const SlstmPlace &p = f.p;
     constexpr int SEQUENCES = Tile::SEQUENCES, APART = Tile::APART;
-    const int sequence = p.lane % SEQUENCES, row = sequence * APART, turn = p.lane / SEQUENCES;
+    const int sequence = p.lane % SEQUENCES, turn = p.lane / SEQUENCES;
     const int T = job.shape.T, d = job.shape.d, ring_row = p.lane % 8, warp = p.tile * Tile::WARPS + p.warp;
     const size_t D = (size_t)job.shape.NH * d, head = (size_t)p.head * d + p.first;
-    const unsigned tile_y = f.bars + Tile::AT_Y + p.tile * Tile::Y_TILE, row_y = tile_y + row * Tile::Y_PITCH;
+    const unsigned tile_y = f.bars + Tile::AT_Y + p.tile * Tile::Y_TILE;
     f.ring = f.bars + Tile::AT_X + warp * Tile::RING * Tile::X_BYTES + p.lane * 16;
     f.docs = f.bars + Tile::AT_DOC + warp * Tile::DOC_BYTES;
-    f.row = tile_y + ring_row * Tile::Y_PITCH + ((p.warp ^ chunk_flip(ring_row)) << 4);
-    f.own = row_y + ((p.warp ^ chunk_flip(row)) << 4);
+    f.row = tile_y + Tile::y_at(p.warp, ring_row / APART);
+    f.own = tile_y + Tile::y_at(p.warp, sequence);
 #pragma unroll
     for (int k = 0; k < Tile::SENDS; k++) {
         int slice = 1 + turn + Tile::TURNS * k, peer = (p.rank + slice) % Tile::CTAS;
         if (slice >= Tile::CTAS) slice = 1;  // not sent
-        f.peer_chunk[k] = peer_address(row_y + ((Tile::chunk(slice, p.warp) ^ chunk_flip(row)) << 4), peer);
+        f.peer_chunk[k] = peer_address(tile_y + Tile::y_at(Tile::chunk(slice, p.warp), sequence), peer);
         f.peer_bar[k] = peer_address(f.bars + Tile::y_barrier(0, p.tile, Tile::part(slice, p.warp)), peer);
     }
     f.own_valid = p.b0 + sequence < job.shape.B && p.first < d;
@@ -536,8 +540,7 @@ __device__ __forceinline__ void slstm_multiply(const SlstmForward<Tile> &f, int 
         for (int part = 0; part < Tile::PARTS; part++)  // of which the first chunk lies in this group
             if (Tile::part_begin(part) / 4 == group)
                 barrier_wait(f.bars + Tile::y_barrier(t & 1, tile, part), t >> 1 & 1);
-        return shared_load_vector((group % 2 ? f.y_odd : f.y_even) + (t & 1) * Tile::Y_SLOT + tile * Tile::Y_TILE +
-                                  group / 2 * 128);
+        return shared_load_vector(f.right + (t & 1) * Tile::Y_SLOT + tile * Tile::Y_TILE + group * Tile::GROUP_BYTES);
     };
     auto multiply = [&](int group, int m, const uint4 &v) {
 #pragma unroll
@@ -572,7 +575,7 @@ __device__ __forceinline__ float add_chains(const float (&sum)[CHAINS][4], int a
 template <typename Tile>
 __device__ __forceinline__ void slstm_multiply_quarter(const SlstmForward<Tile> &f, int t) {
     constexpr int M = Tile::SAME_OPERAND, EARLY = 2;  // steps whose R is loaded before the wait
-    const unsigned y = f.y_even + (t & 1) * Tile::Y_SLOT;
+    const unsigned y = f.right + (t & 1) * Tile::Y_SLOT;
     float sum[M][4] = {};
     uint4 early[Tile::shared_before(EARLY) > 0 ? Tile::shared_before(EARLY) : 1];
 #pragma unroll
@@ -583,7 +586,7 @@ __device__ __forceinline__ void slstm_multiply_quarter(const SlstmForward<Tile> 
         for (int part = 0; part < Tile::PARTS; part++)  // that begins in these groups of all quarters
             if (Tile::part_begin(part) / 16 == group)
                 barrier_wait(f.bars + Tile::y_barrier(t & 1, 0, part), t >> 1 & 1);
-        const uint4 v = shared_load_vector(y + group * 256);
+        const uint4 v = shared_load_vector(y + group * 4 * Tile::GROUP_BYTES);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int k = 2 * group + h, first = Tile::shared_before(k), shared = Tile::shared_before(k + 1) - first;
@@ -706,7 +709,7 @@ __device__ __forceinline__ void slstm_hand_over(SlstmForward<Tile> &f, const Sls
     const unsigned to = (slot ^ 1) * Tile::Y_SLOT;
     unsigned row = f.row + to, own = f.own + to;
     asm volatile("" : "+r"(row), "+r"(own));
-    unsigned packed = pack_two(f.y[0], f.y[Tile::CELLS - 1]);  // without a second one, the row between stays unused
+    unsigned packed = pack_two(f.y[0], f.y[Tile::CELLS - 1]);  // without a second one, both rows are the same place
     if (f.fresh) {
         int first = Tile::CELLS * p.q;
         asm volatile("" : "+r"(first));  // what only this needs is made here, not kept
@@ -717,7 +720,7 @@ __device__ __forceinline__ void slstm_hand_over(SlstmForward<Tile> &f, const Sls
             if (b < job.shape.B && p.unit < d)
                 job.y[((size_t)b * T + t) * D + (size_t)p.head * d + p.unit] = from_float<bf16>(f.y[e]);
             f.state[e] = slstm_empty_state();
-            packed &= e ? 0x0000ffffu : 0xffff0000u;
+            packed &= Tile::CELLS == 1 ? 0 : e ? 0x0000ffffu : 0xffff0000u;
         }
     }
     matrix_store_transposed(row, packed);
@@ -774,7 +777,7 @@ __device__ __forceinline__ void slstm_forward_units(SlstmForward<Tile> &f, const
     ldmatrix_trans(f.x_now, slstm_ring_slot(f, 0));
     slstm_look_ahead(f, job, 0);
     // To be kept, not made again in each step
-    asm volatile("" : "+r"(f.bars), "+r"(f.own), "+r"(f.y_even), "+r"(f.y_odd), "+r"(f.ring));
+    asm volatile("" : "+r"(f.bars), "+r"(f.own), "+r"(f.right), "+r"(f.ring));
     cluster_barrier();  // the barriers and y of all blocks are set up, and all have read the initial states
     if (Tile::DIVIDED && f.p.b0 >= job.shape.B) return;  // a tile without sequences
 
