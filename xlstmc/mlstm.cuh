@@ -25,6 +25,7 @@
 #include <initializer_list>
 
 #include "mlstm_gates.cuh"
+#include "mlstm_narrow.cuh"
 #include "mlstm_scan.cuh"
 #include "mlstm_segments.cuh"
 #include "mma.cuh"
@@ -904,7 +905,7 @@ static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved
     if (s->chunk == SCAN_CHUNK) {
         if (!backward) return;
         saved->scan.snapshots = take<uint32_t>(a, scan_snapshot_words(s));
-        saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * (mlstm_chunks(s) / SCAN_BORDER) * s->dk);
+        saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * scan_snapshots(s) * s->dk);
         return;
     }
     saved->C = take<F>(a, mlstm_states_elements(s));
@@ -1096,8 +1097,12 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
     if (segment) mlstm_tail(&s, scratch->tail, final, dfinal, stream);
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
-            mlstm_scan_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
-                                mlstm_scan_scratch(scratch), stream);
+            if (scan_narrow(&s))
+                mlstm_narrow_backward(s, in, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
+                                      mlstm_scan_scratch(scratch), stream);
+            else
+                mlstm_scan_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved->gates,
+                                    saved->scan, mlstm_scan_scratch(scratch), stream);
             scanned = true;
         }
     if (!scanned)
