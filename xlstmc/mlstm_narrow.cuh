@@ -41,18 +41,19 @@ enum {
     NARROW_AT_C = 6 * PANEL_BYTES,
     NARROW_STAGE = 8 * PANEL_BYTES,
     NARROW_AT_DC = NARROW_STAGES * NARROW_STAGE,      // [2][64, 128]
-    NARROW_AT_DS = NARROW_AT_DC + 4 * PANEL_BYTES,    // [2] dS^T
-    NARROW_AT_OUT_V = NARROW_AT_DS + 2 * PANEL_BYTES,  // results on their way
+    NARROW_AT_DS = NARROW_AT_DC + 4 * PANEL_BYTES,  // [2] dS^T, and then dq on its way to memory
+    NARROW_AT_OUT_V = NARROW_AT_DS + 2 * PANEL_BYTES,  // dv on its way
     NARROW_AT_OUT_K = NARROW_AT_OUT_V + 2 * PANEL_BYTES,
-    NARROW_AT_OUT_Q = NARROW_AT_OUT_K + PANEL_BYTES,
-    NARROW_AT_WEIGHTS = NARROW_AT_OUT_Q + PANEL_BYTES,  // [2] of the chunk's queries in dn, see scan_at_weights
+    NARROW_AT_H = NARROW_AT_OUT_K + PANEL_BYTES,
+    NARROW_AT_WEIGHTS = NARROW_AT_H + 2 * PANEL_BYTES,  // [2] of the chunk's queries in dn, see scan_at_weights
     NARROW_AT_SHARED = NARROW_AT_WEIGHTS + 2 * 1024,
 };
 
 struct NarrowArgs {
-    CUtensorMap q, k, v, dh, dq, dk, dv;
+    CUtensorMap q, k, v, dh, h, dq, dk, dv;
     MlstmShape s;
     MlstmGates gates;
+    bool has_h;                 // ds from h; else, with the exponential gate, from
     const float *inv_den, *ds;  // [B, NH, T]
     const int *doc_start;       // [B, T]
     MlstmState dfinal;          // gradient of the states that leave; C == NULL: zeros
@@ -64,11 +65,12 @@ struct NarrowArgs {
 };
 
 struct alignas(16) NarrowShared {
-    ScanRows rows[NARROW_STAGES];  // factor: of the queries, scale: of the keys; add and border: as for dQ
+    // factor: of the queries, scale: of the keys; add and border: as for dQ, both once ds_full says so
+    ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
     uint64_t qk_full[NARROW_STAGES], v_full[NARROW_STAGES], C_full[NARROW_STAGES], rows_full[NARROW_STAGES],
-        empty[NARROW_STAGES];  // V and dH are full together; all places of a stage are empty together
-    uint64_t dC_full[2], dC_empty[2], dS_full[2], dS_empty[2];
+        ds_full[NARROW_STAGES], empty[NARROW_STAGES];  // v: and dH; all places of a stage are empty together
+    uint64_t dC_full[2], dC_empty[2], dS_full[2], dS_empty[2], h_full, h_empty;
 };
 enum { NARROW_SHARED_BYTES = NARROW_AT_SHARED + sizeof(NarrowShared) };
 static_assert(NARROW_SHARED_BYTES <= 227 * 1024, "shared memory of a block");
@@ -103,10 +105,24 @@ __device__ __forceinline__ void narrow_copy(const NarrowArgs &p, const NarrowPla
         barrier_arrive_expect(C, 2 * PANEL_BYTES + p.s.dk * (int)sizeof(float));
         bulk_load(stage + NARROW_AT_C, p.C + state * (2 * PANEL_BYTES), 2 * PANEL_BYTES, C);
         bulk_load(shared_address(sh->n[place]), p.n + state * p.s.dk, p.s.dk * sizeof(float), C);
+        if (!p.has_h) continue;
+        const unsigned h = shared_address(&sh->h_full);
+        scan_wait_empty<1>(&sh->h_empty, it);
+        barrier_arrive_expect(h, 2 * PANEL_BYTES);
+        for (int i = 0; i < 2; i++)
+            tma_load(base + NARROW_AT_H + i * PANEL_BYTES, &p.h, h, 64 * i, at.head, t0, at.b);
     }
 }
 
-// Two warps, a lane a row; the next chunk's values are loaded while the others work
+// What depends on ds, of a row whose add = ds den is known
+__device__ __forceinline__ void narrow_put_add(unsigned char *smem, ScanRows *rows, int i, float add, int it) {
+    const unsigned words = pack_two(add, add - to_float(from_float<bf16>(add)));
+    rows->add[i] = add, rows->border[i] = rows->factor[i] * add;
+    ((uint4 *)(smem + NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024))[i] = make_uint4(words, words, words, words);
+    fence_async_proxy();
+}
+
+// Two warps, a lane a row; the next chunk's values are loaded while the others work. has_h: add is the sign only.
 __device__ __forceinline__ void narrow_scalars(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
                                                NarrowShared *sh) {
     const float log2_s = -0.5f * __log2f((float)p.s.dk);
@@ -117,25 +133,28 @@ __device__ __forceinline__ void narrow_scalars(const NarrowArgs &p, const Narrow
         ScanRows *rows = &sh->rows[it % NARROW_STAGES];
         const float decay = p.gates.decay[(size_t)at.bh * at.chunks + c];
         float2 u = {-1e30f, 0}, r = {1e30f, 0};  // beyond the end: no weight with any other token
-        float q = 0, k = 0, ds = 0, inv_den = 1;
+        float q = 0, k = 0, add = 0, inv_den = 1;
         int start = 0;
         if (t < p.s.T) {
             u = p.gates.u[gate], r = p.gates.r[gate], q = p.gates.qscale[gate], k = p.gates.kscale[gate];
-            inv_den = p.inv_den[gate], ds = p.ds[gate];
+            if (p.has_h) {
+                const float2 by = mlstm_row_factor(p.s, p.gates.sig, p.gates.floor, gate);
+                inv_den = by.x, add = by.y == 0 ? 0 : copysignf(1, by.y);
+            } else if (!p.s.sigmoid_gate) {
+                inv_den = p.inv_den[gate], add = __fdividef(p.ds[gate], inv_den);
+            }
             start = p.doc_start[(size_t)at.b * p.s.T + t];
         }
         scan_wait_empty<NARROW_STAGES>(sh->empty, it);
-        const float add = __fdividef(ds, inv_den);
         rows->u[i] = u.x + u.y;
         rows->r[i] = r.x + r.y - log2_s - __log2f(inv_den);
         rows->factor[i] = q * inv_den, rows->scale[i] = k;
-        rows->add[i] = add, rows->border[i] = q * ds;
+        rows->add[i] = add;
         rows->start[i] = max(start - c * SCAN_CHUNK, 0);
         if (i == 0) rows->decay = decay;
-        const unsigned words = pack_two(add, add - to_float(from_float<bf16>(add)));
-        ((uint4 *)(smem + NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024))[i] = make_uint4(words, words, words, words);
-        fence_async_proxy();
+        if (!p.has_h) narrow_put_add(smem, rows, i, add, it);
         scan_warp_arrive<NARROW_STAGES>(sh->rows_full, it);
+        if (!p.has_h) scan_warp_arrive<NARROW_STAGES>(sh->ds_full, it);
     }
 }
 
@@ -185,7 +204,7 @@ __device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const Nar
     if (time + 8 < p.s.T) to[8] = sum.y;
 }
 
-// x [64 tokens, 64 PANELS] leaves for memory through panels of shared memory
+// x [64 tokens, 64 PANELS] leaves for memory through panels of shared memory, which the warpgroup alone uses by now
 template <int PANELS>
 __device__ __forceinline__ void narrow_output(const NarrowPlace &at, const CUtensorMap *map,
                                               const float (&x)[32 * PANELS], unsigned panels, int c) {
@@ -209,10 +228,37 @@ __device__ __forceinline__ void narrow_pack(unsigned (&a)[4][4], const float (&w
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Values: dv
+// Values: dv, and ds where h is at hand
 
-__device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
+// <dh, h> of a warp's 16 rows, for ds
+__device__ __forceinline__ void narrow_make_ds(unsigned char *smem, unsigned dh, NarrowShared *sh, int it) {
+    const unsigned h = shared_address(smem) + NARROW_AT_H;
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    ScanRows *rows = &sh->rows[it % NARROW_STAGES];
+    float sum[2] = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 16; j += 2) {
+        unsigned x[4], y[4];
+        ldmatrix(x, dh + j / 8 * PANEL_BYTES + panel_piece(row, j % 8 + lane / 16));
+        ldmatrix(y, h + j / 8 * PANEL_BYTES + panel_piece(row, j % 8 + lane / 16));
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float2 a = unpack_two(x[k]), b = unpack_two(y[k]);
+            sum[k % 2] += a.x * b.x + a.y * b.y;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        for (int d = 1; d < 4; d *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], d);
+    const int mine = narrow_row() + threadIdx.x % 2 * 8;  // two of the four lanes of a row each
+    if (threadIdx.x % 4 < 2) narrow_put_add(smem, rows, mine, rows->add[mine] * (threadIdx.x % 2 ? sum[1] : sum[0]), it);
+    scan_warp_arrive<NARROW_STAGES>(sh->ds_full, it);
+    scan_warp_arrive<1>(&sh->h_empty, it);
+}
+
+__device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
                                               NarrowShared *sh) {
+    const unsigned base = shared_address(smem);
     for (int it = 0; it < at.chunks; it++) {
         const unsigned stage = narrow_stage(base, it), q = stage + NARROW_AT_Q, k = stage + NARROW_AT_K,
                        dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
@@ -234,6 +280,11 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         wgmma_commit();
         scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
         const float scale[2] = {rows->scale[narrow_row()], rows->scale[narrow_row() + 8]};
+        if (p.has_h) {
+            scan_wait_full<NARROW_STAGES>(sh->v_full, it);
+            scan_wait_full<1>(&sh->h_full, it);
+            narrow_make_ds(smem, stage + NARROW_AT_DH, sh, it);
+        }
         wgmma_wait<1>();
         scan_weights<Scan<SCAN_DV, 64, 128>>(w, rows, not_hoisted(threadIdx.x % 128));
         narrow_pack(a, w);
@@ -276,6 +327,7 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
         wgmma_commit();
         scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
         const float scale[2] = {rows->scale[narrow_row()], rows->scale[narrow_row() + 8]};
+        scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
         wgmma_wait<0>();
         scan_weights<Scan<SCAN_DK, 128, 64>>(w, rows, not_hoisted(threadIdx.x % 128));
         scan_wait_empty<2>(sh->dS_empty, it);
@@ -305,6 +357,7 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
         wgmma_commit();
         wgmma_wait<0>();
         const float2 dots = narrow_row_dots(dk, stage + NARROW_AT_K);
+        fence_async_proxy();  // K has been read before TMA writes to its place
         scan_warp_arrive<NARROW_STAGES>(sh->empty, it);
         narrow_output<1>(at, &p.dk, dk, base + NARROW_AT_OUT_K, narrow_chunk(at, it));
         narrow_store_dots(p, at, p.k_dk, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
@@ -401,11 +454,12 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         scan_wait_full<NARROW_STAGES>(sh->v_full, it);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            wgmma_rs<1>(dC, a[i], wgmma_operand(dh, 2048 * i), true);
-            wgmma_rs<1>(N, a[i],
-                        wgmma_narrow_operand(base, NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024 + 256 * i), true);
-        }
+        for (int i = 0; i < 4; i++) wgmma_rs<1>(dC, a[i], wgmma_operand(dh, 2048 * i), true);
+        scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            wgmma_rs<1>(N, a[i], wgmma_narrow_operand(base, NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024 + 256 * i),
+                        true);
         wgmma_commit();
         scan_wait_full<NARROW_STAGES>(sh->C_full, it);
 #pragma unroll
@@ -414,6 +468,11 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         wgmma_commit();
         wgmma_wait<1>();
         if (it + 1 < at.chunks) narrow_publish(base, sh, dC, N, it + 1);
+        if (it > 0 && threadIdx.x % 128 == 0) {
+            tma_store_wait_read<0>();  // the last chunk's dq has left
+            scan_arrive<2>(sh->dS_empty, it - 1);
+        }
+        __syncwarp();
         if (c % 2 == 0) narrow_store_anchor(p, at, narrow_dot_state(dC, N, C, sh->n[it % NARROW_STAGES]), c);
         const int row = narrow_row();
         const float factor[2] = {rows->factor[row], rows->factor[row + 8]},
@@ -436,10 +495,10 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
                            wgmma_operand(stage, NARROW_AT_K + 2048 * i), true);
         wgmma_commit();
         wgmma_wait<0>();
-        scan_warp_arrive<2>(sh->dS_empty, it);
         const float2 dots = narrow_row_dots(dq, stage + NARROW_AT_Q);
+        fence_async_proxy();
         scan_warp_arrive<NARROW_STAGES>(sh->empty, it);
-        narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_OUT_Q, c);
+        narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_DS + it % 2 * PANEL_BYTES, c);
         narrow_store_dots(p, at, p.q_dq, dots, c);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
@@ -448,16 +507,17 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
 // ----------------------------------------------------------------------------------------------------------------
 // The kernel: a block a head
 
-__device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
+__device__ __forceinline__ void narrow_barriers(NarrowShared *sh, bool has_h) {
     for (int k = 0; k < NARROW_STAGES; k++) {
         barrier_init(shared_address(sh->qk_full + k), 1), barrier_init(shared_address(sh->v_full + k), 1);
         barrier_init(shared_address(sh->C_full + k), 1), barrier_init(shared_address(sh->rows_full + k), 2);
-        barrier_init(shared_address(sh->empty + k), 12);
+        barrier_init(shared_address(sh->ds_full + k), has_h ? 4 : 2), barrier_init(shared_address(sh->empty + k), 12);
     }
     for (int k = 0; k < 2; k++) {
         barrier_init(shared_address(sh->dC_full + k), 4), barrier_init(shared_address(sh->dC_empty + k), 8);
-        barrier_init(shared_address(sh->dS_full + k), 4), barrier_init(shared_address(sh->dS_empty + k), 4);
+        barrier_init(shared_address(sh->dS_full + k), 4), barrier_init(shared_address(sh->dS_empty + k), 1);
     }
+    barrier_init(shared_address(&sh->h_full), 1), barrier_init(shared_address(&sh->h_empty), 4);
     barrier_init_done();
 }
 
@@ -471,7 +531,7 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 1)
     NarrowPlace at;
     at.bh = blockIdx.x, at.b = at.bh / p.s.NH, at.head = at.bh % p.s.NH;
     at.chunks = (p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK;
-    if (threadIdx.x == 0) narrow_barriers(sh);
+    if (threadIdx.x == 0) narrow_barriers(sh, p.has_h);
     if (threadIdx.x < NARROW_STAGES * 64) sh->n[threadIdx.x / 64][threadIdx.x % 64] = 0;  // what lies behind dk stays so
     fence_async_proxy();
     __syncthreads();
@@ -480,7 +540,7 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 1)
         narrow_states(p, at, base, sh);
     } else if (warp < 8) {
         registers_grow<NARROW_VALUES_REGISTERS>();
-        narrow_values(p, at, base, sh);
+        narrow_values(p, at, scan_memory, sh);
     } else if (warp < 12) {
         registers_grow<NARROW_KEYS_REGISTERS>();
         narrow_keys(p, at, base, sh);
@@ -492,9 +552,10 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 1)
 #endif
 }
 
-// dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_scan_backward. Only where scan_narrow().
+// dq, dk, dv: rows ld_grad apart; dh, h [B, T, NH, dv]; h == NULL: ds is in the scratch; see mlstm_scan_backward. Only
+// where scan_narrow().
 static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState dfinal, const bf16 *dh,
-                                  bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad, const MlstmGates &gates,
+                                  const bf16 *h, bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad, const MlstmGates &gates,
                                   const ScanSaved &saved, const ScanScratch &scratch, cudaStream_t stream) {
     NarrowArgs p;
     memset((void *)&p, 0, sizeof p);
@@ -507,6 +568,8 @@ static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &i
     p.k = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
     p.v = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);
     p.dh = head_tensor_map(dh, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
+    p.has_h = h && !s.sigmoid_gate;
+    if (p.has_h) p.h = head_tensor_map(h, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
     p.dq = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
     p.dk = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
     p.dv = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
