@@ -2,8 +2,8 @@
 // walk backward in time that reads every input once (formulas: doc/math.md 4).
 //
 // The scan (mlstm_scan.cuh) makes dv, dk and dq by three walks, each with a state of its own. A state of 64 x 128 fits
-// one warpgroup, so here a block has a whole head and does all at once. For each chunk of 64 tokens, with the state C, n
-// that enters it (kept by the forward scan) and the gradient dC, dn of the state that leaves it:
+// one warpgroup, so here a block has a whole head and does all at once. For each chunk of 64 tokens, with the state C,
+// n that enters it (kept by the forward scan) and the gradient dC, dn of the state that leaves it:
 //
 //     P^T  = weights * (K Q^T)            dv = scale (K dC) + P^T dH                 values
 //     dS^T = weights * (V dH^T + ds)      dk = scale (V dC^T + dn) + dS^T Q          keys
@@ -14,16 +14,19 @@
 //
 //   states    dC [dk, dv] in 64 accumulators a thread, published in bf16 for the others as soon as it is made; dq, for
 //             which dS comes back from shared memory; between spans <C, dC> + <n, dn>, a share from each warp
-//   values    the scores, the weights, which stay in registers as operand, and dv
+//   values    the scores, the weights, which stay in registers as operand, and dv; <dh, h> for ds, if it is not given
 //   keys      the same with V dH^T; dk
 //   aux       a thread starts the copies of Q, K, V, dH, C and n by TMA, two chunks in a ring; two warps make the rows'
 //             scalars from the gates
 //
+// What ordinary instructions have read from a place of the ring is fenced off before the place is given back: ldmatrix
+// may still be on its way when the signal and then TMA have overtaken it.
+//
 // Cost of a chunk in cycles of the tensor cores (2,048 multiply-adds): 128 + 256 for the scores, 256 for each of K dC,
-// V dC^T, dH C^T, P^T dH, dC, 128 for each of dS^T Q, dS K: 1,920. Bytes a token and head of 64/128: 768 of q, k, v, dh,
-// 256 of C, 4 of n, 512 of dq, dk, dv, 44 of scalars: 1,584, which take 0.22 ms for 393,216 of them at 2.8 TB/s, or 5,900
-// cycles a chunk on each of 132 multiprocessors. Registers of a thread: states 160 (dC 64, dq 32, operand 16), values
-// 160 (dv 64, scores 32), keys 152 (dk 32, scores 32), aux 40. Shared memory: 215 KB.
+// V dC^T, dH C^T, P^T dH, dC, 128 for each of dS^T Q, dS K: 1,920. Bytes a token and head of 64/128: 768 of q, k, v,
+// dh, 256 of C, 4 of n, 512 of dq, dk, dv, 44 of scalars: 1,584, which take 0.22 ms for 393,216 of them at 2.8 TB/s, or
+// 4.8 us a chunk on each of 132 multiprocessors; h: 256 more. Registers of a thread: states 160 (dC 64, dq 32, operand
+// 16), values 160 (dv 64, scores 32), keys 152 (dk 32, scores 32), aux 40. Shared memory: 223 KB.
 #ifndef XLSTMC_MLSTM_NARROW_CUH
 #define XLSTMC_MLSTM_NARROW_CUH
 
@@ -251,7 +254,8 @@ __device__ __forceinline__ void narrow_make_ds(unsigned char *smem, unsigned dh,
     for (int i = 0; i < 2; i++)
         for (int d = 1; d < 4; d *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], d);
     const int mine = narrow_row() + threadIdx.x % 2 * 8;  // two of the four lanes of a row each
-    if (threadIdx.x % 4 < 2) narrow_put_add(smem, rows, mine, rows->add[mine] * (threadIdx.x % 2 ? sum[1] : sum[0]), it);
+    if (threadIdx.x % 4 < 2)
+        narrow_put_add(smem, rows, mine, rows->add[mine] * (threadIdx.x % 2 ? sum[1] : sum[0]), it);
     scan_warp_arrive<NARROW_STAGES>(sh->ds_full, it);
     scan_warp_arrive<1>(&sh->h_empty, it);
 }
@@ -532,7 +536,7 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 1)
     at.bh = blockIdx.x, at.b = at.bh / p.s.NH, at.head = at.bh % p.s.NH;
     at.chunks = (p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK;
     if (threadIdx.x == 0) narrow_barriers(sh, p.has_h);
-    if (threadIdx.x < NARROW_STAGES * 64) sh->n[threadIdx.x / 64][threadIdx.x % 64] = 0;  // what lies behind dk stays so
+    if (threadIdx.x < NARROW_STAGES * 64) sh->n[threadIdx.x / 64][threadIdx.x % 64] = 0;  // so it stays behind dk
     fence_async_proxy();
     __syncthreads();
     if (warp < 4) {

@@ -529,8 +529,8 @@ __device__ __forceinline__ void scan_keep_n(const ScanArgs &p, const ScanPlace &
     if (threadIdx.x || at.slice || !p.n_snapshots) return;
     const int c = scan_chunk<S>(at, it), place = p.panels ? c : scan_border<S>(at, c);
     if (place < 0) return;
-    bulk_store(p.n_snapshots + ((size_t)at.bh * (p.panels ? at.all_chunks : scan_borders(at)) + place) * p.s.dk, shared_address(sh->n[it % 2]),
-               p.s.dk * sizeof(float));
+    const size_t first = (size_t)at.bh * (p.panels ? at.all_chunks : scan_borders(at));
+    bulk_store(p.n_snapshots + (first + place) * p.s.dk, shared_address(sh->n[it % 2]), p.s.dk * sizeof(float));
 }
 
 template <class S>

@@ -409,7 +409,8 @@ static void test_mlstm(void) {
         test_mlstm_case<float>(&mlstm_cases[k]);
         test_mlstm_case<bf16>(&mlstm_cases[k]);
     }
-    static const MlstmCase repeated[] = {{3, 200, 2, 64, 128, 0, 0, 0, 0, 5, 15}, {2, 900, 3, 64, 128, 0, 50, 1, 0, 5, 15}};
+    static const MlstmCase repeated[] = {{3, 200, 2, 64, 128, 0, 0, 0, 0, 5, 15},
+                                         {2, 900, 3, 64, 128, 0, 50, 1, 0, 5, 15}};
     for (const MlstmCase &c : repeated) test_mlstm_repeated(&c, 100);
     static const MlstmCase whole[] = {{1, 300, 3, 24, 40, 0, 0, 1, 0, 6, 15}, {1, 300, 2, 64, 128, 1, 40, 0, 0, 6, 15}};
     for (int k = 0; k < 2; k++)
