@@ -27,7 +27,7 @@
 // K dC, V dC^T, dH C^T, P^T dH, dC, 128 for each of dS^T Q, dS K: 2,176. Bytes a token and head of 64/128: 768 of q, k,
 // v, dh, 256 of C, 4 of n, 512 of dq, dk, dv, 44 of scalars: 1,584, which take 0.22 ms for 393,216 of them at 2.8 TB/s,
 // or 4.8 us a chunk on each of 132 multiprocessors. Registers of a thread: states 160 (dC 64, dq 32, operand 16),
-// values 160 (dv 64, scores 32 + 32), keys 152 (dk 32, scores 32), aux 40. Shared memory: 208 KB.
+// values 160 (dv 64, scores 32 + 32), keys 152 (dk 32, scores 32, weights 32), aux 40. Shared memory: 208 KB.
 #ifndef XLSTMC_MLSTM_NARROW_CUH
 #define XLSTMC_MLSTM_NARROW_CUH
 
@@ -314,11 +314,11 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
         const unsigned stage = narrow_stage(base, it), v = stage + NARROW_AT_V, dh = stage + NARROW_AT_DH,
                        dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
         const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
-        float w[32], dk[32];
+        float w[32], D[32], dk[32];  // D: the weights of pairs alone, made while ds is not there
         unsigned a[4][4];
         scan_wait_full<NARROW_STAGES>(sh->v_full, it);
 #pragma unroll
-        for (int i = 0; i < 32; i++) w[i] = dk[i] = 0;
+        for (int i = 0; i < 32; i++) w[i] = dk[i] = 0, D[i] = 1;
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -333,10 +333,17 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
             wgmma_ss<0, 0>(dk, wgmma_operand(v, at_k), wgmma_operand(dC, at_k), true);
         }
         wgmma_commit();
-        scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+        scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
         const float scale[2] = {rows->scale[narrow_row()], rows->scale[narrow_row() + 8]};
+        scan_weights<Scan<SCAN_DV, 64, 128>>(D, rows, not_hoisted(threadIdx.x % 128));
+        scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
         wgmma_wait<1>();
-        scan_weights<Scan<SCAN_DK, 128, 64>>(w, rows, not_hoisted(threadIdx.x % 128));
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 add = *(const float2 *)&rows->add[8 * j + threadIdx.x % 4 * 2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) w[4 * j + i] = D[4 * j + i] * (w[4 * j + i] + (i % 2 ? add.y : add.x));
+        }
         scan_wait_empty<2>(sh->dS_empty, it);
         narrow_store_panel(w, base + NARROW_AT_DS + it % 2 * PANEL_BYTES);
         fence_async_proxy();
