@@ -215,6 +215,10 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b,
     WGMMA_SS(64, 32, 32, 33, 34, 35, 36);
 }
 template <int TRANS_A, int TRANS_B>
+__device__ __forceinline__ void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, bool sum) {  // N = 128
+    WGMMA_SS(128, 64, 64, 65, 66, 67, 68);
+}
+template <int TRANS_A, int TRANS_B>
 __device__ __forceinline__ void wgmma_ss(float (&d)[4], uint64_t a, uint64_t b, bool sum) {  // N = 8
     WGMMA_SS(8, 4, 4, 5, 6, 7, 8);
 }

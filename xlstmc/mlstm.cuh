@@ -25,6 +25,7 @@
 #include <initializer_list>
 
 #include "mlstm_gates.cuh"
+#include "mlstm_narrow.cuh"
 #include "mlstm_scan.cuh"
 #include "mlstm_segments.cuh"
 #include "mma.cuh"
@@ -922,7 +923,7 @@ static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved
     if (s->chunk == SCAN_CHUNK) {
         if (!backward) return;
         saved->scan.snapshots = take<uint32_t>(a, scan_snapshot_words(s));
-        saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * (mlstm_chunks(s) / SCAN_BORDER) * s->dk);
+        saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * scan_snapshots(s) * s->dk);
         return;
     }
     saved->C = take<F>(a, mlstm_states_elements(s));
@@ -1116,8 +1117,12 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
     if (segment) mlstm_tail(&s, scratch->tail, final, dfinal, stream);
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
-            mlstm_scan_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
-                                mlstm_scan_scratch(scratch), stream);
+            if (scan_narrow(&s))
+                mlstm_narrow_backward(s, in, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
+                                      mlstm_scan_scratch(scratch), stream);
+            else
+                mlstm_scan_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved->gates,
+                                    saved->scan, mlstm_scan_scratch(scratch), stream);
             scanned = true;
         }
     if (!scanned)
@@ -1131,15 +1136,20 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
 // constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
-// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row, NULL: mlstm_row_factors_of() has filled the scratch;
-// dgates [B, T, 2NH]: of the raw pre-activations, in F or float.
+// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row, NULL: it is made here from h [B, T, NH, dv]; neither is read
+// with the sigmoid gate or for narrow heads (mlstm_narrow.cuh); dgates [B, T, 2NH]: of the raw pre-activations, in F or float.
 template <typename F, typename Gates>
 static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
                            F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates, float *dbias,
-                           const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
+                           const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream,
+                           const F *h = NULL) {
     const MlstmState none = {NULL, NULL, NULL, 0};
-    if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->rows, stream);
-    mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, scratch,
+    const bool in_walk = sizeof(F) == 2 && s.chunk == SCAN_CHUNK && scan_narrow(&s);  // mlstm_narrow.cuh makes them
+    MlstmScratch<F> known = *scratch;
+    if (!dh_dot_h && (in_walk || s.sigmoid_gate)) known.rows.q_dq = NULL;
+    if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, known.rows, stream);
+    else if (!in_walk) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
+    mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, &known,
                         stream);
 }
 

@@ -80,14 +80,16 @@ struct Scan {
     // The operand of the row sums, a chunk ahead where there is room, then out. KEYS: n as the operand of <q, n>
     static constexpr int OUT_STAGES = !TRANSPOSED ? 0 : A > 384 ? 1 : 2;
     static constexpr int OUT_BYTES = W * PANEL_ROW, KEYS_BYTES = MODE == SCAN_H ? A / 64 * 1024 : 0;
+    // Snapshots on their way to mlstm_narrow.cuh (scan_keep_panel)
+    static constexpr int KEPT_BYTES = MODE == SCAN_H && A == 64 ? 2 * PANEL_BYTES : 0;
     // For ScanShared
     static constexpr int SCALARS = MODE == SCAN_H ? 4096 + 8 * A : TRANSPOSED && !SPLIT ? 9 * 1024 : 7 * 1024;
     static constexpr int ROOM = SHARED - SCALARS - Z_STAGES * Z_BYTES - PANEL_BYTES - OUT_STAGES * OUT_BYTES -
-                                KEYS_BYTES - 2 * WEIGHTS * 1024;
+                                KEYS_BYTES - 2 * WEIGHTS * 1024 - KEPT_BYTES;
     static constexpr int TILES = ROOM / TILE < MAX_TILES ? ROOM / TILE : MAX_TILES;  // of X and Y
     static constexpr int AT_Z = TILES * TILE, AT_P = AT_Z + Z_STAGES * Z_BYTES, AT_OUT = AT_P + PANEL_BYTES,
                          AT_KEYS = AT_OUT + OUT_STAGES * OUT_BYTES, AT_WEIGHTS = AT_KEYS + KEYS_BYTES,
-                         AT_SHARED = AT_WEIGHTS + 2 * WEIGHTS * 1024;
+                         AT_KEPT = AT_WEIGHTS + 2 * WEIGHTS * 1024, AT_SHARED = AT_KEPT + KEPT_BYTES;
     // Arrivals that free a tile, a stage of Z, P, the scalars of a chunk
     static constexpr int TILE_USERS = 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 4 : 8, P_USERS = SPLIT ? 4 : 8,
                          ROWS_USERS = 12;
@@ -106,6 +108,7 @@ struct ScanArgs {
     int segment_chunks, slices;  // chunks a segment, slices a head
     uint32_t *snapshots;  // C where a span begins, in the order of H's registers: H writes, dV and dQ read; NULL: no
     float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK and dQ read
+    bool panels;          // H for narrow heads: snapshots of every chunk, in panels (scan_keep_panel)
     float *anchor;        // [tiles][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     int anchor_tile;      // the first one of this kernel
     MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
@@ -383,11 +386,12 @@ __device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPl
 
 // w[4j + 2h + e]: scores of rows i = 16 warp + g + 8h and columns k = 8j + 2t + e, to be weighted. What is read from
 // shared memory takes long beside the products (some 190 cycles), so a few reads go together, and all weights are made,
-// those that are then taken for zero, too. A query sees the keys from its document's start to its own place.
+// those that are then taken for zero, too. A query sees the keys from its document's start to its own place. thread: of
+// the warpgroup, not_hoisted()
 template <class S>
-__device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *rows) {
+__device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *rows, int thread) {
     constexpr int GROUP = 2;  // columns' pieces whose reads go together
-    const int thread = not_hoisted(threadIdx.x), t = thread % 4, i0 = thread / 32 * 16 + thread % 32 / 4;
+    const int t = thread % 4, i0 = thread / 32 * 16 + thread % 32 / 4;
     const float *of_k = S::REVERSE ? rows->r : rows->u, *of_i = S::REVERSE ? rows->u : rows->r;
     float mine[2], add[2] = {0, 0};  // forward: of the queries i; else of the keys i
     int start[2] = {0, 0};
@@ -522,10 +526,11 @@ __device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S
 // H between spans: n, [dk], to memory. Not by ordinary stores, which stand in line behind those of the states' snapshot
 template <class S>
 __device__ __forceinline__ void scan_keep_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int it) {
-    const int border = scan_border<S>(at, scan_chunk<S>(at, it));
-    if (border < 0 || at.slice || !p.n_snapshots || threadIdx.x) return;
-    bulk_store(p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, shared_address(sh->n[it % 2]),
-               p.s.dk * sizeof(float));
+    if (threadIdx.x || at.slice || !p.n_snapshots) return;
+    const int c = scan_chunk<S>(at, it), place = p.panels ? c : scan_border<S>(at, c);
+    if (place < 0) return;
+    const size_t first = (size_t)at.bh * (p.panels ? at.all_chunks : scan_borders(at));
+    bulk_store(p.n_snapshots + (first + place) * p.s.dk, shared_address(sh->n[it % 2]), p.s.dk * sizeof(float));
 }
 
 template <class S>
@@ -565,7 +570,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
         wgmma_wait<0>();
         scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
         scan_warp_arrive<S::TILES>(sh->tile_empty, k0 + 1);
-        scan_weights<S>(w, rows);
+        scan_weights<S>(w, rows, not_hoisted(threadIdx.x));
         unsigned words[16];
         float2 sig = {0, 0};
         if (S::MODE == SCAN_H) {
@@ -681,11 +686,34 @@ __device__ __forceinline__ void scan_store_state(const ScanArgs &p, const ScanPl
     scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { *scan_element<S>(C, p.s, w, a) = x; });
 }
 
+// For narrow heads H keeps what enters every chunk, M^T in bf16 in panels [64 dv, 64 dk] as mlstm_narrow.cuh wants it.
+// The last snapshot has left its place: scan_step waits for that.
+template <class S>
+__device__ __forceinline__ void scan_keep_panel(const ScanArgs &p, const ScanPlace &at, unsigned base, int wg,
+                                                const float *m, int c) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    const unsigned panel = base + S::AT_KEPT + wg * PANEL_BYTES;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2)
+        matrices_store(panel + panel_piece(row, j + lane / 16), pack_two(m[4 * j], m[4 * j + 1]),
+                       pack_two(m[4 * j + 2], m[4 * j + 3]), pack_two(m[4 * j + 4], m[4 * j + 5]),
+                       pack_two(m[4 * j + 6], m[4 * j + 7]));
+    fence_async_proxy();
+    named_barrier_sync(2 + wg, 128);
+    if (threadIdx.x % 128 == 0)
+        bulk_store((char *)p.snapshots + (((size_t)at.bh * at.all_chunks + c) * 2 + wg) * PANEL_BYTES, panel,
+                   PANEL_BYTES);
+    __syncwarp();
+}
+
 // Between spans: H keeps its registers in bf16, a thread's words four by four.
 template <class S>
-__device__ __forceinline__ void scan_keep_state(const ScanArgs &p, const ScanPlace &at, int wg,
+__device__ __forceinline__ void scan_keep_state(const ScanArgs &p, const ScanPlace &at, unsigned base, int wg,
                                                 const float (&M)[S::BLOCKS][S::AW / 2], int c) {
-    if (S::MODE != SCAN_H || scan_border<S>(at, c) < 0 || !p.snapshots) return;
+    if (S::MODE != SCAN_H || !p.snapshots) return;
+    if constexpr (S::KEPT_BYTES > 0)
+        if (p.panels) return scan_keep_panel<S>(p, at, base, wg, M[0], c);
+    if (scan_border<S>(at, c) < 0) return;
     uint4 *kept = (uint4 *)scan_snapshot<S>(p, at, scan_border<S>(at, c), wg) + threadIdx.x % 128;
 #pragma unroll
     for (int b = 0; b < S::BLOCKS; b++)
@@ -972,9 +1000,9 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
         wgmma_ss<1, 0>(out, wgmma_operand(z + first * 2048, k * 2048),
                        wgmma_operand(base + S::AT_P + 32 * first, 32 * k), true);
     wgmma_commit();
-    if (!S::TRANSPOSED && b == 0 && it > 0 && threadIdx.x % 128 == 0) {
-        tma_store_wait_read<0>();  // the last chunk's results have left Z
-        scan_arrive<S::Z_STAGES>(sh->z_empty, it - 1);
+    if (!S::TRANSPOSED && b == 0 && threadIdx.x % 128 == 0) {
+        tma_store_wait_read<0>();  // the last chunk's results have left Z, the snapshot its place
+        if (it > 0) scan_arrive<S::Z_STAGES>(sh->z_empty, it - 1);
     }
     __syncwarp();
     wgmma_wait<0>();
@@ -1006,7 +1034,7 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
     int borders = 0;
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
-        scan_keep_state<S>(p, at, wg, M, c);
+        scan_keep_state<S>(p, at, shared_address(smem), wg, M, c);
         if (S::MODE == SCAN_DK && scan_border<S>(at, c) >= 0)
             scan_send_border<S>(sh, wg, N[0] + N[1], N[2] + N[3], borders++);
         scan_wait_full<2>(sh->rows_full, it);
@@ -1143,6 +1171,11 @@ static int scan_segment_chunks(const MlstmShape *s) {
     const int segments = imin(SCAN_BLOCKS / blocks, chunks / 8);
     return ceil_div(chunks, segments > 1 ? segments : 1);
 }
+// Narrow heads: the gradients by mlstm_narrow.cuh, for which H keeps what enters every chunk. It has no segments, but
+// does the work of three walks, so it may leave as many multiprocessors idle as the scan with three segments would.
+static bool scan_narrow(const MlstmShape *s) {
+    return s->dk <= 64 && s->dv <= 128 && 3 * scan_segment_chunks(s) >= mlstm_chunks(s);
+}
 // Of dQ, whose segments begin with a snapshot of H: the number of rounds times the chunks of one, and twenty to start,
 // is least
 static int scan_dq_segment_chunks(const MlstmShape *s) {
@@ -1164,12 +1197,17 @@ static size_t scan_pace_words(const MlstmShape *s) {  // eight for each head and
 static size_t scan_segments_floats(const MlstmShape *s) {
     return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + s->B * s->NH) * s->dk * (s->dv + 1) + scan_pace_words(s);
 }
+// Snapshots of a head: no fewer than there are borders
+static int scan_snapshots(const MlstmShape *s) {
+    return scan_narrow(s) ? mlstm_chunks(s) : mlstm_chunks(s) / SCAN_BORDER;
+}
 static size_t scan_snapshot_words(const MlstmShape *s) {
     const int A = scan_pad(s->dk, false);
-    return (size_t)s->B * s->NH * (mlstm_chunks(s) / SCAN_BORDER) * scan_slices(s, false) * A * scan_columns(A, false) /
-           2;
+    return (size_t)s->B * s->NH * scan_snapshots(s) * scan_slices(s, false) * A * scan_columns(A, false) / 2;
 }
-static int scan_anchor_tiles(const MlstmShape *s) { return scan_slices(s, false) + scan_slices(s, true); }
+static int scan_anchor_tiles(const MlstmShape *s) {  // narrow: a warp each
+    return scan_narrow(s) ? 4 : scan_slices(s, false) + scan_slices(s, true);
+}
 
 constexpr bool scan_transposed(int mode) { return mode == SCAN_DQ || mode == SCAN_DK; }
 template <int MODE, int A>
@@ -1280,7 +1318,7 @@ static void scan_segments(ScanArgs *p, float *segments, bool walked, const float
 
 typedef struct {          // what H leaves for the backward pass; NULL: there will be none
     uint32_t *snapshots;  // [scan_snapshot_words]
-    float *n_snapshots;   // [B, NH, borders, dk]
+    float *n_snapshots;   // [B, NH, scan_snapshots, dk]
 } ScanSaved;
 
 static ScanArgs scan_args(const MlstmShape &s, const MlstmInput<bf16> &in, const MlstmGates &gates,
@@ -1304,7 +1342,7 @@ static void mlstm_scan_forward(const MlstmShape &s, const MlstmInput<bf16> &in, 
                                bf16 *h, const MlstmGates &gates, const ScanSaved &saved, float *segments, bool walked,
                                const float *m_walk, cudaStream_t stream) {
     ScanArgs p = scan_args(s, in, gates, saved);
-    p.initial = initial, p.final = final;
+    p.initial = initial, p.final = final, p.panels = scan_narrow(&s);
     scan_forward_maps(&p, in);
     p.out = head_tensor_map(h, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
     scan_segments<false>(&p, segments, walked, m_walk, stream);

@@ -266,6 +266,29 @@ static void mlstm_check_again(const MlstmCase *c, const MlstmHost *x, MlstmDevic
     check_close(what, &same, &one, 1, 0);
 }
 
+// Many runs, all with the same bits: where one role of a kernel reads what another overwrites too early, few differ
+static void test_mlstm_repeated(const MlstmCase *c, int runs) {
+    MlstmHost x = mlstm_test_host<bf16>(c);
+    const int chunk = mlstm_chunk<bf16>(c->dk, c->dv, x.ld);
+    MlstmDevice<bf16> d = mlstm_test_device<bf16>(c, &x, chunk);
+    const size_t bytes = x.rows * x.ld * sizeof(bf16);
+    char *first = (char *)xcalloc(bytes, 1), *other = (char *)xcalloc(bytes, 1);
+    float differ = 0;
+    const float none = 0;
+    for (int run = 0; run < runs; run++) {
+        mlstm_test_run(&d, &x);
+        CUDA_CHECK(cudaMemcpy(run ? other : first, d.wide, bytes, cudaMemcpyDeviceToHost));
+        differ += run && memcmp(first, other, bytes) != 0;
+    }
+    const MlstmLabel l = mlstm_test_label<bf16>(c, chunk);
+    char what[200];
+    format_into(what, sizeof what, "%s: runs of %d that differ", l.label, runs);
+    check_close(what, &differ, &none, 1, 0);
+    free(first), free(other);
+    mlstm_test_device_free(&d);
+    mlstm_test_host_free(&x);
+}
+
 // Both sets of kernels, where both take the shape
 template <typename F>
 static void test_mlstm_case(const MlstmCase *c) {
@@ -334,6 +357,8 @@ static const MlstmCase mlstm_cases[] = {
     {1, 140, 1, 1024, 1024, 0, 70, 1, 0, 6, 15},
     {1, 2500, 2, 64, 128, 0, 400, 1, 0, 6, 15},  // walked in segments
     {1, 2500, 1, 24, 40, 1, 0, 0, 0, 6, 0},
+    {1, 1100, 2, 64, 128, 0, 0, 1, 0, 6, 15},    // H in segments, the gradients in one walk
+    {2, 900, 2, 56, 120, 0, 100, 1, 0, 5, 15},
     {1, 1500, 1, 128, 256, 0, 0, 1, 0, 6, 15},
     {1, 1300, 1, 192, 384, 1, 0, 0, 0, 6, 15},
     {1, 1111, 2, 104, 200, 0, 0, 1, 0, 6, 15},
@@ -365,6 +390,9 @@ static void test_mlstm(void) {
         test_mlstm_case<float>(&mlstm_cases[k]);
         test_mlstm_case<bf16>(&mlstm_cases[k]);
     }
+    static const MlstmCase repeated[] = {{3, 200, 2, 64, 128, 0, 0, 0, 0, 5, 15},
+                                         {2, 900, 3, 64, 128, 0, 50, 1, 0, 5, 15}};
+    for (const MlstmCase &c : repeated) test_mlstm_repeated(&c, 200);
     static const MlstmCase whole[] = {{1, 300, 3, 24, 40, 0, 0, 1, 0, 6, 15}, {1, 300, 2, 64, 128, 1, 40, 0, 0, 6, 15}};
     for (int k = 0; k < 2; k++)
         for (int first : {128, 1, 130}) {
