@@ -1086,18 +1086,19 @@ static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
 }
 
 // The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,
-// of a segment, whose pair mlstm_pair_backward has made; C == NULL: none comes in
+// of a segment, whose pair mlstm_pair_backward has made; C == NULL: none comes in. h: if they are to be made here
+// (scan_makes_dots), else NULL
 template <typename F, typename Gates>
 static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, MlstmState dfinal,
                                 const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates,
                                 float *dbias, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
-                                cudaStream_t stream) {
+                                cudaStream_t stream, const F *h = NULL) {
     bool scanned = false, segment = dfinal.C != NULL;
     if (segment) mlstm_tail(&s, scratch->tail, final, dfinal, stream);
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
-            mlstm_scan_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
-                                mlstm_scan_scratch(scratch), stream);
+            mlstm_scan_backward(s, in, initial, dfinal, segment, dh, h, dq, dk, dv, ld_grad, saved->gates,
+                                saved->scan, mlstm_scan_scratch(scratch), stream);
             scanned = true;
         }
     if (!scanned)
@@ -1110,16 +1111,21 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
 // constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
-// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row, NULL: mlstm_row_factors_of() has filled the scratch;
-// dgates [B, T, 2NH]: of the raw pre-activations, in F or float.
+// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row, NULL: it is made from h [B, T, NH, dv], which else need not
+// be given; dgates [B, T, 2NH]: of the raw pre-activations, in F or float.
 template <typename F, typename Gates>
 static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
                            F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates, float *dbias,
-                           const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
+                           const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream,
+                           const F *h = NULL) {
     const MlstmState none = {NULL, NULL, NULL, 0};
+    bool by_scan = false;
+    if constexpr (sizeof(F) == 2) by_scan = !dh_dot_h && s.chunk == SCAN_CHUNK && scan_makes_dots(&s, h);
     if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, scratch->inv_den, scratch->ds, stream);
+    else if (!by_scan)
+        mlstm_row_factors_of(&s, dh, h, &saved->gates, scratch->inv_den, scratch->ds, stream);
     mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, scratch,
-                        stream);
+                        stream, by_scan ? h : NULL);
 }
 
 // The backward pair of a segment; mlstm_cell_backward follows with the gradient of the states that it leaves.

@@ -87,7 +87,11 @@ struct Scan {
     static constexpr int TILES = ROOM / TILE < MAX_TILES ? ROOM / TILE : MAX_TILES;  // of X and Y
     static constexpr int AT_Z = TILES * TILE, AT_P = AT_Z + Z_STAGES * Z_BYTES, AT_OUT = AT_P + PANEL_BYTES,
                          AT_KEYS = AT_OUT + OUT_STAGES * OUT_BYTES, AT_WEIGHTS = AT_KEYS + KEYS_BYTES,
-                         AT_SHARED = AT_WEIGHTS + 2 * WEIGHTS * 1024;
+                         AT_H = AT_WEIGHTS + 2 * WEIGHTS * 1024;
+    // dQ of one slice makes <dh, h> (scan_make_dots), from rows of h behind all else: two times four of a warp's
+    static constexpr int H_STAGES = 2, H_BYTES = 4 * A * 2;
+    static constexpr bool MAKES_DOTS = MODE == SCAN_DQ && A <= 256 && ROOM - TILES * TILE >= 4 * H_STAGES * H_BYTES;
+    static constexpr int AT_SHARED = AT_H + (MAKES_DOTS ? 4 * H_STAGES * H_BYTES : 0);
     // Arrivals that free a tile, a stage of Z, P, the scalars of a chunk
     static constexpr int TILE_USERS = 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 4 : 8, P_USERS = SPLIT ? 4 : 8,
                          ROWS_USERS = 12;
@@ -99,8 +103,9 @@ struct ScanArgs {
     CUtensorMap x, y, z, out, dot;  // dot: dQ: Q, dK: K, laid out as out
     MlstmShape s;
     MlstmGates gates;
-    const float *inv_den, *ds;  // [B, NH, T], backward
-    const int *doc_start;       // [B, T]
+    float *inv_den, *ds;   // [B, NH, T], backward; made by dQ if it has h, else given
+    const bf16 *h;         // [B, T, NH, dv] dQ, where <dh, h> is to be made, else NULL
+    const int *doc_start;  // [B, T]
     MlstmState initial, final;  // of the whole sequence; C == NULL: zeros, not wanted
     float *segments;            // states entering each segment (scan_segment_state); NULL: one segment, or dQ
     int segment_chunks, slices;  // chunks a segment, slices a head
@@ -127,7 +132,7 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
     };
     union {
         float out_scale[64];  // H: 1 / denominator, by the scores
-        float border[64];     // dQ, dK: of the row's part from n
+        float border[64];     // dQ, dK: of the row's part from n; see scan_make_dots
     };
     int start[64];  // of the document, counted from the chunk's first token; not below 0
     float decay;
@@ -140,7 +145,7 @@ struct alignas(16) ScanShared {
     alignas(16) float n[2][S::MODE == SCAN_H ? S::A : 4];  // of even and odd chunks
     float border[S::REVERSE ? 256 : 4];  // dV, dK: see scan_send_border
     uint64_t tile_full[S::TILES], tile_empty[S::TILES], z_full[3], z_empty[3], rows_full[2], rows_empty[2], p_full,
-        p_empty, dot_full[2][2], border_full, border_empty;
+        p_empty, dot_full[2][2], border_full, border_empty, h_full[4][S::H_STAGES];
 };
 
 template <class S>
@@ -304,8 +309,13 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
         int start = 0;
         if (t < p.s.T) {
             u = p.gates.u[gate], r = p.gates.r[gate], q = p.gates.qscale[gate], k = p.gates.kscale[gate];
-            inv_den = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
-            if (S::TRANSPOSED) ds = p.ds[gate];
+            if (S::MAKES_DOTS && p.h) {
+                const float2 factor = mlstm_row_factor(p.s, p.gates.sig, p.gates.floor, gate);
+                inv_den = factor.x, ds = factor.y;
+            } else {
+                inv_den = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
+                if (S::TRANSPOSED) ds = p.ds[gate];
+            }
             start = p.doc_start[(size_t)at.b * p.s.T + t];
         }
         scan_wait_empty<2>(sh->rows_empty, it);
@@ -316,6 +326,10 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
         rows->scale[i] = S::REVERSE ? q * by : k;
         if (S::MODE == SCAN_H) rows->floor[i] = inv_den;
         if (S::TRANSPOSED) rows->add[i] = __fdividef(ds, by), rows->border[i] = S::REVERSE ? k : q * ds;
+        if (S::MAKES_DOTS && p.h) {
+            rows->border[i] = inv_den;
+            if (t < p.s.T) p.inv_den[gate] = inv_den;
+        }
         rows->start[i] = max(start - c * SCAN_CHUNK, 0);
         if (S::NORMALISER) {
             const float weight = S::MODE == SCAN_H ? k : S::REVERSE ? __fdividef(ds, by) : 1;
@@ -423,6 +437,87 @@ __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *row
             }
         asm volatile("" ::: "memory");  // not all reads at once: registers
     }
+}
+
+// dQ, where <dh, h> is not given: a warp makes it for its 16 rows from X, which is dH, and from h, of which a group of
+// four rows after the other comes by bulk copies, the first two a chunk ahead. Eight lanes take a row. The scalars'
+// warps leave the sign of ds in rows->add and inv_den in rows->border, for ds = sign inv_den <dh, h>.
+
+// The copy of group j of the walk's chunk `it`; its place must be free
+template <class S>
+__device__ __forceinline__ void scan_load_h(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
+                                            int it, int j) {
+    const int thread = not_hoisted(threadIdx.x), row = thread % 32, warp = thread / 32, place = j % S::H_STAGES;
+    const int t = scan_chunk<S>(at, it) * SCAN_CHUNK + 16 * warp + 4 * j + row, bytes = p.s.dv * (int)sizeof(bf16);
+    const unsigned full = shared_address(&sh->h_full[warp][place]);
+    if (row >= 4 || it >= at.chunks) return;
+    if (t >= p.s.T) return barrier_arrive(full);
+    barrier_arrive_expect(full, bytes);
+    bulk_load(base + S::AT_H + (warp * S::H_STAGES + place) * S::H_BYTES + row * (S::H_BYTES / 4),
+              p.h + (((size_t)at.b * p.s.T + t) * p.s.NH + at.head) * p.s.dv, bytes, full);
+}
+template <class S>
+__device__ __forceinline__ void scan_begin_dots(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                                ScanShared<S> *sh) {
+    uint4 *rows = (uint4 *)(smem + S::AT_H + threadIdx.x / 32 * (S::H_STAGES * S::H_BYTES));
+    for (int k = threadIdx.x % 32; k < S::H_STAGES * S::H_BYTES / 16; k += 32)
+        rows[k] = make_uint4(0, 0, 0, 0);  // what lies beyond dv stays so
+    fence_async_proxy();
+    __syncwarp();
+    for (int j = 0; j < S::H_STAGES; j++) scan_load_h<S>(p, at, shared_address(smem), sh, 0, j);
+}
+// A lane's part of <x, h> of a row of A columns: pieces lane % 8 of all panels
+template <class S>
+__device__ __forceinline__ float scan_dot_pieces(const unsigned char *x, const unsigned char *h) {
+    float sum[2] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < S::A / 64; k++) {
+        const uint4 a = *(const uint4 *)(x + k * PANEL_BYTES), b = *(const uint4 *)(h + k * PANEL_ROW);
+        const unsigned of_a[4] = {a.x, a.y, a.z, a.w}, of_b[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 u = unpack_two(of_a[i]), v = unpack_two(of_b[i]);
+            sum[0] += u.x * v.x, sum[1] += u.y * v.y;
+        }
+    }
+    return sum[0] + sum[1];
+}
+// Returns ds of row 16 warp + scan_dot_row(), whose scalars it completes
+__device__ __forceinline__ int scan_dot_row() { return threadIdx.x % 4 * 4 + threadIdx.x % 32 / 8; }
+template <class S>
+__device__ __forceinline__ float scan_make_dots(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                                ScanShared<S> *sh, const unsigned char *x, int it) {
+    const int thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    float sum[4], two[2];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int place = j % S::H_STAGES, row = 16 * warp + 4 * j + lane / 8;
+        barrier_wait(shared_address(&sh->h_full[warp][place]), j / S::H_STAGES);
+        sum[j] = scan_dot_pieces<S>(x + panel_piece(row, lane % 8),
+                                    smem + S::AT_H + (warp * S::H_STAGES + place) * S::H_BYTES +
+                                        lane / 8 * (S::H_BYTES / 4) + lane % 8 * 16);
+        __syncwarp();
+        scan_load_h<S>(p, at, shared_address(smem), sh, it + j / S::H_STAGES, (j + S::H_STAGES) % 4);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {  // a lane keeps every second group, and then one
+        const float keep = lane & 1 ? sum[2 * k + 1] : sum[2 * k], give = lane & 1 ? sum[2 * k] : sum[2 * k + 1];
+        two[k] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
+    }
+    float dot = (lane & 2 ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, lane & 2 ? two[0] : two[1], 2);
+    dot += __shfl_xor_sync(0xffffffffu, dot, 4);
+    ScanRows *rows = &sh->rows[it % 2];
+    const int row = 16 * warp + scan_dot_row();
+    const float sign = rows->add[row], inv_den = rows->border[row], add = sign != 0 ? sign * dot : 0;
+    __syncwarp();
+    rows->add[row] = add, rows->border[row] = rows->factor[row] * add;
+    __syncwarp();
+    return inv_den * add;
+}
+template <class S>
+__device__ __forceinline__ void scan_store_ds(const ScanArgs &p, const ScanPlace &at, float ds, int c) {
+    const int t = c * SCAN_CHUNK + threadIdx.x / 32 * 16 + scan_dot_row();
+    if (threadIdx.x % 8 < 4 && t < p.s.T) p.ds[(size_t)at.bh * p.s.T + t] = ds;
 }
 
 // H: packs the weighted scores w to bf16 words and leaves the denominators for the state's warpgroups; returns sig for
@@ -534,13 +629,20 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
     const unsigned base = shared_address(smem);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
     if constexpr (S::MODE == SCAN_H) scan_begin_n<S>(p, at, smem, sh);
+    if constexpr (S::MAKES_DOTS)
+        if (p.h) scan_begin_dots<S>(p, at, smem, sh);
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         ScanRows *rows = &sh->rows[it % 2];
         const unsigned x = base + scan_at_tile<S>(k0), y = base + scan_at_tile<S>(k0 + 1), panel = base + S::AT_P;
         if constexpr (S::MODE == SCAN_H) scan_keep_n<S>(p, at, sh, it);
         __syncwarp();
-        float w[32];
+        float w[32], ds = 0;
         scan_wait_full<S::TILES>(sh->tile_full, k0);
+        if constexpr (S::MAKES_DOTS)
+            if (p.h) {
+                scan_wait_full<2>(sh->rows_full, it);
+                ds = scan_make_dots<S>(p, at, smem, sh, smem + scan_at_tile<S>(k0), it);
+            }
         scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
         scan_wait_full<2>(sh->rows_full, it);
 #pragma unroll
@@ -585,6 +687,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             scan_advance_n<S>(smem, sh, sums, it);
             scan_store_sig<S>(p, at, sig, scan_chunk<S>(at, it));  // behind the fences, which would wait for it
         }
+        if (S::MAKES_DOTS && p.h) scan_store_ds<S>(p, at, ds, scan_chunk<S>(at, it));  // behind the fence
         scan_warp_arrive<2>(sh->rows_empty, it);
         const int tiles = scan_tiles<S>(at, scan_chunk<S>(at, it));
         for (int k = 2; k < tiles; k++) scan_pass_tile<S>(sh, k0 + k);
@@ -625,37 +728,35 @@ __device__ __forceinline__ void scan_each_element(const ScanArgs &p, const ScanP
         }
 }
 
-// C where a segment begins, for dQ, from the snapshots of H: where element (k, v) of C lies, in the order of the
-// registers of H (scan_border_state), counted from the head's snapshot
-__device__ __forceinline__ int scan_snapshot_place(int A, int wide, int k, int v) {
-    const int row = v & ((128 << wide) - 1), part = (v >> (7 + wide)) * 2 + (row >> (6 + wide));
-    const int word = (wide ? row / 64 % 2 * (A / 4) : 0) + k / 8 * 2 + row / 8 % 2;
-    const int thread = row / 16 % 4 * 32 + row % 8 * 4 + k % 8 / 2, words = (A / 4) << wide;
-    return ((part * words + word / 4 * 4) * 128 + thread * 4 + word % 4) * 2 + k % 2;
-}
+// C where a segment begins, for dQ, from the snapshots of H, which have zeros beyond dk and dv. Element (w, v) of C lies
+// where a thread of H has it (scan_border): 64 columns v after each other, there eight rows w, then by v / 16, v % 8,
+// w % 8 / 2, w / 8 % 2, v / 8 % 2, w % 2.
 template <class S>
 __device__ __forceinline__ void scan_load_snapshot(const ScanArgs &p, const ScanPlace &at, int wg,
                                                    float (&M)[S::BLOCKS][S::AW / 2]) {
-    const int A = scan_pad(p.s.dk, false), wide = A == 128;  // slices of H: 128 or 256 columns
-    const int border = at.first_chunk / SCAN_BORDER - 1, slices = (p.s.dv + (128 << wide) - 1) >> (7 + wide);
-    const bf16 *C = (const bf16 *)p.snapshots +
-                    ((size_t)at.bh * scan_borders(at) + border) * slices * (A * 128 << wide);
+    const int A = scan_pad(p.s.dk, false), W = scan_columns(A, false), border = at.first_chunk / SCAN_BORDER - 1;
+    const size_t head = (size_t)A * W * ((p.s.dv + W - 1) / W);
+    const bf16 *C = (const bf16 *)p.snapshots + ((size_t)at.bh * scan_borders(at) + border) * head;
+    if (S::SPLIT) C += wg * (S::AW / 64) * A * 64;
 #pragma unroll
-    for (int b = 0; b < S::BLOCKS; b++)
+    for (int b = 0; b < S::BLOCKS; b++) {
+        const unsigned w = scan_row<S>(at, wg, b);
+        if (w >= A) continue;
+        const bf16 *from = C + w / 8 * 512 + threadIdx.x % 4 * 64 + w % 8 / 2 * 8 + w % 2;
 #pragma unroll
         for (int i = 0; i < S::AW / 2; i += 16) {  // 16 loads on their way at a time
             bf16 x[16];
 #pragma unroll
             for (int k = 0; k < 16; k++) {
-                const int w = scan_row<S>(at, wg, b) + (i + k) / 2 % 2 * 8;
-                const int a = (S::SPLIT ? wg * S::AW : 0) + (i + k) / 4 * 8 + threadIdx.x % 4 * 2 + k % 2;
-                const bool inside = w < p.s.dk && a < p.s.dv;
-                x[k] = C[inside ? scan_snapshot_place(A, wide, w, a) : 0];
-                if (!inside) x[k] = from_float<bf16>(0);
+                const int j = (i + k) / 4 % 8;  // of eight columns v
+                x[k] = from[j / 2 * 256 + k % 2 * 32 + k / 2 % 2 * 4 + j % 2 * 2];
             }
 #pragma unroll
             for (int k = 0; k < 16; k++) M[b][i + k] = to_float(x[k]);
+            if (i % 32) from += A * 64;
+            asm volatile("" ::: "memory");
         }
+    }
 }
 
 template <class S>
@@ -760,7 +861,7 @@ __device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::A
 
 // (scale Z)^T as register operand: 64 columns of Z, which are rows of M^T. z: their panel
 __device__ __forceinline__ void scan_scale_rows(unsigned (&a)[4][4], unsigned z, const float *scale) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
+    const int thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
     const unsigned from = z + panel_piece(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -797,9 +898,10 @@ __device__ __forceinline__ void scan_load_n(const ScanArgs &p, const ScanPlace &
 // out^T times a factor a token, plus n0 and n1 of its rows times another
 __device__ __forceinline__ void scan_add_n(float (&out)[32], const float *factor, const float *border, float n0,
                                            float n1) {
+    const unsigned t = not_hoisted(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const int token = 8 * j + 2 * (threadIdx.x % 4);
+        const int token = 8 * j + t;
         const float2 by = *(const float2 *)&factor[token], with = *(const float2 *)&border[token];
         out[4 * j] = out[4 * j] * by.x + n0 * with.x, out[4 * j + 1] = out[4 * j + 1] * by.y + n0 * with.y;
         out[4 * j + 2] = out[4 * j + 2] * by.x + n1 * with.x, out[4 * j + 3] = out[4 * j + 3] * by.y + n1 * with.y;
@@ -808,9 +910,10 @@ __device__ __forceinline__ void scan_add_n(float (&out)[32], const float *factor
 
 // out^T times a factor a token
 __device__ __forceinline__ void scan_scale_tokens(float (&out)[32], const float *factor) {
+    factor += not_hoisted(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float2 by = *(const float2 *)&factor[8 * j + 2 * (threadIdx.x % 4)];
+        const float2 by = *(const float2 *)&factor[8 * j];
         out[4 * j] *= by.x, out[4 * j + 1] *= by.y, out[4 * j + 2] *= by.x, out[4 * j + 3] *= by.y;
     }
 }
@@ -819,7 +922,7 @@ __device__ __forceinline__ void scan_scale_tokens(float (&out)[32], const float 
 // done with then: whole sums of the tokens 32 wg .. 32 wg + 31 are left.
 __device__ __forceinline__ void scan_add_halves(const float (&half)[32], float (&out)[16], float *z, float *scores,
                                                 int wg) {
-    const int tid = threadIdx.x % 128;
+    const int tid = not_hoisted(threadIdx.x) % 128;
     float *to = wg ? scores : z, *from = wg ? z : scores;
     named_barrier_sync(4, 256);
 #pragma unroll
@@ -834,7 +937,7 @@ __device__ __forceinline__ void scan_add_halves(const float (&half)[32], float (
 template <int COUNT>
 __device__ __forceinline__ void scan_row_dots(const float (&out)[COUNT], unsigned panel, float *sums) {
     constexpr int HALF = COUNT / 8;  // of the pieces of 8 tokens
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
     const unsigned piece = 2 * warp + lane / 8 % 2;
     float2 sum[HALF];  // of the two tokens 2t, 2t + 1 of a piece: a lane keeps one half of the pieces, gives the other
 #pragma unroll
@@ -870,7 +973,7 @@ __device__ __forceinline__ void scan_row_dots(const float (&out)[COUNT], unsigne
 template <class S>
 __device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPlace &at, const float *sums, int wg,
                                                 int c) {
-    const int i = threadIdx.x % 128, time = c * SCAN_CHUNK + i;
+    const int i = not_hoisted(threadIdx.x) % 128, time = c * SCAN_CHUNK + i;
     const int tile = at.slice * (S::W / 64) + (S::SPLIT ? 0 : wg);
     if (i < 64 && time < p.s.T)
         p.dot_out[((size_t)tile * gridDim.z + at.bh) * p.s.T + time] =
@@ -882,7 +985,8 @@ template <class S, int COUNT>
 __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &at, float (&out)[COUNT], unsigned panel,
                                             ScanShared<S> *sh, int wg, int b, int it) {
     constexpr int PIECES = COUNT / 4;  // of 8 tokens
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, c = scan_chunk<S>(at, it);
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4;
+    const int c = scan_chunk<S>(at, it);
     const int first = S::SPLIT ? 32 * wg : 0;  // token
     float *dots = sh->dots[S::SPLIT ? it % 2 : 2 * wg + it % 2][0];
     if constexpr (S::MODE == SCAN_H) scan_scale_tokens(out, sh->rows[it % 2].out_scale);
@@ -957,6 +1061,7 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
         if (S::TRANSPOSED) wgmma_rs<1>(N, a[k], wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
     }
     wgmma_commit();
+    if (S::MAKES_DOTS) scan_wait_full<1>(&sh->p_full, it);  // and what scan_make_dots has left
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
     else scan_scale_tokens(out, rows->factor);
     if (at_border && last) {
@@ -1044,6 +1149,7 @@ __device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
         barrier_init(shared_address(sh->rows_empty + k), S::ROWS_USERS);
         barrier_init(shared_address(sh->dot_full[k]), 1), barrier_init(shared_address(sh->dot_full[k] + 1), 1);
     }
+    for (int k = 0; S::MAKES_DOTS && k < 4 * S::H_STAGES; k++) barrier_init(shared_address(sh->h_full[0] + k), 4);
     barrier_init(shared_address(&sh->p_full), 4);
     barrier_init(shared_address(&sh->p_empty), S::P_USERS);
     barrier_init(shared_address(&sh->border_full), 8);
@@ -1320,12 +1426,12 @@ static void mlstm_scan_pair(const MlstmShape &s, const MlstmInput<bf16> &in, Mls
     mlstm_pair<false>(&s, pair, segments, gates.decay, p.segment_chunks, stream);
 }
 
-typedef struct {                // of the backward pass
-    const float *inv_den, *ds;  // [B, NH, T]
-    float *q_dq, *k_dk;         // [ceil(dk / 64)][B, NH, T]
-    float *anchor;              // [scan_anchor_tiles][B, NH, spans]
-    float *anchor_start;        // [scan_anchor_tiles][B, NH]
-    float *segments;            // [scan_segments_floats]
+typedef struct {          // of the backward pass
+    float *inv_den, *ds;  // [B, NH, T]
+    float *q_dq, *k_dk;   // [ceil(dk / 64)][B, NH, T]
+    float *anchor;        // [scan_anchor_tiles][B, NH, spans]
+    float *anchor_start;  // [scan_anchor_tiles][B, NH]
+    float *segments;      // [scan_segments_floats]
 } ScanScratch;
 
 static ScanArgs scan_backward_args(const MlstmShape &s, const MlstmInput<bf16> &in, const bf16 *dh,
@@ -1347,30 +1453,39 @@ static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16>
     mlstm_pair<true>(&s, pair, scratch.segments, gates.decay, p.segment_chunks, stream);
 }
 
+// Whether dQ makes <dh, h>, and with it inv_den and ds: where one block has all of a row
+static bool scan_makes_dots(const MlstmShape *s, const bf16 *h) {
+    const int A = scan_pad(s->dv, true);
+    const bool room = A == 128 ? ScanOf<SCAN_DQ, 128>::MAKES_DOTS : A == 256 && ScanOf<SCAN_DQ, 256>::MAKES_DOTS;
+    return room && scan_slices(s, true) == 1 && !s->sigmoid_gate && (uintptr_t)h % 16 == 0;
+}
+
 // dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_backward. dfinal: gradient of the states that leave,
-// C == NULL: zeros; walked: mlstm_scan_backward_pair has been here
+// C == NULL: zeros; walked: mlstm_scan_backward_pair has been here; h: if scan_makes_dots(), else NULL
 static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState initial, MlstmState dfinal,
-                                bool walked, const bf16 *dh, bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad,
-                                const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch,
-                                cudaStream_t stream) {
+                                bool walked, const bf16 *dh, const bf16 *h, bf16 *dq, bf16 *dk, bf16 *dv,
+                                size_t ld_grad, const MlstmGates &gates, const ScanSaved &saved,
+                                const ScanScratch &scratch, cudaStream_t stream) {
     ScanArgs p = scan_backward_args(s, in, dh, gates, saved, scratch);
     const CUtensorMap q_map = p.y, k_map = p.x, dh_map = p.z;
     const CUtensorMap v_map = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);
+    const CUtensorMap dk_map = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
+    const CUtensorMap dv_map = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
+
+    ScanArgs for_dq = p;  // first, since the others, and the segments, want its ds
+    for_dq.x = dh_map, for_dq.y = v_map, for_dq.z = k_map, for_dq.dot = q_map, for_dq.h = h;
+    for_dq.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
+    for_dq.initial = initial, for_dq.segment_chunks = scan_dq_segment_chunks(&s), for_dq.dot_out = scratch.q_dq;
+    scan_run<SCAN_DQ>(for_dq, scratch.segments, stream);
+
     p.entering = initial, p.anchor_start = scratch.anchor_start;
     p.initial = dfinal;
-    p.out = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
     scan_segments<true>(&p, scratch.segments, walked, NULL, stream);
-    const ScanArgs for_dv = p;
-    p.x = v_map, p.y = dh_map, p.z = q_map, p.dot = k_map;
-    p.out = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
-    p.anchor_tile = scan_slices(&s, false), p.dot_out = scratch.k_dk;
-    scan_run_pair(for_dv, p, scratch.segments, stream);
-
-    p.x = dh_map, p.y = v_map, p.z = k_map, p.dot = q_map;
-    p.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
-    p.initial = initial, p.segments = NULL, p.segment_chunks = scan_dq_segment_chunks(&s);
-    p.dot_out = scratch.q_dq;
-    scan_run<SCAN_DQ>(p, scratch.segments, stream);
+    ScanArgs for_dv = p, for_dk = p;
+    for_dv.out = dv_map;
+    for_dk.x = v_map, for_dk.y = dh_map, for_dk.z = q_map, for_dk.dot = k_map, for_dk.out = dk_map;
+    for_dk.anchor_tile = scan_slices(&s, false), for_dk.dot_out = scratch.k_dk;
+    scan_run_pair(for_dv, for_dk, scratch.segments, stream);
 }
 
 #endif

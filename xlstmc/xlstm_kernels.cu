@@ -162,12 +162,9 @@ int mlstm_backward(const MlstmProblem *p, const MlstmTensors *x, const void *sav
         }
         const MlstmWorkspace<F> w = mlstm_lay_out<F>(&s, p->ld_grad > 0, saved, scratch);
         const F *grad_h = (const F *)x->grad_h;
-        if (!x->dh_dot_h)
-            mlstm_row_factors_of(&s, grad_h, (const F *)x->h, &w.saved.gates, w.scratch.inv_den, w.scratch.ds,
-                                 (cudaStream_t)stream);
         mlstm_backward<F>(s, mlstm_input<F>(p, x), mlstm_state(&s, x->initial), grad_h, x->dh_dot_h, (F *)x->grad_q,
                           (F *)x->grad_k, (F *)x->grad_v, p->ld_grad, x->grad_gates, p->ld_grad_gates, x->grad_bias,
-                          &w.saved, &w.scratch, (cudaStream_t)stream);
+                          &w.saved, &w.scratch, (cudaStream_t)stream, (const F *)x->h);
     });
     return failed ? failed : error;
 }

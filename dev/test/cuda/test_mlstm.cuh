@@ -151,12 +151,13 @@ static void mlstm_test_device_free(MlstmDevice<F> *d) {
     for (void *p : all) CUDA_CHECK(cudaFree(p));
 }
 
+// given: <dh, h> is; else the backward pass makes it from h
 template <typename F>
-static void mlstm_test_run(MlstmDevice<F> *d, const MlstmHost *x) {
+static void mlstm_test_run(MlstmDevice<F> *d, const MlstmHost *x, bool given = true) {
     F *dq = d->wide + x->lead;
     mlstm_forward<F>(d->shape, d->in, d->initial, d->final, d->h, &d->saved, &d->scratch, 0);
-    mlstm_backward<F>(d->shape, d->in, d->initial, d->dh, d->dh_dot_h, dq, dq + x->Dk, dq + 2 * x->Dk, x->ld,
-                      d->wide + x->at_gates, x->ld, d->dbias, &d->saved, &d->scratch, 0);
+    mlstm_backward<F>(d->shape, d->in, d->initial, d->dh, given ? d->dh_dot_h : NULL, dq, dq + x->Dk, dq + 2 * x->Dk,
+                      x->ld, d->wide + x->at_gates, x->ld, d->dbias, &d->saved, &d->scratch, 0, d->h);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -270,6 +271,45 @@ static void mlstm_check_again(const MlstmCase *c, const MlstmHost *x, MlstmDevic
     check_close(what, &same, &one, 1, 0);
 }
 
+// <dh, h> made by the backward pass against <dh, h> of the same h given to it, and the same bits again. Gradients in
+// bf16 differ where a float is about half way between two.
+template <typename F>
+static void mlstm_check_dots(const MlstmCase *c, const MlstmHost *x, MlstmDevice<F> *d) {
+    float *h = to_host(d->h, x->rows * x->Dv), *dots = (float *)xcalloc(x->rows * c->NH, sizeof(float)), *runs[3];
+    for (size_t k = 0; k < x->rows * c->NH; k++) {
+        double sum = 0;
+        for (int j = 0; j < c->dv; j++) sum += (double)h[k * c->dv + j] * x->in[IN_DH][k * c->dv + j];
+        dots[k] = (float)sum;
+    }
+    CUDA_CHECK(cudaMemcpy(d->dh_dot_h, dots, x->rows * c->NH * sizeof(float), cudaMemcpyHostToDevice));
+    for (int run = 0; run < 3; run++) {
+        CUDA_CHECK(cudaMemset(d->memory, 0xff, d->bytes));
+        mlstm_test_run(d, x, run == 0);
+        runs[run] = to_host(d->wide, x->rows * x->ld);
+    }
+    const MlstmLabel l = mlstm_test_label<F>(c, d->shape.chunk);
+    const struct {
+        const char *name;
+        size_t at, count;
+    } parts[] = {{"dq", x->lead, x->Dk}, {"dk", x->lead + x->Dk, x->Dk}, {"dv", x->lead + 2 * x->Dk, x->Dv},
+                 {"dgates", x->at_gates, x->G}};
+    for (auto &p : parts) {
+        char what[40];
+        format_into(what, sizeof what, "%s, <dh, h> made", p.name);
+        float *want = take_columns(runs[0], x->ld, p.at, p.count, x->rows);
+        mlstm_check(&l, what, take_columns(runs[1], x->ld, p.at, p.count, x->rows), want, x->rows * p.count,
+                    tolerance<F>(2e-6, 1e-3));
+        free(want);
+    }
+    float same = memcmp(runs[1], runs[2], x->rows * x->ld * sizeof(float)) == 0;
+    const float one = 1;
+    char what[200];
+    format_into(what, sizeof what, "%s: the same bits again, <dh, h> made", l.label);
+    check_close(what, &same, &one, 1, 0);
+    for (float *run : runs) free(run);
+    free(h), free(dots);
+}
+
 // Both sets of kernels, where both take the shape
 template <typename F>
 static void test_mlstm_case(const MlstmCase *c) {
@@ -280,6 +320,7 @@ static void test_mlstm_case(const MlstmCase *c) {
         mlstm_test_run(&d, &x);
         mlstm_check_all(c, &x, &d);
         if (!small_tests) mlstm_check_again(c, &x, &d);
+        mlstm_check_dots(c, &x, &d);
         mlstm_test_device_free(&d);
     }
     mlstm_test_host_free(&x);
