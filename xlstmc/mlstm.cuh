@@ -1111,8 +1111,8 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
 // constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
-// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row, NULL: it is made from h [B, T, NH, dv], which else need not
-// be given; dgates [B, T, 2NH]: of the raw pre-activations, in F or float.
+// dh, h [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row, NULL: it is made from h, which is not needed
+// else; dgates [B, T, 2NH]: of the raw pre-activations, in F or float.
 template <typename F, typename Gates>
 static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
                            F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates, float *dbias,

@@ -154,14 +154,24 @@ constexpr size_t scan_shared_bytes() {
     return S::AT_SHARED + sizeof(ScanShared<S>);
 }
 
+__device__ __forceinline__ int scan_chunks(const ScanArgs &p) { return (p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK; }
+
 struct ScanPlace {  // what a block does
-    int b, head, bh, slice, first_chunk, chunks, all_chunks;
-    bool first_segment, last_segment;  // in the direction of the walk
+    int b, head, bh, slice, first_chunk, chunks;
 };
 
 template <class S>
 __device__ __forceinline__ int scan_chunk(const ScanPlace &at, int it) {
     return S::REVERSE ? at.first_chunk + at.chunks - 1 - it : at.first_chunk + it;
+}
+// Whether the block has the first or the last segment, in the direction of the walk
+template <class S>
+__device__ __forceinline__ bool scan_is_first(const ScanArgs &p, const ScanPlace &at) {
+    return S::REVERSE ? (at.first_chunk + at.chunks) * SCAN_CHUNK >= p.s.T : at.first_chunk == 0;
+}
+template <class S>
+__device__ __forceinline__ bool scan_is_last(const ScanArgs &p, const ScanPlace &at) {
+    return S::REVERSE ? at.first_chunk == 0 : (at.first_chunk + at.chunks) * SCAN_CHUNK >= p.s.T;
 }
 // Waits until use k of a ring of `stages` is full, or until its place is free
 template <int STAGES>
@@ -214,30 +224,30 @@ __device__ __forceinline__ MlstmState scan_segment_state(const ScanArgs &p, int 
 template <class S>
 __device__ __forceinline__ MlstmState scan_initial(const ScanArgs &p, const ScanPlace &at) {
     if (p.segments) return scan_segment_state(p, blockIdx.y);
-    return at.first_segment ? p.initial : MlstmState{NULL, NULL, NULL, 0};
+    return scan_is_first<S>(p, at) ? p.initial : MlstmState{NULL, NULL, NULL, 0};
 }
 template <class S>
 __device__ __forceinline__ MlstmState scan_final(const ScanArgs &p, const ScanPlace &at) {
-    return at.last_segment ? p.final : MlstmState{NULL, NULL, NULL, 0};
+    return scan_is_last<S>(p, at) ? p.final : MlstmState{NULL, NULL, NULL, 0};
 }
 
 // Snapshots are taken between spans. The one that belongs to chunk c, where the walk comes to it, or -1
-__device__ __forceinline__ int scan_borders(const ScanPlace &at) { return (at.all_chunks - 1) / SCAN_BORDER; }
+__device__ __forceinline__ unsigned scan_borders(const ScanArgs &p) { return (unsigned)(p.s.T - 1) / MLSTM_SPAN; }
 template <class S>
-__device__ __forceinline__ int scan_border(const ScanPlace &at, int c) {
-    const int next = c + S::REVERSE, border = next / SCAN_BORDER - 1;
-    return next % SCAN_BORDER == 0 && border < scan_borders(at) ? border : -1;
+__device__ __forceinline__ int scan_border(const ScanArgs &p, int c) {
+    const int next = c + S::REVERSE;
+    return next % SCAN_BORDER == 0 && next * SCAN_CHUNK < p.s.T ? next / SCAN_BORDER - 1 : -1;
 }
 // Tiles of the ring that chunk c takes: X, Y and, of dV between spans, the snapshot: one for 64 rows of M^T
 template <class S>
-__device__ __forceinline__ int scan_tiles(const ScanPlace &at, int c) {
-    return 2 + (S::MODE == SCAN_DV && scan_border<S>(at, c) >= 0 ? S::W / 64 : 0);
+__device__ __forceinline__ int scan_tiles(const ScanArgs &p, int c) {
+    return 2 + (S::MODE == SCAN_DV && scan_border<S>(p, c) >= 0 ? S::W / 64 : 0);
 }
 // A state warpgroup's part of it, in the order of its registers: H and dV
 template <class S>
 __device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const ScanPlace &at, int border, int wg) {
-    const size_t part = (((size_t)at.bh * scan_borders(at) + border) * p.slices + at.slice) * 2 + wg;
-    return p.snapshots + part * (S::BLOCKS * S::AW / 4 * 128);
+    const unsigned part = ((at.bh * scan_borders(p) + border) * p.slices + at.slice) * 2 + wg;
+    return p.snapshots + (size_t)part * (S::BLOCKS * S::AW / 4 * 128);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -248,12 +258,16 @@ __device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const Scan
 __device__ __forceinline__ bool scan_keep_pace(int *pace, int it) {
     enum { EVERY = 4, TRIES = 40 };
     if (it % EVERY) return true;
-    volatile int *group = pace + 8 * (blockIdx.z * gridDim.y + blockIdx.y);
-    group[blockIdx.x] = it + 1;
+    pace += 8 * (blockIdx.z * gridDim.y + blockIdx.y);
+    *(volatile int *)(pace + blockIdx.x) = it + 1;
+#pragma unroll 1
     for (int k = 0; k < TRIES; k++) {
-        int slowest = it + 1;
-        for (int x = 0; x < gridDim.x; x++) slowest = min(slowest, group[x]);
-        if (slowest > it) return true;
+        const int4 some = __ldcv((const int4 *)pace), others = __ldcv((const int4 *)pace + 1);
+        const int begun[8] = {some.x, some.y, some.z, some.w, others.x, others.y, others.z, others.w};
+        bool all = true;
+#pragma unroll
+        for (int x = 0; x < 8; x++) all &= x >= gridDim.x || begun[x] > it;
+        if (all) return true;
         __nanosleep(200);
     }
     return false;
@@ -266,7 +280,7 @@ __device__ __forceinline__ void scan_copy_tiles(const ScanArgs &p, const ScanPla
                                                 ScanShared<S> *sh) {
     bool together = p.pace;
     for (int it = 0, k = 0; it < at.chunks; it++) {
-        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
+        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(p, c);
         if (together) together = scan_keep_pace(p.pace, it);
         for (int i = 0; i < tiles; i++, k++) {
             const unsigned full = shared_address(sh->tile_full + k % S::TILES), tile = base + scan_at_tile<S>(k);
@@ -275,7 +289,7 @@ __device__ __forceinline__ void scan_copy_tiles(const ScanArgs &p, const ScanPla
             for (int j = 0; i < 2 && j < S::A / 64; j++)
                 tma_load(tile + j * PANEL_BYTES, i ? &p.y : &p.x, full, 64 * j, at.head, c * SCAN_CHUNK, at.b);
             if (i >= 2)
-                bulk_load(tile, (const char *)scan_snapshot<S>(p, at, scan_border<S>(at, c), 0) + (i - 2) * S::TILE,
+                bulk_load(tile, (const char *)scan_snapshot<S>(p, at, scan_border<S>(p, c), 0) + (i - 2) * S::TILE,
                           S::TILE, full);
         }
     }
@@ -301,9 +315,9 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
     const int i = threadIdx.x % 64;
     for (int it = 0; it < at.chunks; it++) {
         const int c = scan_chunk<S>(at, it), t = c * SCAN_CHUNK + i;
-        const size_t gate = (size_t)at.bh * p.s.T + t;
+        const unsigned gate = (unsigned)at.bh * p.s.T + t;  // [B, NH, T] has less than 2^32 elements
         ScanRows *rows = &sh->rows[it % 2];
-        const float decay = p.gates.decay[(size_t)at.bh * at.all_chunks + c];
+        const float decay = p.gates.decay[(unsigned)at.bh * scan_chunks(p) + c];
         float2 u = {-1e30f, 0}, r = {1e30f, 0};  // beyond the end: no weight with any other token
         float q = 0, k = 0, ds = 0, inv_den = 1;  // H: floor in inv_den
         int start = 0;
@@ -316,7 +330,7 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
                 inv_den = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
                 if (S::TRANSPOSED) ds = p.ds[gate];
             }
-            start = p.doc_start[(size_t)at.b * p.s.T + t];
+            start = p.doc_start[(unsigned)at.b * p.s.T + t];
         }
         scan_wait_empty<2>(sh->rows_empty, it);
         const float by = S::MODE == SCAN_H ? 1 : inv_den;
@@ -369,15 +383,15 @@ __device__ __forceinline__ void scan_add_border(const ScanPlace &at, ScanShared<
 template <class S>
 __device__ __forceinline__ void scan_add_borders(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
     const size_t tile = (size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh;
-    const int borders = scan_borders(at);
+    const int borders = (int)scan_borders(p);
     int k = 0;
     for (int it = 0; it < at.chunks; it++) {
-        const int border = scan_border<S>(at, scan_chunk<S>(at, it));
+        const int border = scan_border<S>(p, scan_chunk<S>(at, it));
         if (border < 0) continue;
-        scan_add_border<S>(at, sh, p.n_snapshots + ((size_t)at.bh * borders + border) * p.s.dk, p.s.dk,
+        scan_add_border<S>(at, sh, p.n_snapshots + (size_t)(at.bh * (unsigned)borders + border) * p.s.dk, p.s.dk,
                            &p.anchor[tile * (borders + 1) + border], k++);
     }
-    if (at.last_segment && p.entering.C)
+    if (scan_is_last<S>(p, at) && p.entering.C)
         scan_add_border<S>(at, sh, p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk, p.s.dk,
                            &p.anchor_start[tile], k);
 }
@@ -386,8 +400,8 @@ __device__ __forceinline__ void scan_add_borders(const ScanArgs &p, const ScanPl
 template <class S>
 __device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPlace &at, int column) {
     if (column >= p.s.dk) return 0;
-    if (S::MODE == SCAN_DQ && !at.first_segment)
-        return p.n_snapshots[((size_t)at.bh * scan_borders(at) + at.first_chunk / SCAN_BORDER - 1) * p.s.dk + column];
+    if (S::MODE == SCAN_DQ && !scan_is_first<S>(p, at))
+        return p.n_snapshots[(size_t)(at.bh * scan_borders(p) + at.first_chunk / SCAN_BORDER - 1) * p.s.dk + column];
     const MlstmState initial = scan_initial<S>(p, at);
     return initial.C ? initial.n[at.b * initial.row + (size_t)at.head * p.s.dk + column] : 0;
 }
@@ -401,7 +415,7 @@ __device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPl
 template <class S>
 __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *rows) {
     constexpr int GROUP = 2;  // columns' pieces whose reads go together
-    const int thread = not_hoisted(threadIdx.x), t = thread % 4, i0 = thread / 32 * 16 + thread % 32 / 4;
+    const unsigned thread = not_hoisted(threadIdx.x), t = thread % 4, i0 = thread / 32 * 16 + thread % 32 / 4;
     const float *of_k = S::REVERSE ? rows->r : rows->u, *of_i = S::REVERSE ? rows->u : rows->r;
     float mine[2], add[2] = {0, 0};  // forward: of the queries i; else of the keys i
     int start[2] = {0, 0};
@@ -447,7 +461,7 @@ __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *row
 template <class S>
 __device__ __forceinline__ void scan_load_h(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
                                             int it, int j) {
-    const int thread = not_hoisted(threadIdx.x), row = thread % 32, warp = thread / 32, place = j % S::H_STAGES;
+    const unsigned thread = not_hoisted(threadIdx.x), row = thread % 32, warp = thread / 32, place = j % S::H_STAGES;
     const int t = scan_chunk<S>(at, it) * SCAN_CHUNK + 16 * warp + 4 * j + row, bytes = p.s.dv * (int)sizeof(bf16);
     const unsigned full = shared_address(&sh->h_full[warp][place]);
     if (row >= 4 || it >= at.chunks) return;
@@ -487,7 +501,7 @@ __device__ __forceinline__ int scan_dot_row() { return threadIdx.x % 4 * 4 + thr
 template <class S>
 __device__ __forceinline__ float scan_make_dots(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                                 ScanShared<S> *sh, const unsigned char *x, int it) {
-    const int thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32;
     float sum[4], two[2];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -517,7 +531,7 @@ __device__ __forceinline__ float scan_make_dots(const ScanArgs &p, const ScanPla
 template <class S>
 __device__ __forceinline__ void scan_store_ds(const ScanArgs &p, const ScanPlace &at, float ds, int c) {
     const int t = c * SCAN_CHUNK + threadIdx.x / 32 * 16 + scan_dot_row();
-    if (threadIdx.x % 8 < 4 && t < p.s.T) p.ds[(size_t)at.bh * p.s.T + t] = ds;
+    if (threadIdx.x % 8 < 4 && t < p.s.T) p.ds[(unsigned)at.bh * p.s.T + t] = ds;
 }
 
 // H: packs the weighted scores w to bf16 words and leaves the denominators for the state's warpgroups; returns sig for
@@ -546,16 +560,17 @@ __device__ __forceinline__ float2 scan_denominators(const ScanArgs &p, const flo
             rounded[h] += __shfl_xor_sync(0xffffffffu, rounded[h], d);
         }
         const float denominator = fmaxf(fabsf(rounded[h]), rows->floor[row + 8 * h]) + p.s.eps;
-        if (threadIdx.x % 4 == 0)
+        if (thread % 4 == 0)
             rows->out_scale[row + 8 * h] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, denominator);
     }
     return make_float2(sum[0], sum[1]);
 }
 template <class S>
 __device__ __forceinline__ void scan_store_sig(const ScanArgs &p, const ScanPlace &at, float2 sig, int c) {
-    const int time = c * SCAN_CHUNK + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    if (threadIdx.x % 4 || at.slice) return;
-    float *to = p.gates.sig + (size_t)at.bh * p.s.T + time;
+    const unsigned thread = not_hoisted(threadIdx.x);
+    const int time = c * SCAN_CHUNK + thread / 32 * 16 + thread % 32 / 4;
+    if (thread % 4 || at.slice) return;
+    float *to = p.gates.sig + ((unsigned)at.bh * p.s.T + time);
     if (time < p.s.T) to[0] = sig.x;
     if (time + 8 < p.s.T) to[8] = sig.y;
 }
@@ -617,9 +632,9 @@ __device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S
 // H between spans: n, [dk], to memory. Not by ordinary stores, which stand in line behind those of the states' snapshot
 template <class S>
 __device__ __forceinline__ void scan_keep_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int it) {
-    const int border = scan_border<S>(at, scan_chunk<S>(at, it));
+    const int border = scan_border<S>(p, scan_chunk<S>(at, it));
     if (border < 0 || at.slice || !p.n_snapshots || threadIdx.x) return;
-    bulk_store(p.n_snapshots + ((size_t)at.bh * scan_borders(at) + border) * p.s.dk, shared_address(sh->n[it % 2]),
+    bulk_store(p.n_snapshots + (size_t)(at.bh * scan_borders(p) + border) * p.s.dk, shared_address(sh->n[it % 2]),
                p.s.dk * sizeof(float));
 }
 
@@ -627,7 +642,6 @@ template <class S>
 __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
     const unsigned base = shared_address(smem);
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
     if constexpr (S::MODE == SCAN_H) scan_begin_n<S>(p, at, smem, sh);
     if constexpr (S::MAKES_DOTS)
         if (p.h) scan_begin_dots<S>(p, at, smem, sh);
@@ -677,6 +691,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             for (int k = 0; k < 16; k++) words[k] = pack_two(w[2 * k], w[2 * k + 1]);
         }
         scan_wait_empty<1>(&sh->p_empty, it);
+        const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, row = thread / 32 * 16 + lane % 16;
 #pragma unroll
         for (int j = 0; j < 8; j += 2)
             matrices_store(panel + panel_piece(row, j + lane / 16), words[2 * j], words[2 * j + 1], words[2 * j + 2],
@@ -689,7 +704,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
         }
         if (S::MAKES_DOTS && p.h) scan_store_ds<S>(p, at, ds, scan_chunk<S>(at, it));  // behind the fence
         scan_warp_arrive<2>(sh->rows_empty, it);
-        const int tiles = scan_tiles<S>(at, scan_chunk<S>(at, it));
+        const int tiles = scan_tiles<S>(p, scan_chunk<S>(at, it));
         for (int k = 2; k < tiles; k++) scan_pass_tile<S>(sh, k0 + k);
         k0 += tiles;
     }
@@ -705,38 +720,42 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
 // The state's warpgroups. A thread's M[b][4j + 2h + e] is element (w, a) of M^T with w = scan_row() + 8h,
 // a = first_a + 8j + 2t + e.
 
+// 0 or 1, known to be the same in the whole warp; asked for anew rather than kept
+__device__ __forceinline__ int scan_warpgroup() {
+    return __shfl_sync(0xffffffffu, not_hoisted(threadIdx.x) / 128, 0) - 1;
+}
 template <class S>
 __device__ __forceinline__ int scan_row(const ScanPlace &at, int wg, int b) {
     return at.slice * S::W + (S::SPLIT ? 0 : (wg * S::BLOCKS + b) * 64) + threadIdx.x / 32 % 4 * 16 +
            threadIdx.x % 32 / 4;
 }
 
-// element(w, a, M element) for all that a thread holds and the head has. 16 at a time: the compiler would rather have
-// the addresses of all of them at hand, and spill.
+// element(C's element, M's) for the four that a thread holds of block b and column j, as far as the head has them: dk
+// and dv are multiples of 8, so all threads of a warp have the same.
 template <class S, typename Element>
-__device__ __forceinline__ void scan_each_element(const ScanArgs &p, const ScanPlace &at, int wg,
-                                                  float (&M)[S::BLOCKS][S::AW / 2], Element element) {
+__device__ __forceinline__ void scan_four_elements(const ScanArgs &p, const ScanPlace &at, int wg, float *C, float *M,
+                                                   int b, int j, Element element) {
     const int a_width = S::TRANSPOSED ? p.s.dv : p.s.dk, w_width = S::TRANSPOSED ? p.s.dk : p.s.dv;
+    const int a = (S::SPLIT ? wg * S::AW : 0) + 8 * j, w = scan_row<S>(at, wg, b);
+    C = scan_element<S>(C, p.s, w, a + threadIdx.x % 4 * 2);
 #pragma unroll
-    for (int b = 0; b < S::BLOCKS; b++)
-#pragma unroll
-        for (int i = 0; i < S::AW / 2; i++) {
-            const int w = scan_row<S>(at, wg, b) + i / 2 % 2 * 8;
-            const int a = (S::SPLIT ? wg * S::AW : 0) + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-            if (w < w_width && a < a_width) element(w, a, M[b][i]);
-            if (i % 16 == 15) asm volatile("" ::: "memory");
+    for (int h = 0; h < 2; h++)
+        if (w + 8 * h < w_width && a < a_width) {
+            element(C[S::TRANSPOSED ? h * 8 * p.s.dv : h * 8], M[2 * h]);
+            element(C[S::TRANSPOSED ? h * 8 * p.s.dv + 1 : p.s.dv + h * 8], M[2 * h + 1]);
         }
+    asm volatile("" ::: "memory");  // the compiler would rather have all addresses at hand, and spill
 }
 
-// C where a segment begins, for dQ, from the snapshots of H, which have zeros beyond dk and dv. Element (w, v) of C lies
-// where a thread of H has it (scan_border): 64 columns v after each other, there eight rows w, then by v / 16, v % 8,
-// w % 8 / 2, w / 8 % 2, v / 8 % 2, w % 2.
+// C where a segment begins, for dQ, from the snapshots of H, which have zeros beyond dk and dv. Element (w, v) of C is
+// where a thread of H has it (scan_keep_state): by v / 64, then w / 16, v / 16 % 4, v % 8, w % 8 / 2, w / 8 % 2,
+// v / 8 % 2, w % 2.
 template <class S>
 __device__ __forceinline__ void scan_load_snapshot(const ScanArgs &p, const ScanPlace &at, int wg,
                                                    float (&M)[S::BLOCKS][S::AW / 2]) {
     const int A = scan_pad(p.s.dk, false), W = scan_columns(A, false), border = at.first_chunk / SCAN_BORDER - 1;
     const size_t head = (size_t)A * W * ((p.s.dv + W - 1) / W);
-    const bf16 *C = (const bf16 *)p.snapshots + ((size_t)at.bh * scan_borders(at) + border) * head;
+    const bf16 *C = (const bf16 *)p.snapshots + (size_t)(at.bh * scan_borders(p) + border) * head;
     if (S::SPLIT) C += wg * (S::AW / 64) * A * 64;
 #pragma unroll
     for (int b = 0; b < S::BLOCKS; b++) {
@@ -767,10 +786,14 @@ __device__ __forceinline__ void scan_load_state(const ScanArgs &p, const ScanPla
     for (int b = 0; b < S::BLOCKS; b++)
 #pragma unroll
         for (int i = 0; i < S::AW / 2; i++) M[b][i] = 0;
-    if (S::MODE == SCAN_DQ && !at.first_segment) scan_load_snapshot<S>(p, at, wg, M);
+    if (S::MODE == SCAN_DQ && !scan_is_first<S>(p, at)) scan_load_snapshot<S>(p, at, wg, M);
     if (!initial.C) return;
     float *C = initial.C + at.b * initial.row + (size_t)at.head * p.s.dk * p.s.dv;
-    scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { x = *scan_element<S>(C, p.s, w, a); });
+#pragma unroll
+    for (int b = 0; b < S::BLOCKS; b++)
+#pragma unroll
+        for (int j = 0; j < S::AW / 8; j++)
+            scan_four_elements<S>(p, at, wg, C, M[b] + 4 * j, b, j, [](float &c, float &x) { x = c; });
 }
 
 template <class S>
@@ -779,15 +802,19 @@ __device__ __forceinline__ void scan_store_state(const ScanArgs &p, const ScanPl
     const MlstmState final = scan_final<S>(p, at);
     if (!final.C) return;
     float *C = final.C + at.b * final.row + (size_t)at.head * p.s.dk * p.s.dv;
-    scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { *scan_element<S>(C, p.s, w, a) = x; });
+#pragma unroll
+    for (int b = 0; b < S::BLOCKS; b++)
+#pragma unroll
+        for (int j = 0; j < S::AW / 8; j++)
+            scan_four_elements<S>(p, at, wg, C, M[b] + 4 * j, b, j, [](float &c, float &x) { c = x; });
 }
 
 // Between spans: H keeps its registers in bf16, a thread's words four by four.
 template <class S>
 __device__ __forceinline__ void scan_keep_state(const ScanArgs &p, const ScanPlace &at, int wg,
                                                 const float (&M)[S::BLOCKS][S::AW / 2], int c) {
-    if (S::MODE != SCAN_H || scan_border<S>(at, c) < 0 || !p.snapshots) return;
-    uint4 *kept = (uint4 *)scan_snapshot<S>(p, at, scan_border<S>(at, c), wg) + threadIdx.x % 128;
+    if (S::MODE != SCAN_H || scan_border<S>(p, c) < 0 || !p.snapshots) return;
+    uint4 *kept = (uint4 *)scan_snapshot<S>(p, at, scan_border<S>(p, c), wg) + threadIdx.x % 128;
 #pragma unroll
     for (int b = 0; b < S::BLOCKS; b++)
 #pragma unroll
@@ -835,7 +862,18 @@ template <class S>
 __device__ __forceinline__ float scan_dot_entering(const ScanArgs &p, const ScanPlace &at, int wg,
                                                    float (&M)[S::BLOCKS][S::AW / 2]) {
     float *C = p.entering.C + at.b * p.entering.row + (size_t)at.head * p.s.dk * p.s.dv, sum = 0;
-    scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { sum += x * *scan_element<S>(C, p.s, w, a); });
+#pragma unroll
+    for (int b = 0; b < S::BLOCKS; b++)
+#pragma unroll
+        for (int j0 = 0; j0 < S::AW / 8; j0 += 4) {
+            float entering[4][4] = {};
+            if (8 * j0 >= p.s.dk) break;  // a branch, behind which the compiler may not begin
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                scan_four_elements<S>(p, at, wg, C, entering[j], b, j0 + j, [](float &c, float &x) { x = c; });
+#pragma unroll
+            for (int k = 0; k < 16; k++) sum += entering[k / 4][k % 4] * M[b][4 * j0 + k];
+        }
     return sum;
 }
 
@@ -859,12 +897,12 @@ __device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::A
     wgmma_wait<0>();
 }
 
-// (scale Z)^T as register operand: 64 columns of Z, which are rows of M^T. z: their panel
-__device__ __forceinline__ void scan_scale_rows(unsigned (&a)[4][4], unsigned z, const float *scale) {
-    const int thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
+// (scale Z)^T as register operand: 64 columns of Z, which are rows of M^T, of 32 tokens. z: their part of the panel
+__device__ __forceinline__ void scan_scale_rows(unsigned (&a)[2][4], unsigned z, const float *scale) {
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
     const unsigned from = z + panel_piece(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 2; k++) {
         ldmatrix_trans(a[k], from + k * 2048);
         const float2 lo = *(const float2 *)(scale + 16 * k + 2 * t), hi = *(const float2 *)(scale + 16 * k + 8 + 2 * t);
 #pragma unroll
@@ -973,7 +1011,7 @@ __device__ __forceinline__ void scan_row_dots(const float (&out)[COUNT], unsigne
 template <class S>
 __device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPlace &at, const float *sums, int wg,
                                                 int c) {
-    const int i = not_hoisted(threadIdx.x) % 128, time = c * SCAN_CHUNK + i;
+    const int i = (int)(not_hoisted(threadIdx.x) % 128), time = c * SCAN_CHUNK + i;
     const int tile = at.slice * (S::W / 64) + (S::SPLIT ? 0 : wg);
     if (i < 64 && time < p.s.T)
         p.dot_out[((size_t)tile * gridDim.z + at.bh) * p.s.T + time] =
@@ -1038,15 +1076,15 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     const ScanRows *rows = &sh->rows[it % 2];
     const bool last = b == S::BLOCKS - 1;
     float out[32];
-    unsigned a[4][4];
+    unsigned a[2][2][4];
     scan_wait_full<S::TILES>(sh->tile_full, k0);
-    scan_ask_state<S>(out, M, base + scan_at_tile<S>(k0) + half, rows->decay);
+    scan_ask_state<S>(out, M, not_hoisted(base + scan_at_tile<S>(k0) + half), rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
     if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
     __syncwarp();
     if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
-    scan_scale_rows(a, z, rows->scale);
+    scan_scale_rows(a[0], z, rows->scale);
 #pragma unroll
     for (int i = 0; i < S::AW / 2 && !S::DECAYS_EARLY; i++) M[i] *= rows->decay;
     float n0 = N[0] + N[1], n1 = N[2] + N[3];
@@ -1054,13 +1092,15 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
 #pragma unroll
     for (int i = 0; i < 4; i++) N[i] *= rows->decay;
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
-    wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        scan_add_product<S>(M, a[k], y, k);
-        if (S::TRANSPOSED) wgmma_rs<1>(N, a[k], wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
+        if (k == 2) scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);  // while the others are multiplied
+        if (k % 2 == 0) wgmma_fence();
+        const unsigned(&of)[4] = a[k / 2][k % 2];
+        scan_add_product<S>(M, of, y, k);
+        if (S::TRANSPOSED) wgmma_rs<1>(N, of, wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
+        if (k % 2) wgmma_commit();
     }
-    wgmma_commit();
     if (S::MAKES_DOTS) scan_wait_full<1>(&sh->p_full, it);  // and what scan_make_dots has left
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
     else scan_scale_tokens(out, rows->factor);
@@ -1102,17 +1142,17 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
 template <class S>
 __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
-    const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;  // known to be the same in the whole warp
     float M[S::BLOCKS][S::AW / 2], N[4];
-    scan_load_state<S>(p, at, wg, M);
-    scan_load_n<S>(p, at, wg, N);
+    scan_load_state<S>(p, at, scan_warpgroup(), M);
+    scan_load_n<S>(p, at, scan_warpgroup(), N);
+    const int wg = scan_warpgroup();
     if (S::OUT_STAGES == 2) scan_load_dot<S>(p, at, shared_address(smem), sh, wg, 0);
     __syncwarp();
     int borders = 0;
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
-        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
+        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(p, c);
         scan_keep_state<S>(p, at, wg, M, c);
-        if (S::MODE == SCAN_DK && scan_border<S>(at, c) >= 0)
+        if (S::MODE == SCAN_DK && scan_border<S>(p, c) >= 0)
             scan_send_border<S>(sh, wg, N[0] + N[1], N[2] + N[3], borders++);
         scan_wait_full<2>(sh->rows_full, it);
         float border = 0;
@@ -1123,11 +1163,12 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
         scan_warp_arrive<2>(sh->rows_empty, it);
         k0 += tiles;
     }
-    if (S::REVERSE && at.last_segment && p.entering.C) {
-        if (S::MODE == SCAN_DV) scan_send_border<S>(sh, wg, scan_dot_entering<S>(p, at, wg, M), 0, borders);
+    if (S::REVERSE && scan_is_last<S>(p, at) && p.entering.C) {
+        if (S::MODE == SCAN_DV) scan_send_border<S>(sh, wg, scan_dot_entering<S>(p, at, scan_warpgroup(), M), 0,
+                                                        borders);
         else scan_send_border<S>(sh, wg, N[0] + N[1], N[2] + N[3], borders);
     }
-    scan_store_state<S>(p, at, wg, M);
+    if (S::MODE == SCAN_H) scan_store_state<S>(p, at, scan_warpgroup(), M);
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
 
@@ -1163,14 +1204,10 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
     extern __shared__ __align__(1024) unsigned char scan_memory[];
     unsigned char *smem = scan_memory;
     ScanShared<S> *sh = (ScanShared<S> *)(smem + S::AT_SHARED);
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     ScanPlace at;
-    at.all_chunks = (p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK;
     at.bh = blockIdx.z, at.b = at.bh / p.s.NH, at.head = at.bh % p.s.NH, at.slice = slice;
     at.first_chunk = blockIdx.y * p.segment_chunks;
-    at.chunks = min(p.segment_chunks, at.all_chunks - at.first_chunk);
-    at.first_segment = blockIdx.y == (S::REVERSE ? gridDim.y - 1 : 0);
-    at.last_segment = blockIdx.y == (S::REVERSE ? 0 : gridDim.y - 1);
+    at.chunks = min(p.segment_chunks, scan_chunks(p) - at.first_chunk);
     if (threadIdx.x == 0) scan_barriers<S>(sh);
     __syncthreads();
     if (threadIdx.x < 128) {
@@ -1181,10 +1218,10 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
         scan_states<S>(p, at, smem, sh);
     } else {
         registers_shrink<S::AUX_REGISTERS>();
-        if (warp == 12 && threadIdx.x % 32 == 0) scan_copy_tiles<S>(p, at, shared_address(smem), sh);
-        if (warp == 12 && threadIdx.x % 32 == 1) scan_copy_z<S>(p, at, shared_address(smem), sh);
-        if (S::REVERSE && warp == 13) scan_add_borders<S>(p, at, sh);
-        if (warp >= 14) scan_scalars<S>(p, at, smem, sh);
+        if (threadIdx.x == 384) scan_copy_tiles<S>(p, at, shared_address(smem), sh);
+        if (threadIdx.x == 385) scan_copy_z<S>(p, at, shared_address(smem), sh);
+        if (S::REVERSE && threadIdx.x / 32 == 13) scan_add_borders<S>(p, at, sh);
+        if (threadIdx.x >= 448) scan_scalars<S>(p, at, smem, sh);
     }
 #endif
 }
@@ -1472,11 +1509,11 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
     const CUtensorMap dk_map = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
     const CUtensorMap dv_map = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
 
-    ScanArgs for_dq = p;  // first, since the others, and the segments, want its ds
+    ScanArgs for_dq = p;
     for_dq.x = dh_map, for_dq.y = v_map, for_dq.z = k_map, for_dq.dot = q_map, for_dq.h = h;
     for_dq.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
     for_dq.initial = initial, for_dq.segment_chunks = scan_dq_segment_chunks(&s), for_dq.dot_out = scratch.q_dq;
-    scan_run<SCAN_DQ>(for_dq, scratch.segments, stream);
+    if (h) scan_run<SCAN_DQ>(for_dq, scratch.segments, stream);  // the others, and the segments, want its ds
 
     p.entering = initial, p.anchor_start = scratch.anchor_start;
     p.initial = dfinal;
@@ -1486,6 +1523,8 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
     for_dk.x = v_map, for_dk.y = dh_map, for_dk.z = q_map, for_dk.dot = k_map, for_dk.out = dk_map;
     for_dk.anchor_tile = scan_slices(&s, false), for_dk.dot_out = scratch.k_dk;
     scan_run_pair(for_dv, for_dk, scratch.segments, stream);
+    // else last: it begins where the others have ended, with what the caches keep
+    if (!h) scan_run<SCAN_DQ>(for_dq, scratch.segments, stream);
 }
 
 #endif
