@@ -1014,7 +1014,7 @@ __device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPla
     const int i = (int)(not_hoisted(threadIdx.x) % 128), time = c * SCAN_CHUNK + i;
     const int tile = at.slice * (S::W / 64) + (S::SPLIT ? 0 : wg);
     if (i < 64 && time < p.s.T)
-        p.dot_out[((size_t)tile * gridDim.z + at.bh) * p.s.T + time] =
+        p.dot_out[((unsigned)tile * gridDim.z + at.bh) * p.s.T + time] =  // less than 2^32: tiles are of 64 columns
             (sums[i] + sums[64 + i]) + (sums[128 + i] + sums[192 + i]);
 }
 
