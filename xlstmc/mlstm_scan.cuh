@@ -16,7 +16,8 @@
 // holds a slice of W columns of one head's state, transposed, in the accumulators of two of them:
 //
 //   scores    X Y^T (64 x 64), weights, P in bf16 to shared memory, a chunk ahead of the states. H: <q, n>, with n in
-//             three parts as further keys, and the n of the next chunk, Y^T times the tokens' weights
+//             three parts as further keys, and the n of the next chunk, Y^T times the tokens' weights. dQ: <dh, h> of
+//             the rows, if it is not given and one slice has all of a head
 //   state 0,1 out^T = M^T X^T with the accumulators themselves, rounded to bf16, as register operand; M^T += (scale *
 //             Z)^T Y, fed from registers too; out^T += Z^T P^T. Where W = 64 both share the rows and halve A,
 //             exchange their parts of out through shared memory and finish half of the tokens each; else each has
