@@ -89,15 +89,17 @@ struct Scan {
     static constexpr int AT_Z = TILES * TILE, AT_P = AT_Z + Z_STAGES * Z_BYTES, AT_OUT = AT_P + PANEL_BYTES,
                          AT_KEYS = AT_OUT + OUT_STAGES * OUT_BYTES, AT_WEIGHTS = AT_KEYS + KEYS_BYTES,
                          AT_H = AT_WEIGHTS + 2 * WEIGHTS * 1024;
-    // dQ of one slice makes <dh, h> (scan_make_dots), from rows of h behind all else: two times four of a warp's
+    // dQ with dv up to 256 and one slice makes <dh, h> (scan_make_dots), from rows of h behind all else: two times four
+    // of a warp's. With less dv that takes as long as reading dh and h before, with more there are several slices
+    static constexpr bool MAKES_DOTS = MODE == SCAN_DQ && A == 256;
     static constexpr int H_STAGES = 2, H_BYTES = 4 * A * 2;
-    static constexpr bool MAKES_DOTS = MODE == SCAN_DQ && A <= 256 && ROOM - TILES * TILE >= 4 * H_STAGES * H_BYTES;
     static constexpr int AT_SHARED = AT_H + (MAKES_DOTS ? 4 * H_STAGES * H_BYTES : 0);
     // Arrivals that free a tile, a stage of Z, P, the scalars of a chunk
     static constexpr int TILE_USERS = 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 4 : 8, P_USERS = SPLIT ? 4 : 8,
                          ROWS_USERS = 12;
     static_assert(AW % 64 == 0 && BLOCKS * AW <= 256, "the state fits the registers");
     static_assert(TILES >= 3, "X, Y and the next X fit");
+    static_assert(AT_SHARED + SCALARS <= SHARED, "all fits");
 };
 
 struct ScanArgs {
@@ -1491,11 +1493,9 @@ static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16>
     mlstm_pair<true>(&s, pair, scratch.segments, gates.decay, p.segment_chunks, stream);
 }
 
-// Whether dQ makes <dh, h>, and with it inv_den and ds: where one block has all of a row
+// Whether dQ makes <dh, h>, and with it inv_den and ds (MAKES_DOTS)
 static bool scan_makes_dots(const MlstmShape *s, const bf16 *h) {
-    const int A = scan_pad(s->dv, true);
-    const bool room = A == 128 ? ScanOf<SCAN_DQ, 128>::MAKES_DOTS : A == 256 && ScanOf<SCAN_DQ, 256>::MAKES_DOTS;
-    return room && scan_slices(s, true) == 1 && !s->sigmoid_gate && (uintptr_t)h % 16 == 0;
+    return scan_pad(s->dv, true) == 256 && scan_slices(s, true) == 1 && !s->sigmoid_gate && (uintptr_t)h % 16 == 0;
 }
 
 // dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_backward. dfinal: gradient of the states that leave,
