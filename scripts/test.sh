@@ -60,7 +60,7 @@ if [ "$FAILED" = 0 ]; then
 fi
 
 # The trainer, which holds every kernel, was built above for all chips (no GPU is needed for that, only nvcc). Of the
-# GPU's tests, the library of kernels, benchmarks and ladders, syntax and types are checked, if nvcc can do that alone.
+# GPU's tests, benchmarks and ladders, syntax and types are checked, if nvcc can do that alone.
 NVCC=$(make -s print-nvcc)
 if [ -n "$NVCC" ]; then
     CHECK=(-cuda)
@@ -68,6 +68,11 @@ if [ -n "$NVCC" ]; then
     for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu dev/cuda/*.cu; do
         compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 "${CHECK[@]}" "$file" -o /dev/null
     done
+    # The library of kernels, and whether their registers suffice, which older assemblers than CUDA 13's do not manage
+    if "$NVCC" --version | grep -Eq 'release (1[3-9]|[2-9][0-9])'; then
+        compiles "library of kernels" make KERNELS_SM=90a build/libxlstm_kernels.so
+        run "kernel_resources.sh" bash dev/test/cuda/kernel_resources.sh
+    fi
 fi
 
 echo "all tests in $((SECONDS - START)) s"

@@ -1107,12 +1107,13 @@ static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
 }
 
 // The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,
-// of a segment, whose pair mlstm_pair_backward has made; C == NULL: none comes in
+// of a segment, whose pair mlstm_pair_backward has made; C == NULL: none comes in. h: if they are to be made here
+// (scan_makes_dots), else NULL
 template <typename F, typename Gates>
 static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, MlstmState dfinal,
                                 const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates,
                                 float *dbias, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
-                                cudaStream_t stream) {
+                                cudaStream_t stream, const F *h = NULL) {
     bool scanned = false, segment = dfinal.C != NULL;
     if (segment) mlstm_tail(&s, scratch->tail, final, dfinal, stream);
     if constexpr (sizeof(F) == 2)
@@ -1121,7 +1122,7 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
                 mlstm_narrow_backward(s, in, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
                                       mlstm_scan_scratch(scratch), stream);
             else
-                mlstm_scan_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved->gates,
+                mlstm_scan_backward(s, in, initial, dfinal, segment, dh, h, dq, dk, dv, ld_grad, saved->gates,
                                     saved->scan, mlstm_scan_scratch(scratch), stream);
             scanned = true;
         }
@@ -1136,21 +1137,22 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
 // constant everywhere, since h does not depend on it but for eps. No gradient comes in through the final states.
-// dh [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row, NULL: it is made here from h [B, T, NH, dv]; neither is read
-// with the sigmoid gate or for narrow heads (mlstm_narrow.cuh); dgates [B, T, 2NH]: of the raw pre-activations, in F or float.
+// dh, h [B, T, NH, dv]; dh_dot_h [B, T, NH] = <dh, h> of a row, NULL: it is made from h, which is not needed else, or
+// from neither (narrow heads); dgates [B, T, 2NH]: of the raw pre-activations, in F or float.
 template <typename F, typename Gates>
 static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, const F *dh, const float *dh_dot_h,
                            F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates, float *dbias,
                            const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream,
                            const F *h = NULL) {
     const MlstmState none = {NULL, NULL, NULL, 0};
-    const bool in_walk = sizeof(F) == 2 && s.chunk == SCAN_CHUNK && scan_narrow(&s);  // mlstm_narrow.cuh makes them
+    const bool scan = sizeof(F) == 2 && s.chunk == SCAN_CHUNK, narrow = scan && scan_narrow(&s);
+    const bool by_scan = !dh_dot_h && !narrow && scan && scan_makes_dots(&s, (const bf16 *)h);
     MlstmScratch<F> known = *scratch;
-    if (!dh_dot_h && (in_walk || s.sigmoid_gate)) known.rows.q_dq = NULL;
+    if (!dh_dot_h && (narrow || by_scan || s.sigmoid_gate)) known.rows.q_dq = NULL;
     if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, known.rows, stream);
-    else if (!in_walk) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
+    else if (!narrow && !by_scan) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
     mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, &known,
-                        stream);
+                        stream, by_scan ? h : NULL);
 }
 
 // The backward pair of a segment; mlstm_cell_backward follows with the gradient of the states that it leaves.

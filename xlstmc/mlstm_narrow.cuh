@@ -34,8 +34,12 @@
 #include "mlstm_scan.cuh"
 
 enum { NARROW_THREADS = 512, NARROW_STAGES = 2 };
-enum { NARROW_STATES_REGISTERS = 160, NARROW_VALUES_REGISTERS = 160, NARROW_KEYS_REGISTERS = 152,
-       NARROW_AUX_REGISTERS = 40 };
+enum {
+    NARROW_STATES_REGISTERS = 160,
+    NARROW_VALUES_REGISTERS = 160,
+    NARROW_KEYS_REGISTERS = 152,
+    NARROW_AUX_REGISTERS = 40
+};
 // Shared memory: a stage of the ring, then what is there twice or once
 enum {
     NARROW_AT_Q = 0,
@@ -44,8 +48,8 @@ enum {
     NARROW_AT_DH = 4 * PANEL_BYTES,
     NARROW_AT_C = 6 * PANEL_BYTES,
     NARROW_STAGE = 8 * PANEL_BYTES,
-    NARROW_AT_DC = NARROW_STAGES * NARROW_STAGE,      // [2][64, 128]
-    NARROW_AT_DS = NARROW_AT_DC + 4 * PANEL_BYTES,  // [2] dS^T, and then dq on its way to memory
+    NARROW_AT_DC = NARROW_STAGES * NARROW_STAGE,       // [2][64, 128]
+    NARROW_AT_DS = NARROW_AT_DC + 4 * PANEL_BYTES,     // [2] dS^T, and then dq on its way to memory
     NARROW_AT_OUT_V = NARROW_AT_DS + 2 * PANEL_BYTES,  // dv on its way
     NARROW_AT_OUT_K = NARROW_AT_OUT_V + 2 * PANEL_BYTES,
     NARROW_AT_WEIGHTS = NARROW_AT_OUT_K + PANEL_BYTES,  // [2] of the chunk's queries in dn, see scan_at_weights
@@ -442,7 +446,7 @@ __device__ __forceinline__ void narrow_store_anchor(const NarrowArgs &p, const N
 __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
                                               NarrowShared *sh) {
     float dC[64], N[4], dq[32];
-    unsigned a[4][4];
+    unsigned a[2][2][4];  // of 32 tokens each
     narrow_load_state(p, at, dC, N);
     narrow_publish(base, sh, dC, 0);
     narrow_publish_n(sh, N, 0);
@@ -462,14 +466,15 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
         scan_wait_full<NARROW_STAGES>(sh->qk_full, it);
         const float decay = rows->decay, factor[2] = {rows->factor[row], rows->factor[row + 8]};
-        scan_scale_rows(a, stage + NARROW_AT_Q, rows->factor);
+        scan_scale_rows(a[0], stage + NARROW_AT_Q, rows->factor);
+        scan_scale_rows(a[1], stage + NARROW_AT_Q + 2 * 2048, rows->factor + 32);
 #pragma unroll
         for (int i = 0; i < 64; i++) dC[i] *= decay;
 #pragma unroll
         for (int i = 0; i < 4; i++) N[i] *= decay;
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; i++) wgmma_rs<1>(dC, a[i], wgmma_operand(dh, 2048 * i), true);
+        for (int i = 0; i < 4; i++) wgmma_rs<1>(dC, a[i / 2][i % 2], wgmma_operand(dh, 2048 * i), true);
         wgmma_commit();
         wgmma_wait<1>();
         const float2 before = narrow_row_dots(dq, stage + NARROW_AT_Q);
@@ -486,8 +491,8 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            wgmma_rs<1>(N, a[i], wgmma_narrow_operand(base, NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024 + 256 * i),
-                        true);
+            wgmma_rs<1>(N, a[i / 2][i % 2],
+                        wgmma_narrow_operand(base, NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024 + 256 * i), true);
         wgmma_commit();
         const float border[2] = {rows->border[row], rows->border[row + 8]};
 #pragma unroll

@@ -16,7 +16,8 @@
 // holds a slice of W columns of one head's state, transposed, in the accumulators of two of them:
 //
 //   scores    X Y^T (64 x 64), weights, P in bf16 to shared memory, a chunk ahead of the states. H: <q, n>, with n in
-//             three parts as further keys, and the n of the next chunk, Y^T times the tokens' weights
+//             three parts as further keys, and the n of the next chunk, Y^T times the tokens' weights. dQ: <dh, h> of
+//             the rows, if it is not given and one slice has all of a head
 //   state 0,1 out^T = M^T X^T with the accumulators themselves, rounded to bf16, as register operand; M^T += (scale *
 //             Z)^T Y, fed from registers too; out^T += Z^T P^T. Where W = 64 both share the rows and halve A,
 //             exchange their parts of out through shared memory and finish half of the tokens each; else each has
@@ -65,7 +66,7 @@ struct Scan {
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
-    static constexpr int AHEAD = BLOCKS == 2 ? 1 : AW > 192 ? 2 : 3;  // products on their way (scan_ask_state)
+    static constexpr int AHEAD = BLOCKS == 2 ? 1 : AW > 192 ? 2 : 3;        // products on their way (scan_ask_state)
     static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;    // dV still wants M for its snapshots
     static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;     // X or Y, Z of 64 tokens
     // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z,
@@ -89,22 +90,32 @@ struct Scan {
     static constexpr int TILES = ROOM / TILE < MAX_TILES ? ROOM / TILE : MAX_TILES;  // of X and Y
     static constexpr int AT_Z = TILES * TILE, AT_P = AT_Z + Z_STAGES * Z_BYTES, AT_OUT = AT_P + PANEL_BYTES,
                          AT_KEYS = AT_OUT + OUT_STAGES * OUT_BYTES, AT_WEIGHTS = AT_KEYS + KEYS_BYTES,
-                         AT_KEPT = AT_WEIGHTS + 2 * WEIGHTS * 1024, AT_SHARED = AT_KEPT + KEPT_BYTES;
+                         AT_KEPT = AT_WEIGHTS + 2 * WEIGHTS * 1024, AT_H = AT_KEPT + KEPT_BYTES;
+    // dQ with dv up to 256 and one slice makes <dh, h> (scan_make_dots), from rows of h behind all else: two times four
+    // of a warp's. With less dv that takes as long as reading dh and h before, with more there are several slices
+    static constexpr bool MAKES_DOTS = MODE == SCAN_DQ && A == 256;
+    static constexpr int H_STAGES = 2, H_BYTES = 4 * A * 2;
+    static constexpr int AT_SHARED = AT_H + (MAKES_DOTS ? 4 * H_STAGES * H_BYTES : 0);
     // Arrivals that free a tile, a stage of Z, P, the scalars of a chunk
-    static constexpr int TILE_USERS = 12, Z_USERS = !TRANSPOSED ? 2 : SPLIT ? 4 : 8, P_USERS = SPLIT ? 4 : 8,
-                         ROWS_USERS = 12;
+    static constexpr int TILE_USERS = 12,
+                         Z_USERS = !TRANSPOSED ? 2
+                                   : SPLIT     ? 4
+                                               : 8,
+                         P_USERS = SPLIT ? 4 : 8, ROWS_USERS = 12;
     static_assert(AW % 64 == 0 && BLOCKS * AW <= 256, "the state fits the registers");
     static_assert(TILES >= 3, "X, Y and the next X fit");
+    static_assert(AT_SHARED + SCALARS <= SHARED, "all fits");
 };
 
 struct ScanArgs {
     CUtensorMap x, y, z, out, dot;  // dot: dQ: Q, dK: K, laid out as out
     MlstmShape s;
     MlstmGates gates;
-    const float *inv_den, *ds;  // [B, NH, T], backward
-    const int *doc_start;       // [B, T]
-    MlstmState initial, final;  // of the whole sequence; C == NULL: zeros, not wanted
-    float *segments;            // states entering each segment (scan_segment_state); NULL: one segment, or dQ
+    float *inv_den, *ds;         // [B, NH, T], backward; made by dQ if it has h, else given
+    const bf16 *h;               // [B, T, NH, dv] dQ, where <dh, h> is to be made, else NULL
+    const int *doc_start;        // [B, T]
+    MlstmState initial, final;   // of the whole sequence; C == NULL: zeros, not wanted
+    float *segments;             // states entering each segment (scan_segment_state); NULL: one segment, or dQ
     int segment_chunks, slices;  // chunks a segment, slices a head
     uint32_t *snapshots;  // C where a span begins, in the order of H's registers: H writes, dV and dQ read; NULL: no
     float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK and dQ read
@@ -122,7 +133,7 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
     // and 1 / den are in r. A bf16 result does without the low halves of u and r: 1e-4 of the weight where gates are at
     // their caps for a whole chunk, else 1e-6.
     float u[64], r[64];
-    float factor[64];              // of the row's part from the state
+    float factor[64];  // of the row's part from the state
     float scale[64];   // of the row in the update of M, of n
     union {
         float floor[64];  // H: of the denominator
@@ -130,7 +141,7 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
     };
     union {
         float out_scale[64];  // H: 1 / denominator, by the scores
-        float border[64];     // dQ, dK: of the row's part from n
+        float border[64];     // dQ, dK: of the row's part from n; see scan_make_dots
     };
     int start[64];  // of the document, counted from the chunk's first token; not below 0
     float decay;
@@ -140,10 +151,10 @@ template <class S>
 struct alignas(16) ScanShared {
     ScanRows rows[2];
     float dots[S::TRANSPOSED ? (S::SPLIT ? 2 : 4) : 1][4][S::TRANSPOSED ? 64 : 1];  // of a state warpgroup and chunk
-    alignas(16) float n[2][S::MODE == SCAN_H ? S::A : 4];  // of even and odd chunks
-    float border[S::REVERSE ? 256 : 4];  // dV, dK: see scan_send_border
+    alignas(16) float n[2][S::MODE == SCAN_H ? S::A : 4];                           // of even and odd chunks
+    float border[S::REVERSE ? 256 : 4];                                             // dV, dK: see scan_send_border
     uint64_t tile_full[S::TILES], tile_empty[S::TILES], z_full[3], z_empty[3], rows_full[2], rows_empty[2], p_full,
-        p_empty, dot_full[2][2], border_full, border_empty;
+        p_empty, dot_full[2][2], border_full, border_empty, h_full[4][S::H_STAGES];
 };
 
 template <class S>
@@ -152,14 +163,24 @@ constexpr size_t scan_shared_bytes() {
     return S::AT_SHARED + sizeof(ScanShared<S>);
 }
 
+__device__ __forceinline__ int scan_chunks(const ScanArgs &p) { return (p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK; }
+
 struct ScanPlace {  // what a block does
-    int b, head, bh, slice, first_chunk, chunks, all_chunks;
-    bool first_segment, last_segment;  // in the direction of the walk
+    int b, head, bh, slice, first_chunk, chunks;
 };
 
 template <class S>
 __device__ __forceinline__ int scan_chunk(const ScanPlace &at, int it) {
     return S::REVERSE ? at.first_chunk + at.chunks - 1 - it : at.first_chunk + it;
+}
+// Whether the block has the first or the last segment, in the direction of the walk
+template <class S>
+__device__ __forceinline__ bool scan_is_first(const ScanArgs &p, const ScanPlace &at) {
+    return S::REVERSE ? (at.first_chunk + at.chunks) * SCAN_CHUNK >= p.s.T : at.first_chunk == 0;
+}
+template <class S>
+__device__ __forceinline__ bool scan_is_last(const ScanArgs &p, const ScanPlace &at) {
+    return S::REVERSE ? at.first_chunk == 0 : (at.first_chunk + at.chunks) * SCAN_CHUNK >= p.s.T;
 }
 // Waits until use k of a ring of `stages` is full, or until its place is free
 template <int STAGES>
@@ -182,15 +203,21 @@ __device__ __forceinline__ void scan_warp_arrive(const uint64_t *bars, int k) {
 }
 // Where tile k of the ring of X and Y is, and Z of the walk's chunk `it`, from the start of shared memory
 template <class S>
-__device__ __forceinline__ int scan_at_tile(int k) { return k % S::TILES * S::TILE; }
+__device__ __forceinline__ int scan_at_tile(int k) {
+    return k % S::TILES * S::TILE;
+}
 template <class S>
-__device__ __forceinline__ int scan_at_z(int it) { return S::AT_Z + it % S::Z_STAGES * S::Z_BYTES; }
+__device__ __forceinline__ int scan_at_z(int it) {
+    return S::AT_Z + it % S::Z_STAGES * S::Z_BYTES;
+}
 
 // The weights of the chunk's tokens in the normaliser, to 16 bits, as operands of eight columns: in an even one the
 // upper halves in bf16, in the odd one beside it the lower. dQ, dK: in all columns; H: an operand for each 64 columns
 // of Y, with the weights in two columns and zeros else, so that the products of all end up beside each other
 template <class S>
-__device__ __forceinline__ int scan_at_weights(int it) { return S::AT_WEIGHTS + it % 2 * (S::WEIGHTS * 1024); }
+__device__ __forceinline__ int scan_at_weights(int it) {
+    return S::AT_WEIGHTS + it % 2 * (S::WEIGHTS * 1024);
+}
 
 // A tile that is none of this warp's business: all places of the ring count the same arrivals
 template <class S>
@@ -212,30 +239,33 @@ __device__ __forceinline__ MlstmState scan_segment_state(const ScanArgs &p, int 
 template <class S>
 __device__ __forceinline__ MlstmState scan_initial(const ScanArgs &p, const ScanPlace &at) {
     if (p.segments) return scan_segment_state(p, blockIdx.y);
-    return at.first_segment ? p.initial : MlstmState{NULL, NULL, NULL, 0};
+    return scan_is_first<S>(p, at) ? p.initial : MlstmState{NULL, NULL, NULL, 0};
 }
 template <class S>
 __device__ __forceinline__ MlstmState scan_final(const ScanArgs &p, const ScanPlace &at) {
-    return at.last_segment ? p.final : MlstmState{NULL, NULL, NULL, 0};
+    return scan_is_last<S>(p, at) ? p.final : MlstmState{NULL, NULL, NULL, 0};
 }
 
+__device__ __forceinline__ unsigned scan_all_chunks(const ScanArgs &p) {
+    return ((unsigned)p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK;
+}
 // Snapshots are taken between spans. The one that belongs to chunk c, where the walk comes to it, or -1
-__device__ __forceinline__ int scan_borders(const ScanPlace &at) { return (at.all_chunks - 1) / SCAN_BORDER; }
+__device__ __forceinline__ unsigned scan_borders(const ScanArgs &p) { return (unsigned)(p.s.T - 1) / MLSTM_SPAN; }
 template <class S>
-__device__ __forceinline__ int scan_border(const ScanPlace &at, int c) {
-    const int next = c + S::REVERSE, border = next / SCAN_BORDER - 1;
-    return next % SCAN_BORDER == 0 && border < scan_borders(at) ? border : -1;
+__device__ __forceinline__ int scan_border(const ScanArgs &p, int c) {
+    const int next = c + S::REVERSE;
+    return next % SCAN_BORDER == 0 && next * SCAN_CHUNK < p.s.T ? next / SCAN_BORDER - 1 : -1;
 }
 // Tiles of the ring that chunk c takes: X, Y and, of dV between spans, the snapshot: one for 64 rows of M^T
 template <class S>
-__device__ __forceinline__ int scan_tiles(const ScanPlace &at, int c) {
-    return 2 + (S::MODE == SCAN_DV && scan_border<S>(at, c) >= 0 ? S::W / 64 : 0);
+__device__ __forceinline__ int scan_tiles(const ScanArgs &p, int c) {
+    return 2 + (S::MODE == SCAN_DV && scan_border<S>(p, c) >= 0 ? S::W / 64 : 0);
 }
 // A state warpgroup's part of it, in the order of its registers: H and dV
 template <class S>
 __device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const ScanPlace &at, int border, int wg) {
-    const size_t part = (((size_t)at.bh * scan_borders(at) + border) * p.slices + at.slice) * 2 + wg;
-    return p.snapshots + part * (S::BLOCKS * S::AW / 4 * 128);
+    const unsigned part = ((at.bh * scan_borders(p) + border) * p.slices + at.slice) * 2 + wg;
+    return p.snapshots + (size_t)part * (S::BLOCKS * S::AW / 4 * 128);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -246,12 +276,16 @@ __device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const Scan
 __device__ __forceinline__ bool scan_keep_pace(int *pace, int it) {
     enum { EVERY = 4, TRIES = 40 };
     if (it % EVERY) return true;
-    volatile int *group = pace + 8 * (blockIdx.z * gridDim.y + blockIdx.y);
-    group[blockIdx.x] = it + 1;
+    pace += 8 * (blockIdx.z * gridDim.y + blockIdx.y);
+    *(volatile int *)(pace + blockIdx.x) = it + 1;
+#pragma unroll 1
     for (int k = 0; k < TRIES; k++) {
-        int slowest = it + 1;
-        for (int x = 0; x < gridDim.x; x++) slowest = min(slowest, group[x]);
-        if (slowest > it) return true;
+        const int4 some = __ldcv((const int4 *)pace), others = __ldcv((const int4 *)pace + 1);
+        const int begun[8] = {some.x, some.y, some.z, some.w, others.x, others.y, others.z, others.w};
+        bool all = true;
+#pragma unroll
+        for (int x = 0; x < 8; x++) all &= x >= gridDim.x || begun[x] > it;
+        if (all) return true;
         __nanosleep(200);
     }
     return false;
@@ -264,7 +298,7 @@ __device__ __forceinline__ void scan_copy_tiles(const ScanArgs &p, const ScanPla
                                                 ScanShared<S> *sh) {
     bool together = p.pace;
     for (int it = 0, k = 0; it < at.chunks; it++) {
-        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
+        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(p, c);
         if (together) together = scan_keep_pace(p.pace, it);
         for (int i = 0; i < tiles; i++, k++) {
             const unsigned full = shared_address(sh->tile_full + k % S::TILES), tile = base + scan_at_tile<S>(k);
@@ -273,7 +307,7 @@ __device__ __forceinline__ void scan_copy_tiles(const ScanArgs &p, const ScanPla
             for (int j = 0; i < 2 && j < S::A / 64; j++)
                 tma_load(tile + j * PANEL_BYTES, i ? &p.y : &p.x, full, 64 * j, at.head, c * SCAN_CHUNK, at.b);
             if (i >= 2)
-                bulk_load(tile, (const char *)scan_snapshot<S>(p, at, scan_border<S>(at, c), 0) + (i - 2) * S::TILE,
+                bulk_load(tile, (const char *)scan_snapshot<S>(p, at, scan_border<S>(p, c), 0) + (i - 2) * S::TILE,
                           S::TILE, full);
         }
     }
@@ -299,17 +333,22 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
     const int i = threadIdx.x % 64;
     for (int it = 0; it < at.chunks; it++) {
         const int c = scan_chunk<S>(at, it), t = c * SCAN_CHUNK + i;
-        const size_t gate = (size_t)at.bh * p.s.T + t;
+        const unsigned gate = (unsigned)at.bh * p.s.T + t;  // [B, NH, T] has less than 2^32 elements
         ScanRows *rows = &sh->rows[it % 2];
-        const float decay = p.gates.decay[(size_t)at.bh * at.all_chunks + c];
-        float2 u = {-1e30f, 0}, r = {1e30f, 0};  // beyond the end: no weight with any other token
+        const float decay = p.gates.decay[(unsigned)at.bh * scan_chunks(p) + c];
+        float2 u = {-1e30f, 0}, r = {1e30f, 0};   // beyond the end: no weight with any other token
         float q = 0, k = 0, ds = 0, inv_den = 1;  // H: floor in inv_den
         int start = 0;
         if (t < p.s.T) {
             u = p.gates.u[gate], r = p.gates.r[gate], q = p.gates.qscale[gate], k = p.gates.kscale[gate];
-            inv_den = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
-            if (S::TRANSPOSED) ds = p.ds[gate];
-            start = p.doc_start[(size_t)at.b * p.s.T + t];
+            if (S::MAKES_DOTS && p.h) {
+                const float2 factor = mlstm_row_factor(p.s, p.gates.sig, p.gates.floor, gate);
+                inv_den = factor.x, ds = factor.y;
+            } else {
+                inv_den = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
+                if (S::TRANSPOSED) ds = p.ds[gate];
+            }
+            start = p.doc_start[(unsigned)at.b * p.s.T + t];
         }
         scan_wait_empty<2>(sh->rows_empty, it);
         const float by = S::MODE == SCAN_H ? 1 : inv_den;
@@ -319,6 +358,10 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
         rows->scale[i] = S::REVERSE ? q * by : k;
         if (S::MODE == SCAN_H) rows->floor[i] = inv_den;
         if (S::TRANSPOSED) rows->add[i] = __fdividef(ds, by), rows->border[i] = S::REVERSE ? k : q * ds;
+        if (S::MAKES_DOTS && p.h) {
+            rows->border[i] = inv_den;
+            if (t < p.s.T) p.inv_den[gate] = inv_den;
+        }
         rows->start[i] = max(start - c * SCAN_CHUNK, 0);
         if (S::NORMALISER) {
             const float weight = S::MODE == SCAN_H ? k : S::REVERSE ? __fdividef(ds, by) : 1;
@@ -358,15 +401,15 @@ __device__ __forceinline__ void scan_add_border(const ScanPlace &at, ScanShared<
 template <class S>
 __device__ __forceinline__ void scan_add_borders(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh) {
     const size_t tile = (size_t)(p.anchor_tile + at.slice) * gridDim.z + at.bh;
-    const int borders = scan_borders(at);
+    const int borders = (int)scan_borders(p);
     int k = 0;
     for (int it = 0; it < at.chunks; it++) {
-        const int border = scan_border<S>(at, scan_chunk<S>(at, it));
+        const int border = scan_border<S>(p, scan_chunk<S>(at, it));
         if (border < 0) continue;
-        scan_add_border<S>(at, sh, p.n_snapshots + ((size_t)at.bh * borders + border) * p.s.dk, p.s.dk,
+        scan_add_border<S>(at, sh, p.n_snapshots + (size_t)(at.bh * (unsigned)borders + border) * p.s.dk, p.s.dk,
                            &p.anchor[tile * (borders + 1) + border], k++);
     }
-    if (at.last_segment && p.entering.C)
+    if (scan_is_last<S>(p, at) && p.entering.C)
         scan_add_border<S>(at, sh, p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk, p.s.dk,
                            &p.anchor_start[tile], k);
 }
@@ -375,8 +418,8 @@ __device__ __forceinline__ void scan_add_borders(const ScanArgs &p, const ScanPl
 template <class S>
 __device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPlace &at, int column) {
     if (column >= p.s.dk) return 0;
-    if (S::MODE == SCAN_DQ && !at.first_segment)
-        return p.n_snapshots[((size_t)at.bh * scan_borders(at) + at.first_chunk / SCAN_BORDER - 1) * p.s.dk + column];
+    if (S::MODE == SCAN_DQ && !scan_is_first<S>(p, at))
+        return p.n_snapshots[(size_t)(at.bh * scan_borders(p) + at.first_chunk / SCAN_BORDER - 1) * p.s.dk + column];
     const MlstmState initial = scan_initial<S>(p, at);
     return initial.C ? initial.n[at.b * initial.row + (size_t)at.head * p.s.dk + column] : 0;
 }
@@ -391,7 +434,7 @@ __device__ __forceinline__ float scan_entering_n(const ScanArgs &p, const ScanPl
 template <class S>
 __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *rows, int thread) {
     constexpr int GROUP = 2;  // columns' pieces whose reads go together
-    const int t = thread % 4, i0 = thread / 32 * 16 + thread % 32 / 4;
+    const unsigned t = thread % 4, i0 = thread / 32 * 16 + thread % 32 / 4;
     const float *of_k = S::REVERSE ? rows->r : rows->u, *of_i = S::REVERSE ? rows->u : rows->r;
     float mine[2], add[2] = {0, 0};  // forward: of the queries i; else of the keys i
     int start[2] = {0, 0};
@@ -429,6 +472,87 @@ __device__ __forceinline__ void scan_weights(float (&w)[32], const ScanRows *row
     }
 }
 
+// dQ, where <dh, h> is not given: a warp makes it for its 16 rows from X, which is dH, and from h, of which a group of
+// four rows after the other comes by bulk copies, the first two a chunk ahead. Eight lanes take a row. The scalars'
+// warps leave the sign of ds in rows->add and inv_den in rows->border, for ds = sign inv_den <dh, h>.
+
+// The copy of group j of the walk's chunk `it`; its place must be free
+template <class S>
+__device__ __forceinline__ void scan_load_h(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
+                                            int it, int j) {
+    const unsigned thread = not_hoisted(threadIdx.x), row = thread % 32, warp = thread / 32, place = j % S::H_STAGES;
+    const int t = scan_chunk<S>(at, it) * SCAN_CHUNK + 16 * warp + 4 * j + row, bytes = p.s.dv * (int)sizeof(bf16);
+    const unsigned full = shared_address(&sh->h_full[warp][place]);
+    if (row >= 4 || it >= at.chunks) return;
+    if (t >= p.s.T) return barrier_arrive(full);
+    barrier_arrive_expect(full, bytes);
+    bulk_load(base + S::AT_H + (warp * S::H_STAGES + place) * S::H_BYTES + row * (S::H_BYTES / 4),
+              p.h + (((size_t)at.b * p.s.T + t) * p.s.NH + at.head) * p.s.dv, bytes, full);
+}
+template <class S>
+__device__ __forceinline__ void scan_begin_dots(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                                ScanShared<S> *sh) {
+    uint4 *rows = (uint4 *)(smem + S::AT_H + threadIdx.x / 32 * (S::H_STAGES * S::H_BYTES));
+    for (int k = threadIdx.x % 32; k < S::H_STAGES * S::H_BYTES / 16; k += 32)
+        rows[k] = make_uint4(0, 0, 0, 0);  // what lies beyond dv stays so
+    fence_async_proxy();
+    __syncwarp();
+    for (int j = 0; j < S::H_STAGES; j++) scan_load_h<S>(p, at, shared_address(smem), sh, 0, j);
+}
+// A lane's part of <x, h> of a row of A columns: pieces lane % 8 of all panels
+template <class S>
+__device__ __forceinline__ float scan_dot_pieces(const unsigned char *x, const unsigned char *h) {
+    float sum[2] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < S::A / 64; k++) {
+        const uint4 a = *(const uint4 *)(x + k * PANEL_BYTES), b = *(const uint4 *)(h + k * PANEL_ROW);
+        const unsigned of_a[4] = {a.x, a.y, a.z, a.w}, of_b[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 u = unpack_two(of_a[i]), v = unpack_two(of_b[i]);
+            sum[0] += u.x * v.x, sum[1] += u.y * v.y;
+        }
+    }
+    return sum[0] + sum[1];
+}
+// Returns ds of row 16 warp + scan_dot_row(), whose scalars it completes
+__device__ __forceinline__ int scan_dot_row() { return threadIdx.x % 4 * 4 + threadIdx.x % 32 / 8; }
+template <class S>
+__device__ __forceinline__ float scan_make_dots(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                                ScanShared<S> *sh, const unsigned char *x, int it) {
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    float sum[4], two[2];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int place = j % S::H_STAGES, row = 16 * warp + 4 * j + lane / 8;
+        barrier_wait(shared_address(&sh->h_full[warp][place]), j / S::H_STAGES);
+        sum[j] = scan_dot_pieces<S>(
+            x + panel_piece(row, lane % 8),
+            smem + S::AT_H + (warp * S::H_STAGES + place) * S::H_BYTES + lane / 8 * (S::H_BYTES / 4) + lane % 8 * 16);
+        __syncwarp();
+        scan_load_h<S>(p, at, shared_address(smem), sh, it + j / S::H_STAGES, (j + S::H_STAGES) % 4);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {  // a lane keeps every second group, and then one
+        const float keep = lane & 1 ? sum[2 * k + 1] : sum[2 * k], give = lane & 1 ? sum[2 * k] : sum[2 * k + 1];
+        two[k] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
+    }
+    float dot = (lane & 2 ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, lane & 2 ? two[0] : two[1], 2);
+    dot += __shfl_xor_sync(0xffffffffu, dot, 4);
+    ScanRows *rows = &sh->rows[it % 2];
+    const int row = 16 * warp + scan_dot_row();
+    const float sign = rows->add[row], inv_den = rows->border[row], add = sign != 0 ? sign * dot : 0;
+    __syncwarp();
+    rows->add[row] = add, rows->border[row] = rows->factor[row] * add;
+    __syncwarp();
+    return inv_den * add;
+}
+template <class S>
+__device__ __forceinline__ void scan_store_ds(const ScanArgs &p, const ScanPlace &at, float ds, int c) {
+    const int t = c * SCAN_CHUNK + threadIdx.x / 32 * 16 + scan_dot_row();
+    if (threadIdx.x % 8 < 4 && t < p.s.T) p.ds[(unsigned)at.bh * p.s.T + t] = ds;
+}
+
 // H: packs the weighted scores w to bf16 words and leaves the denominators for the state's warpgroups; returns sig for
 // backward, of the rows 16 warp + lane / 4 and 8 further on. q_n: a lane's part of <q, n>. out is a sum with rounded
 // weights, so it is divided by their sum: where one token outweighs all others, h is its v, whatever the rounding, and
@@ -439,8 +563,7 @@ __device__ __forceinline__ float2 scan_denominators(const ScanArgs &p, const flo
     const unsigned thread = not_hoisted(threadIdx.x), row = thread / 32 * 16 + thread % 32 / 4;
     float sum[2], rounded[2];
 #pragma unroll
-    for (int h = 0; h < 2; h++)
-        rounded[h] = sum[h] = rows->factor[row + 8 * h] * (q_n[2 * h] + q_n[2 * h + 1]);
+    for (int h = 0; h < 2; h++) rounded[h] = sum[h] = rows->factor[row + 8 * h] * (q_n[2 * h] + q_n[2 * h + 1]);
 #pragma unroll
     for (int k = 0; k < 16; k++) {
         words[k] = pack_two(w[2 * k], w[2 * k + 1]);
@@ -455,16 +578,16 @@ __device__ __forceinline__ float2 scan_denominators(const ScanArgs &p, const flo
             rounded[h] += __shfl_xor_sync(0xffffffffu, rounded[h], d);
         }
         const float denominator = fmaxf(fabsf(rounded[h]), rows->floor[row + 8 * h]) + p.s.eps;
-        if (threadIdx.x % 4 == 0)
-            rows->out_scale[row + 8 * h] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, denominator);
+        if (thread % 4 == 0) rows->out_scale[row + 8 * h] = p.s.sigmoid_gate ? 1 : __fdividef(1.0f, denominator);
     }
     return make_float2(sum[0], sum[1]);
 }
 template <class S>
 __device__ __forceinline__ void scan_store_sig(const ScanArgs &p, const ScanPlace &at, float2 sig, int c) {
-    const int time = c * SCAN_CHUNK + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    if (threadIdx.x % 4 || at.slice) return;
-    float *to = p.gates.sig + (size_t)at.bh * p.s.T + time;
+    const unsigned thread = not_hoisted(threadIdx.x);
+    const int time = c * SCAN_CHUNK + thread / 32 * 16 + thread % 32 / 4;
+    if (thread % 4 || at.slice) return;
+    float *to = p.gates.sig + ((unsigned)at.bh * p.s.T + time);
     if (time < p.s.T) to[0] = sig.x;
     if (time + 8 < p.s.T) to[8] = sig.y;
 }
@@ -527,9 +650,9 @@ __device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S
 template <class S>
 __device__ __forceinline__ void scan_keep_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int it) {
     if (threadIdx.x || at.slice || !p.n_snapshots) return;
-    const int c = scan_chunk<S>(at, it), place = p.panels ? c : scan_border<S>(at, c);
+    const int c = scan_chunk<S>(at, it), place = p.panels ? c : scan_border<S>(p, c);
     if (place < 0) return;
-    const size_t first = (size_t)at.bh * (p.panels ? at.all_chunks : scan_borders(at));
+    const size_t first = (size_t)at.bh * (p.panels ? scan_all_chunks(p) : scan_borders(p));
     bulk_store(p.n_snapshots + (first + place) * p.s.dk, shared_address(sh->n[it % 2]), p.s.dk * sizeof(float));
 }
 
@@ -537,15 +660,21 @@ template <class S>
 __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
     const unsigned base = shared_address(smem);
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
     if constexpr (S::MODE == SCAN_H) scan_begin_n<S>(p, at, smem, sh);
+    if constexpr (S::MAKES_DOTS)
+        if (p.h) scan_begin_dots<S>(p, at, smem, sh);
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
         ScanRows *rows = &sh->rows[it % 2];
         const unsigned x = base + scan_at_tile<S>(k0), y = base + scan_at_tile<S>(k0 + 1), panel = base + S::AT_P;
         if constexpr (S::MODE == SCAN_H) scan_keep_n<S>(p, at, sh, it);
         __syncwarp();
-        float w[32];
+        float w[32], ds = 0;
         scan_wait_full<S::TILES>(sh->tile_full, k0);
+        if constexpr (S::MAKES_DOTS)
+            if (p.h) {
+                scan_wait_full<2>(sh->rows_full, it);
+                ds = scan_make_dots<S>(p, at, smem, sh, smem + scan_at_tile<S>(k0), it);
+            }
         scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
         scan_wait_full<2>(sh->rows_full, it);
 #pragma unroll
@@ -580,6 +709,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             for (int k = 0; k < 16; k++) words[k] = pack_two(w[2 * k], w[2 * k + 1]);
         }
         scan_wait_empty<1>(&sh->p_empty, it);
+        const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, row = thread / 32 * 16 + lane % 16;
 #pragma unroll
         for (int j = 0; j < 8; j += 2)
             matrices_store(panel + panel_piece(row, j + lane / 16), words[2 * j], words[2 * j + 1], words[2 * j + 2],
@@ -590,8 +720,9 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             scan_advance_n<S>(smem, sh, sums, it);
             scan_store_sig<S>(p, at, sig, scan_chunk<S>(at, it));  // behind the fences, which would wait for it
         }
+        if (S::MAKES_DOTS && p.h) scan_store_ds<S>(p, at, ds, scan_chunk<S>(at, it));  // behind the fence
         scan_warp_arrive<2>(sh->rows_empty, it);
-        const int tiles = scan_tiles<S>(at, scan_chunk<S>(at, it));
+        const int tiles = scan_tiles<S>(p, scan_chunk<S>(at, it));
         for (int k = 2; k < tiles; k++) scan_pass_tile<S>(sh, k0 + k);
         k0 += tiles;
     }
@@ -607,60 +738,62 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
 // The state's warpgroups. A thread's M[b][4j + 2h + e] is element (w, a) of M^T with w = scan_row() + 8h,
 // a = first_a + 8j + 2t + e.
 
+// 0 or 1, known to be the same in the whole warp; asked for anew rather than kept
+__device__ __forceinline__ int scan_warpgroup() {
+    return __shfl_sync(0xffffffffu, not_hoisted(threadIdx.x) / 128, 0) - 1;
+}
 template <class S>
 __device__ __forceinline__ int scan_row(const ScanPlace &at, int wg, int b) {
     return at.slice * S::W + (S::SPLIT ? 0 : (wg * S::BLOCKS + b) * 64) + threadIdx.x / 32 % 4 * 16 +
            threadIdx.x % 32 / 4;
 }
 
-// element(w, a, M element) for all that a thread holds and the head has. 16 at a time: the compiler would rather have
-// the addresses of all of them at hand, and spill.
+// element(C's element, M's) for the four that a thread holds of block b and column j, as far as the head has them: dk
+// and dv are multiples of 8, so all threads of a warp have the same.
 template <class S, typename Element>
-__device__ __forceinline__ void scan_each_element(const ScanArgs &p, const ScanPlace &at, int wg,
-                                                  float (&M)[S::BLOCKS][S::AW / 2], Element element) {
+__device__ __forceinline__ void scan_four_elements(const ScanArgs &p, const ScanPlace &at, int wg, float *C, float *M,
+                                                   int b, int j, Element element) {
     const int a_width = S::TRANSPOSED ? p.s.dv : p.s.dk, w_width = S::TRANSPOSED ? p.s.dk : p.s.dv;
+    const int a = (S::SPLIT ? wg * S::AW : 0) + 8 * j, w = scan_row<S>(at, wg, b);
+    C = scan_element<S>(C, p.s, w, a + threadIdx.x % 4 * 2);
 #pragma unroll
-    for (int b = 0; b < S::BLOCKS; b++)
-#pragma unroll
-        for (int i = 0; i < S::AW / 2; i++) {
-            const int w = scan_row<S>(at, wg, b) + i / 2 % 2 * 8;
-            const int a = (S::SPLIT ? wg * S::AW : 0) + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-            if (w < w_width && a < a_width) element(w, a, M[b][i]);
-            if (i % 16 == 15) asm volatile("" ::: "memory");
+    for (int h = 0; h < 2; h++)
+        if (w + 8 * h < w_width && a < a_width) {
+            element(C[S::TRANSPOSED ? h * 8 * p.s.dv : h * 8], M[2 * h]);
+            element(C[S::TRANSPOSED ? h * 8 * p.s.dv + 1 : p.s.dv + h * 8], M[2 * h + 1]);
         }
+    asm volatile("" ::: "memory");  // the compiler would rather have all addresses at hand, and spill
 }
 
-// C where a segment begins, for dQ, from the snapshots of H: where element (k, v) of C lies, in the order of the
-// registers of H (scan_border_state), counted from the head's snapshot
-__device__ __forceinline__ int scan_snapshot_place(int A, int wide, int k, int v) {
-    const int row = v & ((128 << wide) - 1), part = (v >> (7 + wide)) * 2 + (row >> (6 + wide));
-    const int word = (wide ? row / 64 % 2 * (A / 4) : 0) + k / 8 * 2 + row / 8 % 2;
-    const int thread = row / 16 % 4 * 32 + row % 8 * 4 + k % 8 / 2, words = (A / 4) << wide;
-    return ((part * words + word / 4 * 4) * 128 + thread * 4 + word % 4) * 2 + k % 2;
-}
+// C where a segment begins, for dQ, from the snapshots of H, which have zeros beyond dk and dv. Element (w, v) of C is
+// where a thread of H has it (scan_keep_state): by v / 64, then w / 16, v / 16 % 4, v % 8, w % 8 / 2, w / 8 % 2,
+// v / 8 % 2, w % 2.
 template <class S>
 __device__ __forceinline__ void scan_load_snapshot(const ScanArgs &p, const ScanPlace &at, int wg,
                                                    float (&M)[S::BLOCKS][S::AW / 2]) {
-    const int A = scan_pad(p.s.dk, false), wide = A == 128;  // slices of H: 128 or 256 columns
-    const int border = at.first_chunk / SCAN_BORDER - 1, slices = (p.s.dv + (128 << wide) - 1) >> (7 + wide);
-    const bf16 *C = (const bf16 *)p.snapshots +
-                    ((size_t)at.bh * scan_borders(at) + border) * slices * (A * 128 << wide);
+    const int A = scan_pad(p.s.dk, false), W = scan_columns(A, false), border = at.first_chunk / SCAN_BORDER - 1;
+    const size_t head = (size_t)A * W * ((p.s.dv + W - 1) / W);
+    const bf16 *C = (const bf16 *)p.snapshots + (size_t)(at.bh * scan_borders(p) + border) * head;
+    if (S::SPLIT) C += wg * (S::AW / 64) * A * 64;
 #pragma unroll
-    for (int b = 0; b < S::BLOCKS; b++)
+    for (int b = 0; b < S::BLOCKS; b++) {
+        const unsigned w = scan_row<S>(at, wg, b);
+        if (w >= A) continue;
+        const bf16 *from = C + w / 8 * 512 + threadIdx.x % 4 * 64 + w % 8 / 2 * 8 + w % 2;
 #pragma unroll
         for (int i = 0; i < S::AW / 2; i += 16) {  // 16 loads on their way at a time
             bf16 x[16];
 #pragma unroll
             for (int k = 0; k < 16; k++) {
-                const int w = scan_row<S>(at, wg, b) + (i + k) / 2 % 2 * 8;
-                const int a = (S::SPLIT ? wg * S::AW : 0) + (i + k) / 4 * 8 + threadIdx.x % 4 * 2 + k % 2;
-                const bool inside = w < p.s.dk && a < p.s.dv;
-                x[k] = C[inside ? scan_snapshot_place(A, wide, w, a) : 0];
-                if (!inside) x[k] = from_float<bf16>(0);
+                const int j = (i + k) / 4 % 8;  // of eight columns v
+                x[k] = from[j / 2 * 256 + k % 2 * 32 + k / 2 % 2 * 4 + j % 2 * 2];
             }
 #pragma unroll
             for (int k = 0; k < 16; k++) M[b][i + k] = to_float(x[k]);
+            if (i % 32) from += A * 64;
+            asm volatile("" ::: "memory");
         }
+    }
 }
 
 template <class S>
@@ -671,10 +804,14 @@ __device__ __forceinline__ void scan_load_state(const ScanArgs &p, const ScanPla
     for (int b = 0; b < S::BLOCKS; b++)
 #pragma unroll
         for (int i = 0; i < S::AW / 2; i++) M[b][i] = 0;
-    if (S::MODE == SCAN_DQ && !at.first_segment) scan_load_snapshot<S>(p, at, wg, M);
+    if (S::MODE == SCAN_DQ && !scan_is_first<S>(p, at)) scan_load_snapshot<S>(p, at, wg, M);
     if (!initial.C) return;
     float *C = initial.C + at.b * initial.row + (size_t)at.head * p.s.dk * p.s.dv;
-    scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { x = *scan_element<S>(C, p.s, w, a); });
+#pragma unroll
+    for (int b = 0; b < S::BLOCKS; b++)
+#pragma unroll
+        for (int j = 0; j < S::AW / 8; j++)
+            scan_four_elements<S>(p, at, wg, C, M[b] + 4 * j, b, j, [](float &c, float &x) { x = c; });
 }
 
 template <class S>
@@ -683,7 +820,11 @@ __device__ __forceinline__ void scan_store_state(const ScanArgs &p, const ScanPl
     const MlstmState final = scan_final<S>(p, at);
     if (!final.C) return;
     float *C = final.C + at.b * final.row + (size_t)at.head * p.s.dk * p.s.dv;
-    scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { *scan_element<S>(C, p.s, w, a) = x; });
+#pragma unroll
+    for (int b = 0; b < S::BLOCKS; b++)
+#pragma unroll
+        for (int j = 0; j < S::AW / 8; j++)
+            scan_four_elements<S>(p, at, wg, C, M[b] + 4 * j, b, j, [](float &c, float &x) { c = x; });
 }
 
 // For narrow heads H keeps what enters every chunk, M^T in bf16 in panels [64 dv, 64 dk] as mlstm_narrow.cuh wants it.
@@ -701,7 +842,7 @@ __device__ __forceinline__ void scan_keep_panel(const ScanArgs &p, const ScanPla
     fence_async_proxy();
     named_barrier_sync(2 + wg, 128);
     if (threadIdx.x % 128 == 0)
-        bulk_store((char *)p.snapshots + (((size_t)at.bh * at.all_chunks + c) * 2 + wg) * PANEL_BYTES, panel,
+        bulk_store((char *)p.snapshots + (((size_t)at.bh * scan_all_chunks(p) + c) * 2 + wg) * PANEL_BYTES, panel,
                    PANEL_BYTES);
     __syncwarp();
 }
@@ -713,15 +854,15 @@ __device__ __forceinline__ void scan_keep_state(const ScanArgs &p, const ScanPla
     if (S::MODE != SCAN_H || !p.snapshots) return;
     if constexpr (S::KEPT_BYTES > 0)
         if (p.panels) return scan_keep_panel<S>(p, at, base, wg, M[0], c);
-    if (scan_border<S>(at, c) < 0) return;
-    uint4 *kept = (uint4 *)scan_snapshot<S>(p, at, scan_border<S>(at, c), wg) + threadIdx.x % 128;
+    if (scan_border<S>(p, c) < 0) return;
+    uint4 *kept = (uint4 *)scan_snapshot<S>(p, at, scan_border<S>(p, c), wg) + threadIdx.x % 128;
 #pragma unroll
     for (int b = 0; b < S::BLOCKS; b++)
 #pragma unroll
         for (int k = 0; k < S::AW / 16; k++) {
             const float *m = M[b] + 8 * k;
-            kept[(b * (S::AW / 16) + k) * 128] = make_uint4(pack_two(m[0], m[1]), pack_two(m[2], m[3]),
-                                                            pack_two(m[4], m[5]), pack_two(m[6], m[7]));
+            kept[(b * (S::AW / 16) + k) * 128] =
+                make_uint4(pack_two(m[0], m[1]), pack_two(m[2], m[3]), pack_two(m[4], m[5]), pack_two(m[6], m[7]));
         }
 }
 
@@ -740,6 +881,7 @@ __device__ __forceinline__ float scan_dot_snapshot(const float (&M)[S::AW / 2], 
         sum[0] += x.x * m[0] + x.y * m[1] + y.x * m[2] + y.y * m[3];
         sum[1] += z.x * m[4] + z.y * m[5] + w.x * m[6] + w.y * m[7];
     }
+    asm volatile("" : "+f"(sum[0]), "+f"(sum[1]));  // all has come before its place is given back to TMA
     scan_warp_arrive<S::TILES>(sh->tile_empty, k);
     return sum[0] + sum[1];
 }
@@ -762,7 +904,18 @@ template <class S>
 __device__ __forceinline__ float scan_dot_entering(const ScanArgs &p, const ScanPlace &at, int wg,
                                                    float (&M)[S::BLOCKS][S::AW / 2]) {
     float *C = p.entering.C + at.b * p.entering.row + (size_t)at.head * p.s.dk * p.s.dv, sum = 0;
-    scan_each_element<S>(p, at, wg, M, [&](int w, int a, float &x) { sum += x * *scan_element<S>(C, p.s, w, a); });
+#pragma unroll
+    for (int b = 0; b < S::BLOCKS; b++)
+#pragma unroll
+        for (int j0 = 0; j0 < S::AW / 8; j0 += 4) {
+            float entering[4][4] = {};
+            if (8 * j0 >= p.s.dk) break;  // a branch, behind which the compiler may not begin
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                scan_four_elements<S>(p, at, wg, C, entering[j], b, j0 + j, [](float &c, float &x) { x = c; });
+#pragma unroll
+            for (int k = 0; k < 16; k++) sum += entering[k / 4][k % 4] * M[b][4 * j0 + k];
+        }
     return sum;
 }
 
@@ -786,12 +939,12 @@ __device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::A
     wgmma_wait<0>();
 }
 
-// (scale Z)^T as register operand: 64 columns of Z, which are rows of M^T. z: their panel
-__device__ __forceinline__ void scan_scale_rows(unsigned (&a)[4][4], unsigned z, const float *scale) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
+// (scale Z)^T as register operand: 64 columns of Z, which are rows of M^T, of 32 tokens. z: their part of the panel
+__device__ __forceinline__ void scan_scale_rows(unsigned (&a)[2][4], unsigned z, const float *scale) {
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
     const unsigned from = z + panel_piece(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 2; k++) {
         ldmatrix_trans(a[k], from + k * 2048);
         const float2 lo = *(const float2 *)(scale + 16 * k + 2 * t), hi = *(const float2 *)(scale + 16 * k + 8 + 2 * t);
 #pragma unroll
@@ -825,9 +978,10 @@ __device__ __forceinline__ void scan_load_n(const ScanArgs &p, const ScanPlace &
 // out^T times a factor a token, plus n0 and n1 of its rows times another
 __device__ __forceinline__ void scan_add_n(float (&out)[32], const float *factor, const float *border, float n0,
                                            float n1) {
+    const unsigned t = not_hoisted(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const int token = 8 * j + 2 * (threadIdx.x % 4);
+        const int token = 8 * j + t;
         const float2 by = *(const float2 *)&factor[token], with = *(const float2 *)&border[token];
         out[4 * j] = out[4 * j] * by.x + n0 * with.x, out[4 * j + 1] = out[4 * j + 1] * by.y + n0 * with.y;
         out[4 * j + 2] = out[4 * j + 2] * by.x + n1 * with.x, out[4 * j + 3] = out[4 * j + 3] * by.y + n1 * with.y;
@@ -836,9 +990,10 @@ __device__ __forceinline__ void scan_add_n(float (&out)[32], const float *factor
 
 // out^T times a factor a token
 __device__ __forceinline__ void scan_scale_tokens(float (&out)[32], const float *factor) {
+    factor += not_hoisted(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float2 by = *(const float2 *)&factor[8 * j + 2 * (threadIdx.x % 4)];
+        const float2 by = *(const float2 *)&factor[8 * j];
         out[4 * j] *= by.x, out[4 * j + 1] *= by.y, out[4 * j + 2] *= by.x, out[4 * j + 3] *= by.y;
     }
 }
@@ -847,7 +1002,7 @@ __device__ __forceinline__ void scan_scale_tokens(float (&out)[32], const float 
 // done with then: whole sums of the tokens 32 wg .. 32 wg + 31 are left.
 __device__ __forceinline__ void scan_add_halves(const float (&half)[32], float (&out)[16], float *z, float *scores,
                                                 int wg) {
-    const int tid = threadIdx.x % 128;
+    const int tid = not_hoisted(threadIdx.x) % 128;
     float *to = wg ? scores : z, *from = wg ? z : scores;
     named_barrier_sync(4, 256);
 #pragma unroll
@@ -862,7 +1017,7 @@ __device__ __forceinline__ void scan_add_halves(const float (&half)[32], float (
 template <int COUNT>
 __device__ __forceinline__ void scan_row_dots(const float (&out)[COUNT], unsigned panel, float *sums) {
     constexpr int HALF = COUNT / 8;  // of the pieces of 8 tokens
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
     const unsigned piece = 2 * warp + lane / 8 % 2;
     float2 sum[HALF];  // of the two tokens 2t, 2t + 1 of a piece: a lane keeps one half of the pieces, gives the other
 #pragma unroll
@@ -898,10 +1053,10 @@ __device__ __forceinline__ void scan_row_dots(const float (&out)[COUNT], unsigne
 template <class S>
 __device__ __forceinline__ void scan_store_dots(const ScanArgs &p, const ScanPlace &at, const float *sums, int wg,
                                                 int c) {
-    const int i = threadIdx.x % 128, time = c * SCAN_CHUNK + i;
+    const int i = (int)(not_hoisted(threadIdx.x) % 128), time = c * SCAN_CHUNK + i;
     const int tile = at.slice * (S::W / 64) + (S::SPLIT ? 0 : wg);
     if (i < 64 && time < p.s.T)
-        p.dot_out[((size_t)tile * gridDim.z + at.bh) * p.s.T + time] =
+        p.dot_out[((unsigned)tile * gridDim.z + at.bh) * p.s.T + time] =  // less than 2^32: tiles are of 64 columns
             (sums[i] + sums[64 + i]) + (sums[128 + i] + sums[192 + i]);
 }
 
@@ -910,7 +1065,8 @@ template <class S, int COUNT>
 __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &at, float (&out)[COUNT], unsigned panel,
                                             ScanShared<S> *sh, int wg, int b, int it) {
     constexpr int PIECES = COUNT / 4;  // of 8 tokens
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, c = scan_chunk<S>(at, it);
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4;
+    const int c = scan_chunk<S>(at, it);
     const int first = S::SPLIT ? 32 * wg : 0;  // token
     float *dots = sh->dots[S::SPLIT ? it % 2 : 2 * wg + it % 2][0];
     if constexpr (S::MODE == SCAN_H) scan_scale_tokens(out, sh->rows[it % 2].out_scale);
@@ -962,15 +1118,15 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     const ScanRows *rows = &sh->rows[it % 2];
     const bool last = b == S::BLOCKS - 1;
     float out[32];
-    unsigned a[4][4];
+    unsigned a[2][2][4];
     scan_wait_full<S::TILES>(sh->tile_full, k0);
-    scan_ask_state<S>(out, M, base + scan_at_tile<S>(k0) + half, rows->decay);
+    scan_ask_state<S>(out, M, not_hoisted(base + scan_at_tile<S>(k0) + half), rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
     if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
     __syncwarp();
     if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
-    scan_scale_rows(a, z, rows->scale);
+    scan_scale_rows(a[0], z, rows->scale);
 #pragma unroll
     for (int i = 0; i < S::AW / 2 && !S::DECAYS_EARLY; i++) M[i] *= rows->decay;
     float n0 = N[0] + N[1], n1 = N[2] + N[3];
@@ -978,13 +1134,16 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
 #pragma unroll
     for (int i = 0; i < 4; i++) N[i] *= rows->decay;
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
-    wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        scan_add_product<S>(M, a[k], y, k);
-        if (S::TRANSPOSED) wgmma_rs<1>(N, a[k], wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
+        if (k == 2) scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);  // while the others are multiplied
+        if (k % 2 == 0) wgmma_fence();
+        const unsigned(&of)[4] = a[k / 2][k % 2];
+        scan_add_product<S>(M, of, y, k);
+        if (S::TRANSPOSED) wgmma_rs<1>(N, of, wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
+        if (k % 2) wgmma_commit();
     }
-    wgmma_commit();
+    if (S::MAKES_DOTS) scan_wait_full<1>(&sh->p_full, it);  // and what scan_make_dots has left
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
     else scan_scale_tokens(out, rows->factor);
     if (at_border && last) {
@@ -1025,17 +1184,17 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
 template <class S>
 __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
                                             ScanShared<S> *sh) {
-    const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;  // known to be the same in the whole warp
     float M[S::BLOCKS][S::AW / 2], N[4];
-    scan_load_state<S>(p, at, wg, M);
-    scan_load_n<S>(p, at, wg, N);
+    scan_load_state<S>(p, at, scan_warpgroup(), M);
+    scan_load_n<S>(p, at, scan_warpgroup(), N);
+    const int wg = scan_warpgroup();
     if (S::OUT_STAGES == 2) scan_load_dot<S>(p, at, shared_address(smem), sh, wg, 0);
     __syncwarp();
     int borders = 0;
     for (int it = 0, k0 = 0; it < at.chunks; it++) {
-        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(at, c);
+        const int c = scan_chunk<S>(at, it), tiles = scan_tiles<S>(p, c);
         scan_keep_state<S>(p, at, shared_address(smem), wg, M, c);
-        if (S::MODE == SCAN_DK && scan_border<S>(at, c) >= 0)
+        if (S::MODE == SCAN_DK && scan_border<S>(p, c) >= 0)
             scan_send_border<S>(sh, wg, N[0] + N[1], N[2] + N[3], borders++);
         scan_wait_full<2>(sh->rows_full, it);
         float border = 0;
@@ -1046,11 +1205,12 @@ __device__ __forceinline__ void scan_states(const ScanArgs &p, const ScanPlace &
         scan_warp_arrive<2>(sh->rows_empty, it);
         k0 += tiles;
     }
-    if (S::REVERSE && at.last_segment && p.entering.C) {
-        if (S::MODE == SCAN_DV) scan_send_border<S>(sh, wg, scan_dot_entering<S>(p, at, wg, M), 0, borders);
+    if (S::REVERSE && scan_is_last<S>(p, at) && p.entering.C) {
+        if (S::MODE == SCAN_DV)
+            scan_send_border<S>(sh, wg, scan_dot_entering<S>(p, at, scan_warpgroup(), M), 0, borders);
         else scan_send_border<S>(sh, wg, N[0] + N[1], N[2] + N[3], borders);
     }
-    scan_store_state<S>(p, at, wg, M);
+    if (S::MODE == SCAN_H) scan_store_state<S>(p, at, scan_warpgroup(), M);
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
 
@@ -1072,6 +1232,7 @@ __device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
         barrier_init(shared_address(sh->rows_empty + k), S::ROWS_USERS);
         barrier_init(shared_address(sh->dot_full[k]), 1), barrier_init(shared_address(sh->dot_full[k] + 1), 1);
     }
+    for (int k = 0; S::MAKES_DOTS && k < 4 * S::H_STAGES; k++) barrier_init(shared_address(sh->h_full[0] + k), 4);
     barrier_init(shared_address(&sh->p_full), 4);
     barrier_init(shared_address(&sh->p_empty), S::P_USERS);
     barrier_init(shared_address(&sh->border_full), 8);
@@ -1085,14 +1246,10 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
     extern __shared__ __align__(1024) unsigned char scan_memory[];
     unsigned char *smem = scan_memory;
     ScanShared<S> *sh = (ScanShared<S> *)(smem + S::AT_SHARED);
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     ScanPlace at;
-    at.all_chunks = (p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK;
     at.bh = blockIdx.z, at.b = at.bh / p.s.NH, at.head = at.bh % p.s.NH, at.slice = slice;
     at.first_chunk = blockIdx.y * p.segment_chunks;
-    at.chunks = min(p.segment_chunks, at.all_chunks - at.first_chunk);
-    at.first_segment = blockIdx.y == (S::REVERSE ? gridDim.y - 1 : 0);
-    at.last_segment = blockIdx.y == (S::REVERSE ? 0 : gridDim.y - 1);
+    at.chunks = min(p.segment_chunks, scan_chunks(p) - at.first_chunk);
     if (threadIdx.x == 0) scan_barriers<S>(sh);
     __syncthreads();
     if (threadIdx.x < 128) {
@@ -1103,10 +1260,10 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
         scan_states<S>(p, at, smem, sh);
     } else {
         registers_shrink<S::AUX_REGISTERS>();
-        if (warp == 12 && threadIdx.x % 32 == 0) scan_copy_tiles<S>(p, at, shared_address(smem), sh);
-        if (warp == 12 && threadIdx.x % 32 == 1) scan_copy_z<S>(p, at, shared_address(smem), sh);
-        if (S::REVERSE && warp == 13) scan_add_borders<S>(p, at, sh);
-        if (warp >= 14) scan_scalars<S>(p, at, smem, sh);
+        if (threadIdx.x == 384) scan_copy_tiles<S>(p, at, shared_address(smem), sh);
+        if (threadIdx.x == 385) scan_copy_z<S>(p, at, shared_address(smem), sh);
+        if (S::REVERSE && threadIdx.x / 32 == 13) scan_add_borders<S>(p, at, sh);
+        if (threadIdx.x >= 448) scan_scalars<S>(p, at, smem, sh);
     }
 #endif
 }
@@ -1261,8 +1418,8 @@ template <int DK, int DV>
 static void scan_launch_pair(const ScanArgs &v, const ScanArgs &k, cudaStream_t stream) {
     typedef ScanOf<SCAN_DV, DK> V;
     typedef ScanOf<SCAN_DK, DV> K;
-    const size_t bytes = scan_shared_bytes<V>() > scan_shared_bytes<K>() ? scan_shared_bytes<V>()
-                                                                         : scan_shared_bytes<K>();
+    const size_t bytes =
+        scan_shared_bytes<V>() > scan_shared_bytes<K>() ? scan_shared_bytes<V>() : scan_shared_bytes<K>();
     scan_start(mlstm_bwd_scan_pair_kernel<V, K>, bytes, v.slices + k.slices, v, stream, v, k);
 }
 
@@ -1358,12 +1515,12 @@ static void mlstm_scan_pair(const MlstmShape &s, const MlstmInput<bf16> &in, Mls
     mlstm_pair<false>(&s, pair, segments, gates.decay, p.segment_chunks, stream);
 }
 
-typedef struct {                // of the backward pass
-    const float *inv_den, *ds;  // [B, NH, T]
-    float *q_dq, *k_dk;         // [ceil(dk / 64)][B, NH, T]
-    float *anchor;              // [scan_anchor_tiles][B, NH, spans]
-    float *anchor_start;        // [scan_anchor_tiles][B, NH]
-    float *segments;            // [scan_segments_floats]
+typedef struct {          // of the backward pass
+    float *inv_den, *ds;  // [B, NH, T]
+    float *q_dq, *k_dk;   // [ceil(dk / 64)][B, NH, T]
+    float *anchor;        // [scan_anchor_tiles][B, NH, spans]
+    float *anchor_start;  // [scan_anchor_tiles][B, NH]
+    float *segments;      // [scan_segments_floats]
 } ScanScratch;
 
 static ScanArgs scan_backward_args(const MlstmShape &s, const MlstmInput<bf16> &in, const bf16 *dh,
@@ -1385,30 +1542,39 @@ static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16>
     mlstm_pair<true>(&s, pair, scratch.segments, gates.decay, p.segment_chunks, stream);
 }
 
+// Whether dQ makes <dh, h>, and with it inv_den and ds (MAKES_DOTS)
+static bool scan_makes_dots(const MlstmShape *s, const bf16 *h) {
+    return scan_pad(s->dv, true) == 256 && scan_slices(s, true) == 1 && !s->sigmoid_gate && (uintptr_t)h % 16 == 0;
+}
+
 // dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_backward. dfinal: gradient of the states that leave,
-// C == NULL: zeros; walked: mlstm_scan_backward_pair has been here
+// C == NULL: zeros; walked: mlstm_scan_backward_pair has been here; h: if scan_makes_dots(), else NULL
 static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState initial, MlstmState dfinal,
-                                bool walked, const bf16 *dh, bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad,
-                                const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch,
-                                cudaStream_t stream) {
+                                bool walked, const bf16 *dh, const bf16 *h, bf16 *dq, bf16 *dk, bf16 *dv,
+                                size_t ld_grad, const MlstmGates &gates, const ScanSaved &saved,
+                                const ScanScratch &scratch, cudaStream_t stream) {
     ScanArgs p = scan_backward_args(s, in, dh, gates, saved, scratch);
     const CUtensorMap q_map = p.y, k_map = p.x, dh_map = p.z;
     const CUtensorMap v_map = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);
+    const CUtensorMap dk_map = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
+    const CUtensorMap dv_map = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
+
+    ScanArgs for_dq = p;
+    for_dq.x = dh_map, for_dq.y = v_map, for_dq.z = k_map, for_dq.dot = q_map, for_dq.h = h;
+    for_dq.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
+    for_dq.initial = initial, for_dq.segment_chunks = scan_dq_segment_chunks(&s), for_dq.dot_out = scratch.q_dq;
+    if (h) scan_run<SCAN_DQ>(for_dq, scratch.segments, stream);  // the others, and the segments, want its ds
+
     p.entering = initial, p.anchor_start = scratch.anchor_start;
     p.initial = dfinal;
-    p.out = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
     scan_segments<true>(&p, scratch.segments, walked, NULL, stream);
-    const ScanArgs for_dv = p;
-    p.x = v_map, p.y = dh_map, p.z = q_map, p.dot = k_map;
-    p.out = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
-    p.anchor_tile = scan_slices(&s, false), p.dot_out = scratch.k_dk;
-    scan_run_pair(for_dv, p, scratch.segments, stream);
-
-    p.x = dh_map, p.y = v_map, p.z = k_map, p.dot = q_map;
-    p.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
-    p.initial = initial, p.segments = NULL, p.segment_chunks = scan_dq_segment_chunks(&s);
-    p.dot_out = scratch.q_dq;
-    scan_run<SCAN_DQ>(p, scratch.segments, stream);
+    ScanArgs for_dv = p, for_dk = p;
+    for_dv.out = dv_map;
+    for_dk.x = v_map, for_dk.y = dh_map, for_dk.z = q_map, for_dk.dot = k_map, for_dk.out = dk_map;
+    for_dk.anchor_tile = scan_slices(&s, false), for_dk.dot_out = scratch.k_dk;
+    scan_run_pair(for_dv, for_dk, scratch.segments, stream);
+    // else last: it begins where the others have ended, with what the caches keep
+    if (!h) scan_run<SCAN_DQ>(for_dq, scratch.segments, stream);
 }
 
 #endif

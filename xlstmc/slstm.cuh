@@ -616,12 +616,14 @@ __global__ void __launch_bounds__(SLSTM_THREADS, 1) slstm_backward_kernel(const 
                 send_gradients<Tile>(to, dr_now, ctas, step, held, slots, stride, job.resident, weights);
             }
 #pragma unroll
-            for (int i = 0; i < P; i++)
+            for (int i = 0; i < P; i++) {  // beside four pairs dr has no registers
+                const F *row = dr_now + Tile::pair(i) / U * Tile::GATES + Tile::pair(i) % U;
 #pragma unroll
                 for (int g = 0; g < 4; g++)
                     if (pair[i].valid && Tile::share() == 0)
                         job.dx[((((size_t)pair[i].b * T + t) * NH + head) * 4 + g) * d + pair[i].unit] =
-                            from_float<F>(dr[i][g]);
+                            P < 4 ? from_float<F>(dr[i][g]) : row[g * U];
+            }
         }
         if (job.dinitial.y) {
             float dy[P] = {0};

@@ -4,8 +4,8 @@
 //   build/bench_mlstm 8,8,2048,256,512 ...                           B,NH,T,dk,dv
 //
 // bf16, random inputs that lie as in an mlstm block: q, k, v and the output gate side by side in one matrix; the gates'
-// pre-activations in fp32, forget gates mostly open. <dh, h> is given: in the trainer the backward pass of the head
-// norm leaves it. Times are medians of 30 runs after 5 warm-ups, each with a cold L2 cache (a buffer of 256 MiB is
+// pre-activations in fp32, forget gates mostly open. <dh, h> is given, as in the trainer by the head norm, and, where the
+// line says so and for the kernels, made by the backward pass. Times are medians of 30 runs after 5 warm-ups, each with a cold L2 cache (a buffer of 256 MiB is
 // cleared before). The kernels are the nodes of the captured CUDA graph, timed in their order in the same way; a time
 // of some microseconds is mostly the gap between two events.
 
@@ -39,6 +39,7 @@ typedef struct {
     bf16 *dh, *h, *grad;  // [B, T, NH, dv] twice, [B, T, ld_grad]: dq, dk, dv, of the output gate, dgates
     size_t ld_grad;
     float *dh_dot_h, *dbias;
+    bool given;  // dh_dot_h is
     MlstmSaved<bf16> saved;
     MlstmScratch<bf16> scratch;
     std::vector<void *> memory;
@@ -88,8 +89,9 @@ static void cell_forward(Cell *c, cudaStream_t stream) {
 static void cell_backward(Cell *c, cudaStream_t stream) {
     const MlstmState none = {NULL, NULL, NULL, 0};
     const size_t Dk = (size_t)c->s.NH * c->s.dk, Dv = (size_t)c->s.NH * c->s.dv;
-    mlstm_backward<bf16>(c->s, c->in, none, c->dh, c->dh_dot_h, c->grad, c->grad + Dk, c->grad + 2 * Dk, c->ld_grad,
-                         c->grad + 2 * Dk + 2 * Dv, c->ld_grad, c->dbias, &c->saved, &c->scratch, stream);
+    mlstm_backward<bf16>(c->s, c->in, none, c->dh, c->given ? c->dh_dot_h : NULL, c->grad, c->grad + Dk,
+                         c->grad + 2 * Dk, c->ld_grad, c->grad + 2 * Dk + 2 * Dv, c->ld_grad, c->dbias, &c->saved,
+                         &c->scratch, stream, c->h);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -196,8 +198,12 @@ int main(int argc, char **argv) {
         Cell c;
         cell_build(&c, &s);
         double forward = time_steps(1, [&](int) { cell_forward(&c, stream); })[0];
-        double both = time_steps(1, [&](int) { cell_forward(&c, stream), cell_backward(&c, stream); })[0];
-        printf("%s fwd %.3f ms fwd+bwd %.3f ms\n", text, forward, both);
+        double both[2];
+        for (bool given : {true, false}) {
+            c.given = given;
+            both[!given] = time_steps(1, [&](int) { cell_forward(&c, stream), cell_backward(&c, stream); })[0];
+        }
+        printf("%s fwd %.3f ms fwd+bwd %.3f ms, <dh, h> made %.3f ms\n", text, forward, both[0], both[1]);
         print_kernels(&c);
         fflush(stdout);
         cell_free(&c);

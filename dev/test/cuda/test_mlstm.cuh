@@ -151,12 +151,13 @@ static void mlstm_test_device_free(MlstmDevice<F> *d) {
     for (void *p : all) CUDA_CHECK(cudaFree(p));
 }
 
+// given: <dh, h> is; else the backward pass makes it from h
 template <typename F>
-static void mlstm_test_run(MlstmDevice<F> *d, const MlstmHost *x) {
+static void mlstm_test_run(MlstmDevice<F> *d, const MlstmHost *x, bool given = true) {
     F *dq = d->wide + x->lead;
     mlstm_forward<F>(d->shape, d->in, d->initial, d->final, d->h, &d->saved, &d->scratch, 0);
-    mlstm_backward<F>(d->shape, d->in, d->initial, d->dh, d->dh_dot_h, dq, dq + x->Dk, dq + 2 * x->Dk, x->ld,
-                      d->wide + x->at_gates, x->ld, d->dbias, &d->saved, &d->scratch, 0);
+    mlstm_backward<F>(d->shape, d->in, d->initial, d->dh, given ? d->dh_dot_h : NULL, dq, dq + x->Dk, dq + 2 * x->Dk,
+                      x->ld, d->wide + x->at_gates, x->ld, d->dbias, &d->saved, &d->scratch, 0, d->h);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -193,8 +194,7 @@ static void mlstm_check_states(const MlstmLabel *l, const MlstmCase *c, const Ml
     for (int k = 0; k < 3; k++) {
         size_t count = at[k + 1] - at[k];
         float *expected = take_columns(want, x->state, at[k], count, c->B);
-        mlstm_check(l, names[k], take_columns(got, x->state, at[k], count, c->B), expected, c->B * count,
-                    limits[k]);
+        mlstm_check(l, names[k], take_columns(got, x->state, at[k], count, c->B), expected, c->B * count, limits[k]);
         free(expected);
     }
 }
@@ -289,6 +289,47 @@ static void test_mlstm_repeated(const MlstmCase *c, int runs) {
     mlstm_test_host_free(&x);
 }
 
+// <dh, h> made by the backward pass against <dh, h> of the same h given to it, and the same bits again. Gradients in
+// bf16 differ where a float is about half way between two.
+template <typename F>
+static void mlstm_check_dots(const MlstmCase *c, const MlstmHost *x, MlstmDevice<F> *d) {
+    float *h = to_host(d->h, x->rows * x->Dv), *dots = (float *)xcalloc(x->rows * c->NH, sizeof(float)), *runs[3];
+    for (size_t k = 0; k < x->rows * c->NH; k++) {
+        double sum = 0;
+        for (int j = 0; j < c->dv; j++) sum += (double)h[k * c->dv + j] * x->in[IN_DH][k * c->dv + j];
+        dots[k] = (float)sum;
+    }
+    CUDA_CHECK(cudaMemcpy(d->dh_dot_h, dots, x->rows * c->NH * sizeof(float), cudaMemcpyHostToDevice));
+    for (int run = 0; run < 3; run++) {
+        CUDA_CHECK(cudaMemset(d->memory, 0xff, d->bytes));
+        mlstm_test_run(d, x, run == 0);
+        runs[run] = to_host(d->wide, x->rows * x->ld);
+    }
+    const MlstmLabel l = mlstm_test_label<F>(c, d->shape.chunk);
+    const struct {
+        const char *name;
+        size_t at, count;
+    } parts[] = {{"dq", x->lead, x->Dk},
+                 {"dk", x->lead + x->Dk, x->Dk},
+                 {"dv", x->lead + 2 * x->Dk, x->Dv},
+                 {"dgates", x->at_gates, x->G}};
+    for (auto &p : parts) {
+        char what[40];
+        format_into(what, sizeof what, "%s, <dh, h> made", p.name);
+        float *want = take_columns(runs[0], x->ld, p.at, p.count, x->rows);
+        mlstm_check(&l, what, take_columns(runs[1], x->ld, p.at, p.count, x->rows), want, x->rows * p.count,
+                    tolerance<F>(2e-6, 1e-3));
+        free(want);
+    }
+    float same = memcmp(runs[1], runs[2], x->rows * x->ld * sizeof(float)) == 0;
+    const float one = 1;
+    char what[200];
+    format_into(what, sizeof what, "%s: the same bits again, <dh, h> made", l.label);
+    check_close(what, &same, &one, 1, 0);
+    for (float *run : runs) free(run);
+    free(h), free(dots);
+}
+
 // Both sets of kernels, where both take the shape
 template <typename F>
 static void test_mlstm_case(const MlstmCase *c) {
@@ -299,6 +340,7 @@ static void test_mlstm_case(const MlstmCase *c) {
         mlstm_test_run(&d, &x);
         mlstm_check_all(c, &x, &d, tolerance<F>(1e-5, 1e-2));
         if (!small_tests) mlstm_check_again(c, &x, &d);
+        mlstm_check_dots(c, &x, &d);
         mlstm_test_device_free(&d);
     }
     mlstm_test_host_free(&x);
@@ -357,7 +399,7 @@ static const MlstmCase mlstm_cases[] = {
     {1, 140, 1, 1024, 1024, 0, 70, 1, 0, 6, 15},
     {1, 2500, 2, 64, 128, 0, 400, 1, 0, 6, 15},  // walked in segments
     {1, 2500, 1, 24, 40, 1, 0, 0, 0, 6, 0},
-    {1, 1100, 2, 64, 128, 0, 0, 1, 0, 6, 15},    // H in segments, the gradients in one walk
+    {1, 1100, 2, 64, 128, 0, 0, 1, 0, 6, 15},  // H in segments, the gradients in one walk
     {2, 900, 2, 56, 120, 0, 100, 1, 0, 5, 15},
     {1, 1500, 1, 128, 256, 0, 0, 1, 0, 6, 15},
     {1, 1300, 1, 192, 384, 1, 0, 0, 0, 6, 15},
@@ -367,7 +409,7 @@ static const MlstmCase mlstm_cases[] = {
     {34, 200, 4, 24, 136, 0, 60, 1, 0, 6, 15},  // enough heads for wide tiles of C
     {34, 70, 4, 64, 128, 0, 60, 1, 0, 6, 15},   // and for dV and dK side by side
     {30, 130, 4, 128, 256, 1, 0, 0, 0, 6, 15},
-    {4369, 2, 15, 8, 8, 0, 0, 1, 0, 6, 15},     // 65535 sequences and heads, as many as a grid takes
+    {4369, 2, 15, 8, 8, 0, 0, 1, 0, 6, 15},  // 65535 sequences and heads, as many as a grid takes
 };
 
 // Every kernel once, in bf16: each width of attend, both widths of states, with more tiles than they have stages, rows
@@ -391,7 +433,10 @@ static void test_mlstm(void) {
         test_mlstm_case<bf16>(&mlstm_cases[k]);
     }
     static const MlstmCase repeated[] = {{3, 200, 2, 64, 128, 0, 0, 0, 0, 5, 15},
-                                         {2, 900, 3, 64, 128, 0, 50, 1, 0, 5, 15}};
+                                         {2, 900, 3, 64, 128, 0, 50, 1, 0, 5, 15},
+                                         {1, 1500, 1, 128, 256, 0, 0, 1, 0, 6, 15},
+                                         {1, 1300, 1, 192, 384, 0, 0, 0, 0, 6, 15},
+                                         {1, 900, 2, 256, 512, 0, 300, 1, 0, 6, 15}};
     for (const MlstmCase &c : repeated) test_mlstm_repeated(&c, 200);
     static const MlstmCase whole[] = {{1, 300, 3, 24, 40, 0, 0, 1, 0, 6, 15}, {1, 300, 2, 64, 128, 1, 40, 0, 0, 6, 15}};
     for (int k = 0; k < 2; k++)
