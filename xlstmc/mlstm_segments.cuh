@@ -191,7 +191,7 @@ __device__ __forceinline__ void segment_vector(const SegmentArgs &p, const Segme
             }
         }
 #pragma unroll
-        for (int k = 0; k < S::A / 8; k++) asm volatile("" : "+f"(sum[k / 8][k % 8]));  // all has come before TMA may go on
+        for (int k = 0; k < S::A / 8; k++) asm volatile("" : "+f"(sum[k / 8][k % 8]));  // before TMA may go on
         __syncwarp();
         if (i % 32 == 0) barrier_arrive(segment_empty(sh, it));
     }
