@@ -65,12 +65,18 @@ NVCC=$(make -s print-nvcc)
 if [ -n "$NVCC" ]; then
     CHECK=(-cuda)
     "$NVCC" --help | grep -q fdevice-syntax-only && CHECK=(-fdevice-syntax-only -c)
+    # The library of kernels, beside that: do its registers suffice, which older assemblers than CUDA 13's do not manage?
+    LIBRARY=
+    if "$NVCC" --version | grep -Eq 'release (1[3-9]|[2-9][0-9])'; then
+        make KERNELS_SM=90a build/libxlstm_kernels.so >/dev/null 2>&1 &
+        LIBRARY=$!
+    fi
     for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu dev/cuda/*.cu; do
         compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 "${CHECK[@]}" "$file" -o /dev/null
     done
-    # The library of kernels, and whether their registers suffice, which older assemblers than CUDA 13's do not manage
-    if "$NVCC" --version | grep -Eq 'release (1[3-9]|[2-9][0-9])'; then
-        compiles "library of kernels" make KERNELS_SM=90a build/libxlstm_kernels.so
+    if [ -n "$LIBRARY" ]; then
+        wait "$LIBRARY"
+        compiles "library of kernels" make KERNELS_SM=90a build/libxlstm_kernels.so  # if it failed: says why
         run "kernel_resources.sh" bash dev/test/cuda/kernel_resources.sh
     fi
 fi

@@ -235,7 +235,7 @@ struct SlstmCluster {
     static constexpr int PANELS = CTAS == 1 ? 1 : CTAS * HALF / MULTIPLY, BACK_STEPS = 2 * WARPS;
     static constexpr int FRAGMENTS = PANELS * BACK_STEPS;
     static constexpr bool ROUNDED = CTAS > 8;
-    static constexpr int BACK_MOST = SPLIT ? 36 : FRAGMENTS <= 48 ? 32 : 28;
+    static constexpr int BACK_MOST = SPLIT ? 35 : FRAGMENTS <= 48 ? 32 : 28;
     static constexpr int BACK_HELD = FRAGMENTS <= 32 ? FRAGMENTS : BACK_MOST;
     static constexpr int BACK_SHARED = FRAGMENTS - BACK_HELD;
     // Fragments in shared memory before the n-th
@@ -1296,13 +1296,13 @@ static const SlstmClusterKernels *slstm_cluster_table(void) {
         slstm_cluster_kernels<SlstmCluster<1, 8, 1>>(0.83f, 0.69f),
         slstm_cluster_kernels<SlstmCluster<4, 4, 1>>(0.62f, 0.58f),
         slstm_cluster_kernels<SlstmCluster<6, 4, 1>>(0.68f, 0.70f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 1>>(0.75f, 0.76f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 1>>(0.72f, 0.76f),
         slstm_cluster_kernels<SlstmCluster<6, 4, 3>>(1.42f, 1.42f),
-        slstm_cluster_kernels<SlstmCluster<8, 4, 3>>(1.57f, 1.55f),
+        slstm_cluster_kernels<SlstmCluster<8, 4, 3>>(1.38f, 1.55f),
         slstm_cluster_kernels<SlstmCluster<8, 6, 1>>(1.12f, 1.24f),
         slstm_cluster_kernels<SlstmCluster<16, 4, 1>>(1.19f, 0.95f),
         slstm_cluster_kernels<SlstmCluster<8, 8, 1>>(1.80f, 1.82f),
-        slstm_cluster_kernels<SlstmCluster<16, 6, 1, 4>>(1.50f, 1.75f),
+        slstm_cluster_kernels<SlstmCluster<16, 6, 1, 4>>(1.39f, 1.75f),
         slstm_cluster_kernels<SlstmCluster<6, 4, 1, 4>>(0.54f, 0.71f),
         slstm_cluster_kernels<SlstmCluster<16, 6, 1>>(2.13f, 1.85f),
     };
