@@ -61,7 +61,7 @@ def floors(case):
 
     def scan(count):                            # reading and changing the state, and a tile of 64 keys twice
         return cells * max(count / BYTES_PER_S, (4 * dk * dv + 2 * SCAN_CHUNK * (dk + dv)) / CUBLAS_FLOPS)
-    snapshot = dk * dv / 64
+    snapshot = dk * dv / (32 if dk <= 64 and dv <= 128 else 64)  # narrow heads keep C every 64 tokens
     inside = 2 * dk * dv + 1.5 * MLSTM_CHUNK * (dk + dv)    # FLOP of a row: the state, and 1.5 tiles of 64 keys
     return [
         ("matrix products (cuBLASLt)", r"gemm|nvjet|cutlass|splitK|xmma|cublas",
@@ -72,15 +72,18 @@ def floors(case):
         ("mLSTM attend dQ", r"mlstm_bwd_attend_kernel<\w+, 1,", cell(6 * dk + 4 * dv + state, inside)),
         ("mLSTM attend dK", r"mlstm_bwd_attend_kernel<\w+, 2,", cell(6 * dk + 4 * dv + state, inside)),
         ("mLSTM attend dV", r"mlstm_bwd_attend_kernel<\w+, 3,", cell(4 * (dk + dv) + state, inside)),
-        # the kernels of mlstm_scan.cuh: no states, but C in bf16 every 128 tokens, written by H and read by dV
+        # the kernels of mlstm_scan.cuh: no states, but C in bf16 between spans, written by H and read by dV
         ("mLSTM scan H", r"mlstm_fwd_scan_kernel", scan(4 * (dk + dv) + snapshot)),
         ("mLSTM scan dQ", r"mlstm_bwd_scan_kernel<Scan<1,", scan(6 * dk + 4 * dv)),
-        ("mLSTM scan dV", r"mlstm_bwd_scan_kernel<Scan<2,", scan(4 * (dk + dv) + snapshot)),
-        ("mLSTM scan dK", r"mlstm_bwd_scan_kernel<Scan<3,", scan(6 * dk + 4 * dv)),
+        ("mLSTM scan dK", r"mlstm_bwd_scan_kernel<Scan<2,", scan(6 * dk + 4 * dv)),
+        ("mLSTM scan dV", r"mlstm_bwd_scan_kernel<Scan<3,", scan(4 * (dk + dv) + snapshot)),
         # side by side: what one finds of the other's in L2 is moved once
         ("mLSTM scan dV and dK", r"mlstm_bwd_scan_pair_kernel", scan(6 * (dk + dv) + snapshot)),
-        # summary 8, tokens 36, factors of the rows 20, gradient 32
-        ("mLSTM gates, all kernels", r"mlstm_(fwd|bwd)_(gate|row_factors)", cell(96)),
+        # all three in one walk; scores of both kinds, dS K, dS^T Q, P^T dH, and four products with a state
+        ("mLSTM narrow dV, dK and dQ", r"mlstm_bwd_narrow",
+         cell(8 * dk + 6 * dv + snapshot, 8 * dk * dv + 2 * SCAN_CHUNK * (3 * dk + 3 * dv))),
+        # summary 8, tokens 36, factors of the rows 24, gradient 36
+        ("mLSTM gates, all kernels", r"mlstm_(fwd|bwd)_(gate|row_factors)", cell(104)),
         ("mLSTM segments of long sequences", r"_segment_kernel|_enter_kernel", None),
         ("norm, forward", r"^norm_forward", moved(4 * rows * dim * (2 * blocks + 1))),
         ("norm, backward", r"^norm_backward", moved(rows * dim * (8 * 2 * blocks + 6))),
