@@ -543,7 +543,7 @@ __device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
 }
 
 static __global__ void __launch_bounds__(NARROW_THREADS, 1)
-    mlstm_bwd_narrow_kernel(const __grid_constant__ NarrowArgs p) {
+    mlstm_bwd_narrow_scan_kernel(const __grid_constant__ NarrowArgs p) {
 #ifdef HOPPER_CODE
     extern __shared__ __align__(1024) unsigned char scan_memory[];
     NarrowShared *sh = (NarrowShared *)(scan_memory + NARROW_AT_SHARED);
@@ -591,9 +591,9 @@ static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &i
     p.dq = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
     p.dk = head_tensor_map(dk, s.B, s.T, s.NH, s.dk, ld_grad);
     p.dv = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
-    CUDA_CHECK(cudaFuncSetAttribute(mlstm_bwd_narrow_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    CUDA_CHECK(cudaFuncSetAttribute(mlstm_bwd_narrow_scan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)NARROW_SHARED_BYTES));
-    mlstm_bwd_narrow_kernel<<<s.B * s.NH, NARROW_THREADS, NARROW_SHARED_BYTES, stream>>>(p);
+    mlstm_bwd_narrow_scan_kernel<<<s.B * s.NH, NARROW_THREADS, NARROW_SHARED_BYTES, stream>>>(p);
     LAUNCH_CHECK();
 }
 
