@@ -1129,11 +1129,10 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
     if (!scanned)
         mlstm_split_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
     const float *exact = sizeof(F) == 2 ? scratch->rows.q_dq : NULL;  // in float, <k, dk> is as exact
-    mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
-                         mlstm_dot_tiles<F>(&s), scratch->anchor,
-                         scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
-                         segment ? scratch->tail : NULL, exact, initial, dgates, ld_dgates, dbias, scratch->partial,
-                         stream);
+    mlstm_gates_backward(
+        &s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk, mlstm_dot_tiles<F>(&s),
+        scratch->anchor, scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
+        segment ? scratch->tail : NULL, exact, initial, dgates, ld_dgates, dbias, scratch->partial, stream);
 }
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
