@@ -164,7 +164,7 @@ static float peer_from_bf16(uint16_t x) {
 static uint16_t peer_to_bf16(float x) {  // to the nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    return isnan(x) ? 0x7fff : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return x != x ? 0x7fff : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 static void peer_reduce_scatter(CommGroup group, const void *src, void *dst, size_t count, CommType type,
