@@ -50,6 +50,13 @@ compiles() {
 }
 
 compiles "build" make -j"$(getconf _NPROCESSORS_ONLN)" tests
+NVCC=$(make -s print-nvcc)
+# The library of kernels is compiled beside the tests. Do its registers suffice? Assemblers before CUDA 13's do not manage
+LIBRARY=
+if [ -n "$NVCC" ] && "$NVCC" --version | grep -Eq 'release (1[3-9]|[2-9][0-9])'; then
+    nice -n 19 make KERNELS_SM=90a build/libxlstm_kernels.so >/dev/null 2>&1 &
+    LIBRARY=$!
+fi
 if [ "$FAILED" = 0 ]; then
     if command -v g++ >/dev/null; then
         compiles "shared headers as C++17" \
@@ -61,16 +68,9 @@ fi
 
 # The trainer, which holds every kernel, was built above for all chips (no GPU is needed for that, only nvcc). Of the
 # GPU's tests, benchmarks and ladders, syntax and types are checked, if nvcc can do that alone.
-NVCC=$(make -s print-nvcc)
 if [ -n "$NVCC" ]; then
     CHECK=(-cuda)
     "$NVCC" --help | grep -q fdevice-syntax-only && CHECK=(-fdevice-syntax-only -c)
-    # The library of kernels, beside that: do its registers suffice, which older assemblers than CUDA 13's do not manage?
-    LIBRARY=
-    if "$NVCC" --version | grep -Eq 'release (1[3-9]|[2-9][0-9])'; then
-        make KERNELS_SM=90a build/libxlstm_kernels.so >/dev/null 2>&1 &
-        LIBRARY=$!
-    fi
     for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu dev/cuda/*.cu; do
         compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 "${CHECK[@]}" "$file" -o /dev/null
     done
