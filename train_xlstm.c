@@ -1,7 +1,7 @@
 // train_xlstm.c: the CPU reference trainer. Every layer of the model, forward and backward, in one file that is meant
 // to be read: plain C11, fp32, OpenMP where it pays, no intrinsics but for a matrix unit (xlstmc/matmul_amx.h). It is
-// also the oracle that the CUDA code is checked against. Files, flags, logging and the training loop live in xlstmc/ and
-// are shared with train_xlstm.cu.
+// also the oracle that the CUDA code is checked against. Files, flags, logging and the training loop live in xlstmc/
+// and are shared with train_xlstm.cu.
 //
 //   build:  make train_xlstm             (OpenMP and OpenBLAS are used where they are found)
 //   run:    ./train_xlstm --train text.txt --val other.txt --out out/run       (./train_xlstm --help teaches the rest)

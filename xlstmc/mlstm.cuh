@@ -1149,6 +1149,7 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     const bool by_scan = !dh_dot_h && !narrow && scan && scan_makes_dots(&s, (const bf16 *)h);
     MlstmScratch<F> known = *scratch;
     if (!dh_dot_h && (narrow || by_scan || s.sigmoid_gate)) known.rows.q_dq = NULL;
+    // of narrow heads only q_dq is used: their walk makes inv_den and ds itself
     if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, known.rows, stream);
     else if (!narrow && !by_scan) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
     mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, &known,

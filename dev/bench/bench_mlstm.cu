@@ -4,9 +4,10 @@
 //   build/bench_mlstm 8,8,2048,256,512 ...                           B,NH,T,dk,dv
 //
 // bf16, random inputs that lie as in an mlstm block: q, k, v and the output gate side by side in one matrix; the gates'
-// pre-activations in fp32, forget gates mostly open. <dh, h> is given, as in the trainer by the head norm, and, where the
-// line says so and for the kernels, made by the backward pass. Times are medians of 30 runs after 5 warm-ups, each with a cold L2 cache (a buffer of 256 MiB is
-// cleared before). The kernels are the nodes of the captured CUDA graph, timed in their order in the same way; a time
+// pre-activations in fp32, forget gates mostly open. <dh, h> is given, as in the trainer by the head norm; the time of
+// the line that says so, and those of the kernels, are with <dh, h> made by the backward pass. Medians of 30 runs after
+// 5 warm-ups, each with a cold L2 cache (a buffer of 256 MiB is cleared before). The kernels are the nodes of the
+// captured CUDA graph, timed in their order in the same way; a time
 // of some microseconds is mostly the gap between two events.
 
 #include <algorithm>
