@@ -39,7 +39,7 @@ typedef struct {    // [B, NH, T] unless said
     float *floor, *qscale, *kscale, *sig;  // e^{-M_l}; s exp(m_c - r_l) or 0; exp(u_j - r_L) or 0; s q_l . n_l
     float *decay;                          // [B, NH, NC] exp(m_c - r_L) or 0
     float *m;                              // [B, NH, NC + 1] m entering chunk c; m[NC] leaves the last
-    float *summary;                        // [B, NH, NC, 2] scratch of the forward pass
+    float2 *summary;                       // [B, NH, NC] scratch of the forward pass
 } MlstmGates;
 
 MAYBE_UNUSED
@@ -53,7 +53,7 @@ static void mlstm_take_gates(Arena *a, const MlstmShape *s, MlstmGates *g) {
     g->sig = take<float>(a, rows);
     g->decay = take<float>(a, chunks);
     g->m = take<float>(a, chunks + heads);
-    g->summary = take<float>(a, 2 * chunks);
+    g->summary = take<float2>(a, chunks);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -72,10 +72,13 @@ typedef struct {  // as in MlstmInput
 
 __device__ inline float mlstm_log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
 
-// Gate `column` of a token: head for its input gate, NH + head for its forget gate
-__device__ inline float mlstm_gate(const MlstmGateInput &in, size_t token, int column) {
-    float g = in.gates[token * in.ld + column] + in.bias[column];
+// Gate `column` from its pre-activation: head for an input gate, NH + head for a forget gate
+__device__ inline float mlstm_cap_gate(const MlstmGateInput &in, float raw, int column) {
+    float g = raw + in.bias[column];
     return in.cap > 0 ? in.cap * tanhf(g / in.cap) : g;
+}
+__device__ inline float mlstm_gate(const MlstmGateInput &in, size_t token, int column) {
+    return mlstm_cap_gate(in, in.gates[token * in.ld + column], column);
 }
 
 typedef struct {  // the chunk of a warp
@@ -105,32 +108,42 @@ struct MlstmScan {
     int start_last;
 };
 
+template <int GROUPS>
+struct MlstmChunkGates {
+    int start[GROUPS];
+    float i[GROUPS], f[GROUPS];  // before bias and cap
+};
+template <int GROUPS>
+__device__ inline void mlstm_load_chunk(MlstmChunkGates<GROUPS> *x, const MlstmShape &s, const MlstmGateInput &in,
+                                        const MlstmWarpChunk &w) {
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        const size_t token = (size_t)w.b * s.T + min(w.t0 + 32 * g + (int)threadIdx.x % 32, s.T - 1);
+        x->start[g] = in.doc_start[token];
+        x->i[g] = in.gates[token * in.ld + w.head];
+        x->f[g] = in.gates[token * in.ld + s.NH + w.head];
+    }
+}
+
 // A token beyond T counts as one of the last document that adds nothing, so that lane 31 of the last group always
 // holds the values of the chunk's end.
 template <int GROUPS>
 __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShape &s, const MlstmGateInput &in,
-                                        const MlstmWarpChunk &w) {
+                                        const MlstmWarpChunk &w, const MlstmChunkGates<GROUPS> &x) {
     const int lane = threadIdx.x % 32;
-    float i[GROUPS], f[GROUPS];
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++) {  // all loads first
-        const size_t token = (size_t)w.b * s.T + min(w.t0 + 32 * g + lane, s.T - 1);
-        scan->start[g] = in.doc_start[token];
-        i[g] = mlstm_gate(in, token, w.head);
-        f[g] = mlstm_gate(in, token, s.NH + w.head);
-    }
     double b_carry = 0, top_carry = -INFINITY;  // of the last token of the group before
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
-        const int first = w.t0 + 32 * g, l = first + lane, inside = l < s.T, start = scan->start[g];
-        double b = inside ? mlstm_log_sigmoid(f[g]) : 0;
+        const int first = w.t0 + 32 * g, l = first + lane, inside = l < s.T, start = x.start[g];
+        const float i = mlstm_cap_gate(in, x.i[g], w.head), f = mlstm_cap_gate(in, x.f[g], s.NH + w.head);
+        double b = inside ? mlstm_log_sigmoid(f) : 0;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
             double before = __shfl_up_sync(0xffffffffu, b, d);
             if (lane >= d && l - d >= start) b += before;
         }
         if (first > start) b += b_carry;  // the document of the group before goes on
-        double u = inside ? (s.sigmoid_gate ? mlstm_log_sigmoid(i[g]) : i[g]) - b : -INFINITY, top = u;
+        double u = inside ? (s.sigmoid_gate ? mlstm_log_sigmoid(i) : i) - b : -INFINITY, top = u;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
             double before = __shfl_up_sync(0xffffffffu, top, d);
@@ -139,7 +152,7 @@ __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShap
         if (first > start) top = fmax(top, top_carry);
         b_carry = __shfl_sync(0xffffffffu, b, 31);
         top_carry = __shfl_sync(0xffffffffu, top, 31);
-        scan->b[g] = b, scan->u[g] = u, scan->top[g] = top;
+        scan->start[g] = start, scan->b[g] = b, scan->u[g] = u, scan->top[g] = top;
     }
     scan->start_last = __shfl_sync(0xffffffffu, scan->start[GROUPS - 1], 31);
     scan->b_last = b_carry;
@@ -149,43 +162,45 @@ __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShap
 // ----------------------------------------------------------------------------------------------------------------
 // Forward. With m the scale that enters the chunk (0 for a document that begins in it), doc/math.md:
 //   r_l = max(m, top_l)  (sigmoid gate: r_l = -b_l),   scale of row l: M_l = b_l + r_l;  the chunk's last M leaves it
-// So a chunk maps m to max(b_L + m, b_L + top_L), or to a constant if a document begins in it. Three kernels: these
-// maps, their composition over the chunks, the values of every token. Bytes a token and head: 60 or so, most in L2.
+// So a chunk maps m to max(b_L + m, b_L + top_L), or to a constant if a document begins in it. Three steps: these maps,
+// their composition over the chunks, the values of every token. Where a block holds all chunks of a head they are one
+// kernel, else three. Bytes a token and head: 60 or so, most in L2.
 
+// m -> max(m + x, y); sigmoid gate: m stays 0
 template <int GROUPS>
-static __global__ void mlstm_fwd_gate_summary_kernel(MlstmShape s, MlstmGateInput in, float *summary, int chunks) {
-    MlstmWarpChunk w;
-    MlstmScan<GROUPS> scan;
-    if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
-    mlstm_scan_chunk(&scan, s, in, w);
-    if (threadIdx.x % 32) return;
-    const int fresh = scan.start_last >= w.t0;
-    float *out = summary + (w.bh * chunks + w.c) * 2;  // m -> max(m + out[0], out[1]); sigmoid gates: m stays 0
-    out[0] = fresh ? -INFINITY : (float)scan.b_last;
-    out[1] = s.sigmoid_gate ? 0 : (float)(scan.b_last + (fresh ? fmax(scan.top_last, 0.0) : scan.top_last));
+__device__ inline float2 mlstm_chunk_map(const MlstmScan<GROUPS> &scan, const MlstmShape &s, int t0) {
+    const int fresh = scan.start_last >= t0;
+    const double least = s.sigmoid_gate ? 0 : scan.b_last + (fresh ? fmax(scan.top_last, 0.0) : scan.top_last);
+    return make_float2(fresh ? -INFINITY : (float)scan.b_last, (float)least);
 }
 
-// A warp takes one head of one sequence, 32 chunks at a time. m0 and m_final [B][NH], m_row from one b to the next.
-// Any m serves as scale if all who use it take the same rounded value: so it is enough to round what is stored.
-// SEGMENT: of a segment alone, before which there is nothing, not even m = 0; behind m_final stands G [B][NH], the sum
-// of its log forget gates.
+template <int GROUPS>
+static __global__ void mlstm_fwd_gate_summary_kernel(MlstmShape s, MlstmGateInput in, float2 *summary, int chunks) {
+    MlstmWarpChunk w;
+    MlstmScan<GROUPS> scan;
+    MlstmChunkGates<GROUPS> x;
+    if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
+    mlstm_load_chunk(&x, s, in, w);
+    mlstm_scan_chunk(&scan, s, in, w, x);
+    if (threadIdx.x % 32 == 0) summary[w.bh * chunks + w.c] = mlstm_chunk_map(scan, s, w.t0);
+}
+
+// The composition of a head's maps by a warp, 32 chunks at a time: m[c + 1] of every chunk c; returns the last m, in
+// all lanes. Any m serves as scale if all who use it take the same rounded value: so it is enough to round what is
+// stored. SEGMENT: *forget is the sum of the log forget gates.
 template <bool SEGMENT>
-static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float *summary, const float *m0, float *m_final,
-                                                   size_t m_row, int NH, int chunks, int sigmoid_gate) {
-    const int lane = threadIdx.x;
-    const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
-    double carry = SEGMENT ? -INFINITY : m0 ? m0[at_state] : 0, forget = 0;
-    m += bh * (chunks + 1);
-    summary += bh * chunks * 2;
+__device__ inline double mlstm_compose_maps(float *m, const float2 *maps, double carry, int chunks, int sigmoid_gate,
+                                            double *forget) {
+    const int lane = threadIdx.x % 32;
     if (lane == 0) m[0] = (float)carry;
     for (int c0 = 0; c0 < chunks; c0 += 32) {
         const int c = c0 + lane, inside = c < chunks;
-        double add = inside ? summary[2 * c] : 0, least = inside ? summary[2 * c + 1] : -INFINITY;
+        double add = inside ? maps[c].x : 0, least = inside ? maps[c].y : -INFINITY;
         if (SEGMENT) {
             double sum = add;
 #pragma unroll
             for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-            forget += sum;
+            *forget += sum;
         }
         if (sigmoid_gate && inside) add = -INFINITY;
 #pragma unroll
@@ -201,8 +216,22 @@ static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float *summar
         if (inside) m[c + 1] = (float)next;
         carry = __shfl_sync(0xffffffffu, next, 31);
     }
-    if (lane == 0 && m_final) m_final[at_state] = (float)carry;
-    if (lane == 0 && SEGMENT) m_final[at_state + NH] = (float)forget;
+    return carry;
+}
+
+// A warp takes one head of one sequence. m0 and m_final [B][NH], m_row from one b to the next. SEGMENT: of a segment
+// alone, before which there is nothing, not even m = 0; behind m_final stands G [B][NH], the sum of its log forget
+// gates.
+template <bool SEGMENT>
+static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float2 *summary, const float *m0, float *m_final,
+                                                   size_t m_row, int NH, int chunks, int sigmoid_gate) {
+    const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
+    double forget = 0;
+    const double first = SEGMENT ? -INFINITY : m0 ? m0[at_state] : 0;
+    const double last = mlstm_compose_maps<SEGMENT>(m + bh * (chunks + 1), summary + bh * chunks, first, chunks,
+                                                    sigmoid_gate, &forget);
+    if (threadIdx.x == 0 && m_final) m_final[at_state] = (float)last;
+    if (threadIdx.x == 0 && SEGMENT) m_final[at_state + NH] = (float)forget;
 }
 
 __device__ inline float2 mlstm_split_log2(double x) {
@@ -211,29 +240,77 @@ __device__ inline float2 mlstm_split_log2(double x) {
     return make_float2(high, (float)(x - high));
 }
 
+// The values of a chunk's tokens; m enters it, m_next enters the next one
 template <int GROUPS>
-static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, int chunks) {
-    MlstmWarpChunk w;
-    MlstmScan<GROUPS> scan;
-    if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
-    mlstm_scan_chunk(&scan, s, in, w);
+__device__ inline void mlstm_store_gates(const MlstmScan<GROUPS> &scan, const MlstmShape &s, const MlstmWarpChunk &w,
+                                         const MlstmGates &out, int chunks, double m, double m_next) {
     const int lane = threadIdx.x % 32, fresh_end = scan.start_last >= w.t0;
-    const float *m = out.m + w.bh * (chunks + 1) + w.c;
-    const double m_enter = m[0], r_next = m[1] - scan.b_last;
+    const double r_next = m_next - scan.b_last;
     const float scale = 1 / sqrtf((float)s.dk);
-    if (lane == 0) out.decay[w.bh * chunks + w.c] = fresh_end ? 0 : expf((float)(m_enter - r_next));
+    if (lane == 0) out.decay[w.bh * chunks + w.c] = fresh_end ? 0 : expf((float)(m - r_next));
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
         const int l = w.t0 + 32 * g + lane, fresh = scan.start[g] >= w.t0;
         if (l >= s.T) break;
         const size_t at = w.bh * s.T + l;
-        const double r = s.sigmoid_gate ? -scan.b[g] : fmax(fresh ? 0 : m_enter, scan.top[g]);
+        const double r = s.sigmoid_gate ? -scan.b[g] : fmax(fresh ? 0 : m, scan.top[g]);
         out.u[at] = mlstm_split_log2(scan.u[g]);
         out.r[at] = mlstm_split_log2(r);
         out.floor[at] = expf((float)-(scan.b[g] + r));
-        out.qscale[at] = fresh ? 0 : scale * expf((float)(m_enter - r));
+        out.qscale[at] = fresh ? 0 : scale * expf((float)(m - r));
         out.kscale[at] = l < scan.start_last ? 0 : expf((float)(scan.u[g] - r_next));
     }
+}
+
+template <int GROUPS>
+static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, int chunks) {
+    MlstmWarpChunk w;
+    MlstmScan<GROUPS> scan;
+    MlstmChunkGates<GROUPS> x;
+    if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
+    mlstm_load_chunk(&x, s, in, w);
+    mlstm_scan_chunk(&scan, s, in, w, x);
+    const float *m = out.m + w.bh * (chunks + 1) + w.c;
+    mlstm_store_gates(scan, s, w, out, chunks, m[0], m[1]);
+}
+
+// All in one, a block a head of a sequence of at most GATE_HEAD_WARPS * EACH chunks of SCAN_CHUNK tokens. What the warps
+// know of their chunks stays in registers while the maps are composed. m0, m_final, m_row as above
+enum { GATE_HEAD_WARPS = 32, GATE_HEAD_EACH = 2 };
+template <int EACH>
+static __global__ void __launch_bounds__(32 * GATE_HEAD_WARPS)
+    mlstm_fwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, const float *m0, float *m_final,
+                           size_t m_row, int chunks) {
+    __shared__ float2 maps[GATE_HEAD_WARPS * EACH];
+    __shared__ float m[GATE_HEAD_WARPS * EACH + 1];
+    const int warp = threadIdx.x / 32, b = blockIdx.x / s.NH, head = blockIdx.x % s.NH;
+    const size_t bh = blockIdx.x, at_state = b * m_row + head;
+    MlstmScan<SCAN_CHUNK / 32> scan[EACH];
+    MlstmChunkGates<SCAN_CHUNK / 32> x[EACH];
+    MlstmWarpChunk w[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {  // all loads first; chunks behind the last token load that
+        const int c = warp + k * GATE_HEAD_WARPS;
+        w[k] = {b, head, c, c * SCAN_CHUNK, bh};
+        mlstm_load_chunk(&x[k], s, in, w[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        if (w[k].c >= chunks) continue;
+        mlstm_scan_chunk(&scan[k], s, in, w[k], x[k]);
+        if (threadIdx.x % 32 == 0) maps[w[k].c] = mlstm_chunk_map(scan[k], s, w[k].t0);
+    }
+    __syncthreads();
+    if (warp == 0) {
+        const double last =
+            mlstm_compose_maps<false>(m, maps, m0 ? m0[at_state] : 0, chunks, s.sigmoid_gate, (double *)NULL);
+        if (threadIdx.x == 0 && m_final) m_final[at_state] = (float)last;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c <= chunks; c += blockDim.x) out.m[bh * (chunks + 1) + c] = m[c];
+#pragma unroll
+    for (int k = 0; k < EACH; k++)
+        if (w[k].c < chunks) mlstm_store_gates(scan[k], s, w[k], out, chunks, m[w[k].c], m[w[k].c + 1]);
 }
 
 static inline int mlstm_gate_blocks(const MlstmShape *s, int chunks) {
@@ -271,6 +348,13 @@ static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t 
                                 const int *doc_start, const float *m0, size_t m0_row, float *m_final,
                                 const MlstmGates *g, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
+    const int chunks = mlstm_chunks(s), each = ceil_div(chunks, GATE_HEAD_WARPS);
+    if (s->chunk == SCAN_CHUNK && each <= GATE_HEAD_EACH) {
+        auto kernel = each == 1 ? mlstm_fwd_gates_kernel<1> : mlstm_fwd_gates_kernel<GATE_HEAD_EACH>;
+        kernel<<<s->B * s->NH, 32 * GATE_HEAD_WARPS, 0, stream>>>(*s, in, *g, m0, m_final, m0_row, chunks);
+        LAUNCH_CHECK();
+        return;
+    }
     mlstm_gate_summary(s, in, g, stream);
     mlstm_gate_values(s, in, false, m0, m0_row, m_final, g, stream);
 }
@@ -381,133 +465,140 @@ typedef struct {               // `tiles` partial sums of every value, added in 
     const float *tail;          // [B, NH] and where it ends, if it is a segment of a longer one; NULL: 0
 } MlstmGateSums;
 
-enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // of the backward kernel
+enum { GATE_WARPS = MLSTM_SPAN / 32, GATE_HEADS = 4 };  // of a block of the backward kernel: warps a head, heads at most
 
-// What reaches the tokens before the end of span c from those behind it, all tiles; c -1: before the sequence
-__device__ inline double mlstm_anchor(const MlstmGateSums &sums, const MlstmShape &s, size_t bh, int c, int spans) {
-    if (c + 1 == spans) return sums.tail ? sums.tail[bh] : 0;
-    if (c < 0 && !sums.anchor_start) return 0;
-    const float *from = c < 0 ? sums.anchor_start + bh : sums.anchor + bh * spans + c;
-    const size_t tile = (size_t)s.B * s.NH * (c < 0 ? 1 : spans);
+// What reaches the tokens before the end of span c from those behind it, all tiles (ends[0]), and the same of the span
+// before (ends[1]); by a warp, half of it each
+__device__ inline void mlstm_anchors(const MlstmGateSums &sums, const MlstmShape &s, size_t bh, int c, int spans,
+                                     double *ends) {
+    const int lane = threadIdx.x % 32, before = lane / 16, at = c - before;
+    const size_t heads = (size_t)s.B * s.NH, tile = at < 0 ? heads : heads * spans;
+    const float *from = at < 0 ? sums.anchor_start + bh : sums.anchor + bh * spans + at;
     double sum = 0;
-    for (int p = 0; p < sums.anchor_tiles; p++) sum += from[p * tile];
-    return sum;
+    if (at + 1 == spans) {
+        sum = sums.tail && lane % 16 == 0 ? sums.tail[bh] : 0;
+    } else if (at >= 0 || sums.anchor_start) {
+        for (int p = lane % 16; p < sums.anchor_tiles; p += 16) sum += from[p * tile];
+    }
+#pragma unroll
+    for (int d = 8; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (lane % 16 == 0) ends[before] = sum;
 }
 
-// Suffix sums of <q, dq> - <k, dk> over the warp's tokens, each within its document; k_dk for di
-__device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums &sums, size_t bh, int t0,
-                                       const int (&start)[2], double (&sum)[2], float (&k_dk)[2]) {
-    const int lane = threadIdx.x % 32;
-    const size_t tile = (size_t)s.B * s.NH * s.T;
+// Suffix sum of <q, dq> - <k, dk> over the warp's tokens, t0 + lane, within its document; k_dk for di
+__device__ inline double mlstm_warp_sum(const MlstmShape &s, const MlstmGateSums &sums, size_t bh, int t0, int start,
+                                        float *k_dk) {
+    const int lane = threadIdx.x % 32, l = t0 + lane;
+    const size_t tile = (size_t)s.B * s.NH * s.T, at = bh * s.T + min(l, s.T - 1);
+    float q = 0, k = 0;
+#pragma unroll 4
+    for (int p = 0; p < sums.tiles; p++) q += sums.q_dq[p * tile + at], k += sums.k_dk[p * tile + at];
+    if (l >= s.T) q = k = 0;
+    double sum = (double)q - k;
 #pragma unroll
-    for (int g = 1; g >= 0; g--) {
-        const int l = t0 + 32 * g + lane;
-        float q_dq = 0;
-        k_dk[g] = 0;
-        for (int p = 0; l < s.T && p < sums.tiles; p++) {
-            q_dq += sums.q_dq[p * tile + bh * s.T + l];
-            k_dk[g] += sums.k_dk[p * tile + bh * s.T + l];
-        }
-        sum[g] = (double)q_dq - k_dk[g];
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            double behind = __shfl_down_sync(0xffffffffu, sum[g], d);
-            int start_behind = __shfl_down_sync(0xffffffffu, start[g], d);
-            if (lane + d < 32 && start_behind <= l) sum[g] += behind;
-        }
+    for (int d = 1; d < 32; d *= 2) {
+        double behind = __shfl_down_sync(0xffffffffu, sum, d);
+        int start_behind = __shfl_down_sync(0xffffffffu, start, d);
+        if (lane + d < 32 && start_behind <= l) sum += behind;
     }
-    const double behind = __shfl_sync(0xffffffffu, sum[1], 0);
-    if (__shfl_sync(0xffffffffu, start[1], 0) <= t0 + lane) sum[0] += behind;
+    *k_dk = k;
+    return sum;
 }
 
 // A warp's sums for the gradient of the bias. INPUT, FORGET: of di, df. SURPLUS: of <q, dq> - <k, dk>, with the anchors
 // at both ends of the sequence; TERMS, SLOPES: of |<k, dk>| and |di|
 enum { BIAS_INPUT, BIAS_FORGET, BIAS_SURPLUS, BIAS_TERMS, BIAS_SLOPES, NUM_BIAS_SUMS };
 
-// A block takes a span of one head. bias_sums [NUM_BIAS_SUMS][NH][B * spans * GATE_WARPS]; n0 [B][NH, dk] enters the
-// sequence, NULL: zeros
+// A block takes a span of `heads` heads, whose gates lie side by side: they come and go by rows, through shared memory.
+// bias_sums [NUM_BIAS_SUMS][NH][B * spans * GATE_WARPS]; n0 [B][NH, dk] enters the sequence, NULL: zeros
 template <typename F>
-static __global__ void __launch_bounds__(32 * GATE_WARPS)
+static __global__ void __launch_bounds__(32 * GATE_WARPS *GATE_HEADS, 2)
     mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
-                           F *dgates, size_t ld_dgates, float *bias_sums, int spans) {
-    __shared__ double first_sum[GATE_WARPS];  // of each warp's first token
-    __shared__ int first_start[GATE_WARPS];
-    __shared__ double path[MLSTM_SPAN];  // the sums of all tokens
-    __shared__ int last[MLSTM_SPAN];     // of a document whose first token in the span this is: its last one there
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, NH = s.NH, head = blockIdx.x % NH,
-              c = blockIdx.x / NH % spans, b = blockIdx.x / NH / spans, begin = c * MLSTM_SPAN,
-              end = min(begin + MLSTM_SPAN, s.T);
+                           F *dgates, size_t ld_dgates, float *bias_sums, int spans, int heads) {
+    __shared__ double anchors[GATE_HEADS][2], first_sums[GATE_HEADS][GATE_WARPS];  // of each warp's first token
+    __shared__ int first_starts[GATE_HEADS][GATE_WARPS];
+    __shared__ double paths[GATE_HEADS][MLSTM_SPAN];  // the sums of all tokens
+    __shared__ int lasts[GATE_HEADS][MLSTM_SPAN];  // of a document whose first token in the span this is: its last one
+    __shared__ float gates[MLSTM_SPAN * (2 * GATE_HEADS + 1)];  // [tokens][2 heads], then their gradients
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % GATE_WARPS, mine = threadIdx.x / 32 / GATE_WARPS,
+              NH = s.NH, groups = (NH + heads - 1) / heads, head0 = blockIdx.x % groups * heads,
+              head = min(head0 + mine, NH - 1), c = blockIdx.x / groups % spans, b = blockIdx.x / groups / spans,
+              begin = c * MLSTM_SPAN, end = min(begin + MLSTM_SPAN, s.T), pitch = 2 * heads + 1,
+              t0 = begin + warp * 32, l = t0 + lane;
+    const bool present = head0 + mine < NH;  // else its warps do what those of the last head do, for nothing
     const size_t bh = (size_t)b * NH + head;
-    const int t0 = begin + warp * GATE_WARP_TOKENS;
-    int start[2], ends[2];  // of the token's document; the document ends here
-    double sum[2];
-    float i[2], f[2], k_dk[2];
     const int *doc_start = in.doc_start + (size_t)b * s.T;
-    for (int g = 0; g < 2; g++) {
-        const int l = min(t0 + 32 * g + lane, s.T - 1);
-        start[g] = doc_start[l], ends[g] = l + 1 == end || doc_start[l + 1] == l + 1;
-        i[g] = mlstm_gate(in, (size_t)b * s.T + l, head), f[g] = mlstm_gate(in, (size_t)b * s.T + l, NH + head);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {  // 2 * heads * MLSTM_SPAN values by half as many threads
+        const int i = threadIdx.x + k * blockDim.x, t = i / (2 * heads), column = i % (2 * heads);
+        const int h = head0 + column % heads, from = column < heads ? h : NH + h;
+        if (begin + t < s.T && h < NH)
+            gates[t * pitch + column] = mlstm_gate(in, (size_t)b * s.T + begin + t, from);
     }
-    mlstm_warp_sums(s, sums, bh, t0, start, sum, k_dk);
-    if (lane == 0) first_sum[warp] = sum[0], first_start[warp] = start[0];
-    const double leaves = mlstm_anchor(sums, s, bh, c, spans);
-    const double enters = mlstm_anchor(sums, s, bh, c - 1, spans);
-    const int last_start = doc_start[end - 1];
+    const int start = doc_start[min(l, s.T - 1)];  // of the token's document; it ends here:
+    const bool ends = l + 1 >= end || doc_start[l + 1] == l + 1;
+    float k_dk;
+    double sum = mlstm_warp_sum(s, sums, bh, t0, start, &k_dk);
+    if (lane == 0) first_sums[mine][warp] = sum, first_starts[mine][warp] = start;
+    if (warp == 0) mlstm_anchors(sums, s, bh, c, spans, anchors[mine]);
     int empty = c == 0;  // no state enters: the first forget gate has no effect, as at a reset
     for (int a0 = 0; empty && n0 && a0 < s.dk; a0 += 32)
         empty = __all_sync(0xffffffffu, a0 + lane >= s.dk || n0[b * n0_row + (size_t)head * s.dk + a0 + lane] == 0);
+    int carry_start = doc_start[end - 1];
     __syncthreads();
 
-    double carry = leaves;         // what the tokens behind a warp add to those of the same document: it begins at
-    int carry_start = last_start;  // carry_start
-    for (int w = GATE_WARPS - 1; w >= 0; w--) {
-        for (int g = 0; g < 2 && w == warp; g++)
-            if (carry_start <= t0 + 32 * g + lane) sum[g] += carry;
-        carry = first_sum[w] + (carry_start <= begin + w * GATE_WARP_TOKENS ? carry : 0);
-        carry_start = first_start[w];
+    double carry = anchors[mine][0];  // what the tokens behind a warp add to those of the same document: it begins at
+    for (int w = GATE_WARPS - 1; w >= warp; w--) {  // carry_start
+        if (w == warp && carry_start <= l) sum += carry;
+        carry = first_sums[mine][w] + (carry_start <= begin + w * 32 ? carry : 0);
+        carry_start = first_starts[mine][w];
     }
-    for (int g = 0; g < 2; g++) {
-        const int l = t0 + 32 * g + lane;
-        if (l >= end) continue;
-        path[l - begin] = sum[g];
-        if (ends[g]) last[max(start[g] - begin, 0)] = l;
-    }
+    if (l < end) paths[mine][l - begin] = sum;
+    if (l < end && ends) lasts[mine][max(start - begin, 0)] = l;
     __syncthreads();
     float part[NUM_BIAS_SUMS] = {};
-    for (int g = 0; g < 2; g++) {
-        const int l = t0 + 32 * g + lane;
-        if (l >= s.T) continue;
-        const size_t token = (size_t)b * s.T + l;
-        const int first = max(start[g], begin), tokens = last[first - begin] - first + 1;
-        const double missing = (start[g] < begin ? enters : 0) - path[first - begin];
-        const float d_log_f = (float)(sum[g] + missing * (first + tokens - l) / tokens);
-        float di = s.sigmoid_gate ? k_dk[g] / (1 + expf(i[g])) : k_dk[g];
-        float df = start[g] == l || (empty && l == 0) ? 0 : d_log_f / (1 + expf(f[g]));
+    if (l < end) {
+        float *igate = gates + (l - begin) * pitch + mine, *fgate = igate + heads;
+        const float i = *igate, f = *fgate;
+        const int first = max(start, begin), tokens = lasts[mine][first - begin] - first + 1;
+        const double missing = (start < begin ? anchors[mine][1] : 0) - paths[mine][first - begin];
+        const float d_log_f = (float)(sum + missing * (first + tokens - l) / tokens);
+        float di = s.sigmoid_gate ? k_dk / (1 + expf(i)) : k_dk;
+        float df = start == l || (empty && l == 0) ? 0 : d_log_f / (1 + expf(f));
         if (in.cap > 0) {
-            di *= 1 - (i[g] / in.cap) * (i[g] / in.cap);
-            df *= 1 - (f[g] / in.cap) * (f[g] / in.cap);
+            di *= 1 - (i / in.cap) * (i / in.cap);
+            df *= 1 - (f / in.cap) * (f / in.cap);
         }
-        part[BIAS_INPUT] += di, part[BIAS_FORGET] += df;
-        part[BIAS_TERMS] += fabsf(k_dk[g]), part[BIAS_SLOPES] += fabsf(di);
-        if (sums.q_dq_exact) part[BIAS_SURPLUS] += (float)((double)sums.q_dq_exact[bh * s.T + l] - k_dk[g]);
-        dgates[token * ld_dgates + head] = from_float<F>(di);
-        dgates[token * ld_dgates + NH + head] = from_float<F>(df);
+        part[BIAS_INPUT] = di, part[BIAS_FORGET] = df;
+        part[BIAS_TERMS] = fabsf(k_dk), part[BIAS_SLOPES] = fabsf(di);
+        if (sums.q_dq_exact) part[BIAS_SURPLUS] = (float)((double)sums.q_dq_exact[bh * s.T + l] - k_dk);
+        if (present) *igate = di, *fgate = df;
     }
-    if (threadIdx.x == 0 && c == 0) part[BIAS_SURPLUS] -= (float)enters;
-    if (threadIdx.x == 0 && c + 1 == spans) part[BIAS_SURPLUS] += (float)leaves;
+    if (lane == 0 && warp == 0 && c == 0) part[BIAS_SURPLUS] -= (float)anchors[mine][1];
+    if (lane == 0 && warp == 0 && c + 1 == spans) part[BIAS_SURPLUS] += (float)anchors[mine][0];
     const size_t parts = (size_t)s.B * spans * GATE_WARPS, place = ((size_t)b * spans + c) * GATE_WARPS + warp;
     for (int k = 0; k < NUM_BIAS_SUMS; k++) part[k] = warp_sum(part[k]);
-    for (int k = 0; k < NUM_BIAS_SUMS && lane == 0; k++) bias_sums[((size_t)k * NH + head) * parts + place] = part[k];
+    for (int k = 0; k < NUM_BIAS_SUMS && lane == 0 && present; k++)
+        bias_sums[((size_t)k * NH + head) * parts + place] = part[k];
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const int i = threadIdx.x + k * blockDim.x, t = i / (2 * heads), column = i % (2 * heads);
+        const int h = head0 + column % heads, to = column < heads ? h : NH + h;
+        if (begin + t < s.T && h < NH)
+            dgates[((size_t)b * s.T + begin + t) * ld_dgates + to] = from_float<F>(gates[t * pitch + column]);
+    }
 }
 
 // dbias [2NH] += the sums of bias_sums [NUM_BIAS_SUMS][NH][parts]; a block a head. exact: <q, dq> was known
 static __global__ void mlstm_bwd_gate_bias_kernel(float *dbias, const float *bias_sums, int parts, bool exact) {
     const int head = blockIdx.x, NH = gridDim.x;
     float sum[NUM_BIAS_SUMS] = {};
-    for (int k = 0; k < NUM_BIAS_SUMS; k++) {
-        for (int p = threadIdx.x; p < parts; p += blockDim.x) sum[k] += bias_sums[((size_t)k * NH + head) * parts + p];
-        sum[k] = block_sum(sum[k]);
-    }
+    for (int p = threadIdx.x; p < parts; p += blockDim.x)
+#pragma unroll
+        for (int k = 0; k < NUM_BIAS_SUMS; k++) sum[k] += bias_sums[((size_t)k * NH + head) * parts + p];
+#pragma unroll
+    for (int k = 0; k < NUM_BIAS_SUMS; k++) sum[k] = block_sum(sum[k]);
     if (threadIdx.x) return;
     if (exact && sum[BIAS_TERMS] > 0) sum[BIAS_INPUT] += sum[BIAS_SURPLUS] / sum[BIAS_TERMS] * sum[BIAS_SLOPES];
     dbias[head] += sum[BIAS_INPUT];
@@ -532,9 +623,10 @@ static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t
                                  float *partial, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
     const MlstmGateSums sums = {q_dq, k_dk, tiles, exact, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
-    const int spans = ceil_div(s->T, MLSTM_SPAN);
-    mlstm_bwd_gates_kernel<F><<<(unsigned)((size_t)s->B * s->NH * spans), 32 * GATE_WARPS, 0, stream>>>(
-        *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans);
+    const int spans = ceil_div(s->T, MLSTM_SPAN), groups = ceil_div(s->NH, GATE_HEADS), heads = ceil_div(s->NH, groups);
+    const unsigned blocks = (unsigned)((size_t)s->B * spans * ceil_div(s->NH, heads));
+    mlstm_bwd_gates_kernel<F><<<blocks, 32 * GATE_WARPS * heads, 0, stream>>>(
+        *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans, heads);
     LAUNCH_CHECK();
     mlstm_bwd_gate_bias_kernel<<<s->NH, 256, 0, stream>>>(dbias, partial, s->B * spans * GATE_WARPS, exact != NULL);
     LAUNCH_CHECK();
