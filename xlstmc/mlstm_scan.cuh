@@ -1342,7 +1342,7 @@ static int scan_dq_segment_chunks(const MlstmShape *s) {
     for (int segments = 1; segments <= imax(1, imin(SCAN_DQ_SEGMENTS, chunks / 8)); segments++) {
         const int length = ceil_div(ceil_div(chunks, segments), SCAN_BORDER) * SCAN_BORDER;
         const long long rounds = ceil_div((size_t)blocks * ceil_div(chunks, length), SCAN_BLOCKS);
-        const long long cost = rounds * (length + 20);
+        const long long cost = rounds * (length + 6);
         if (least < 0 || cost < least) least = cost, best = length;
     }
     return best;
