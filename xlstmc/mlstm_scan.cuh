@@ -1333,7 +1333,7 @@ static int scan_segment_chunks(const MlstmShape *s) {
 static bool scan_narrow(const MlstmShape *s) {
     return s->dk <= 64 && s->dv <= 128 && 3 * scan_segment_chunks(s) >= mlstm_chunks(s);
 }
-// Of dQ, whose segments begin with a snapshot of H: the number of rounds times the chunks of one, and twenty to start,
+// Of dQ, whose segments begin with a snapshot of H: the number of rounds times the chunks of one, and eight to start,
 // is least
 static int scan_dq_segment_chunks(const MlstmShape *s) {
     const int slices = scan_slices(s, true), chunks = mlstm_chunks(s), blocks = slices * s->B * s->NH;
@@ -1342,7 +1342,7 @@ static int scan_dq_segment_chunks(const MlstmShape *s) {
     for (int segments = 1; segments <= imax(1, imin(SCAN_DQ_SEGMENTS, chunks / 8)); segments++) {
         const int length = ceil_div(ceil_div(chunks, segments), SCAN_BORDER) * SCAN_BORDER;
         const long long rounds = ceil_div((size_t)blocks * ceil_div(chunks, length), SCAN_BLOCKS);
-        const long long cost = rounds * (length + 20);
+        const long long cost = rounds * (length + 8);
         if (least < 0 || cost < least) least = cost, best = length;
     }
     return best;
