@@ -154,6 +154,8 @@ __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShap
 
 template <int GROUPS>
 static __global__ void mlstm_fwd_gate_summary_kernel(MlstmShape s, MlstmGateInput in, float *summary, int chunks) {
+    let_next_come();
+    wait_for_earlier();
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
     if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
@@ -172,6 +174,8 @@ static __global__ void mlstm_fwd_gate_summary_kernel(MlstmShape s, MlstmGateInpu
 template <bool SEGMENT>
 static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float *summary, const float *m0, float *m_final,
                                                    size_t m_row, int NH, int chunks, int sigmoid_gate) {
+    let_next_come();
+    wait_for_earlier();
     const int lane = threadIdx.x;
     const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
     double carry = SEGMENT ? -INFINITY : m0 ? m0[at_state] : 0, forget = 0;
@@ -213,6 +217,8 @@ __device__ inline float2 mlstm_split_log2(double x) {
 
 template <int GROUPS>
 static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, int chunks) {
+    let_next_come();
+    wait_for_earlier();
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
     if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
@@ -246,8 +252,7 @@ static void mlstm_gate_summary(const MlstmShape *s, const MlstmGateInput &in, co
     const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s, chunks), threads = 32 * MLSTM_GATE_WARPS;
     auto summary = s->chunk == SCAN_CHUNK ? mlstm_fwd_gate_summary_kernel<SCAN_CHUNK / 32>
                                           : mlstm_fwd_gate_summary_kernel<MLSTM_CHUNK / 32>;
-    summary<<<blocks, threads, 0, stream>>>(*s, in, g->summary, chunks);
-    LAUNCH_CHECK();
+    launch_early(summary, blocks, threads, 0, stream, *s, in, g->summary, chunks);
 }
 
 // From what mlstm_gate_summary has left. m0 [B][NH] (NULL: zeros) and m_final [B][NH] (NULL: not wanted): rows m_row
@@ -259,10 +264,9 @@ static void mlstm_gate_values(const MlstmShape *s, const MlstmGateInput &in, boo
     auto scale = segment ? mlstm_fwd_gate_scale_kernel<true> : mlstm_fwd_gate_scale_kernel<false>;
     auto tokens = s->chunk == SCAN_CHUNK ? mlstm_fwd_gate_tokens_kernel<SCAN_CHUNK / 32>
                                          : mlstm_fwd_gate_tokens_kernel<MLSTM_CHUNK / 32>;
-    scale<<<s->B * s->NH, 32, 0, stream>>>(g->m, g->summary, m0, m_final, m_row, s->NH, chunks, s->sigmoid_gate);
-    LAUNCH_CHECK();
-    tokens<<<blocks, threads, 0, stream>>>(*s, in, *g, chunks);
-    LAUNCH_CHECK();
+    launch_early(scale, s->B * s->NH, 32, 0, stream, g->m, g->summary, m0, m_final, m_row, s->NH, chunks,
+                 s->sigmoid_gate);
+    launch_early(tokens, blocks, threads, 0, stream, *s, in, *g, chunks);
 }
 
 // gates, bias, cap, doc_start as in MlstmInput; m0 to m_final as in mlstm_gate_values. Writes all of g but sig.
@@ -304,6 +308,8 @@ __device__ inline void mlstm_store_row(const MlstmRows &rows, const MlstmShape &
 
 static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, MlstmRows rows, const float *dh_dot_h,
                                                     const float *sig, const float *floor) {
+    let_next_come();
+    wait_for_earlier();
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, T = s.T, NH = s.NH;
     if (at >= s.B * NH * T) return;
     const size_t t = at % T, head = at / T % NH, b = at / T / NH;
@@ -317,6 +323,8 @@ template <typename F, int V, int LANES>
 static __global__ void __launch_bounds__(256)
     mlstm_bwd_row_dots_kernel(MlstmShape s, MlstmRows row_values, const F *dh, const F *h, const float *sig,
                               const float *floor) {
+    let_next_come();
+    wait_for_earlier();
     const unsigned rows = (unsigned)s.T * s.NH;  // of a sequence
     const unsigned k = blockIdx.x * (256 / LANES) + threadIdx.x / LANES, b = s.B - 1 - blockIdx.y;
     const bool inside = k < rows;
@@ -343,8 +351,7 @@ MAYBE_UNUSED
 static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const MlstmGates *g, MlstmRows rows,
                               cudaStream_t stream) {
     const int blocks = ceil_div((size_t)s->B * s->NH * s->T, 256);
-    mlstm_bwd_row_factors_kernel<<<blocks, 256, 0, stream>>>(*s, rows, dh_dot_h, g->sig, g->floor);
-    LAUNCH_CHECK();
+    launch_early(mlstm_bwd_row_factors_kernel, blocks, 256, 0, stream, *s, rows, dh_dot_h, g->sig, g->floor);
 }
 
 // The same from dh and h [B, T, NH, dv]; 4 dv + 20 bytes a token and head in bf16. With the sigmoid gate h is not read.
@@ -358,8 +365,7 @@ static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, c
                            : mlstm_bwd_row_dots_kernel<F, VEC<F>, 32>;
     const size_t threads = (size_t)s->NH * s->T * (vectors && narrow ? 16 : 32);
     const dim3 grid((unsigned)ceil_div(threads, 256), (unsigned)s->B);
-    kernel<<<grid, 256, 0, stream>>>(*s, rows, dh, h, g->sig, g->floor);
-    LAUNCH_CHECK();
+    launch_early(kernel, grid, 256, 0, stream, *s, rows, dh, h, g->sig, g->floor);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -430,6 +436,8 @@ template <typename F>
 static __global__ void __launch_bounds__(32 * GATE_WARPS)
     mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
                            F *dgates, size_t ld_dgates, float *bias_sums, int spans) {
+    let_next_come();
+    wait_for_earlier();
     __shared__ double first_sum[GATE_WARPS];  // of each warp's first token
     __shared__ int first_start[GATE_WARPS];
     __shared__ double path[MLSTM_SPAN];  // the sums of all tokens
@@ -502,6 +510,8 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS)
 
 // dbias [2NH] += the sums of bias_sums [NUM_BIAS_SUMS][NH][parts]; a block a head. exact: <q, dq> was known
 static __global__ void mlstm_bwd_gate_bias_kernel(float *dbias, const float *bias_sums, int parts, bool exact) {
+    let_next_come();
+    wait_for_earlier();
     const int head = blockIdx.x, NH = gridDim.x;
     float sum[NUM_BIAS_SUMS] = {};
     for (int k = 0; k < NUM_BIAS_SUMS; k++) {
@@ -533,11 +543,10 @@ static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
     const MlstmGateSums sums = {q_dq, k_dk, tiles, exact, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
     const int spans = ceil_div(s->T, MLSTM_SPAN);
-    mlstm_bwd_gates_kernel<F><<<(unsigned)((size_t)s->B * s->NH * spans), 32 * GATE_WARPS, 0, stream>>>(
-        *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans);
-    LAUNCH_CHECK();
-    mlstm_bwd_gate_bias_kernel<<<s->NH, 256, 0, stream>>>(dbias, partial, s->B * spans * GATE_WARPS, exact != NULL);
-    LAUNCH_CHECK();
+    launch_early(mlstm_bwd_gates_kernel<F>, (unsigned)((size_t)s->B * s->NH * spans), 32 * GATE_WARPS, 0, stream, *s,
+                 in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans);
+    launch_early(mlstm_bwd_gate_bias_kernel, s->NH, 256, 0, stream, dbias, partial, s->B * spans * GATE_WARPS,
+                 exact != NULL);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
