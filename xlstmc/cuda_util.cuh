@@ -41,6 +41,50 @@ MAYBE_UNUSED
 static int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 
 // ----------------------------------------------------------------------------------------------------------------
+// Kernels that follow each other closely (programmatic dependent launch, Hopper and later). One that is launched by
+// launch_early may come to the multiprocessors while the one before it in the stream still works: as soon as all blocks
+// of that one have called let_next_come, and there is room. What takes a microsecond or two between two kernels, and
+// what the later one does before it needs memory, is then done by the time its turn comes.
+//
+// Every such kernel calls wait_for_earlier in all threads before it reads or writes global memory: that returns when
+// the kernel before has ended and its results are seen, and since that one has waited, too, all before it.
+
+__device__ __forceinline__ void wait_for_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// At the start: blocks of the next kernel come when all of this one's have a place, so they take none from it
+__device__ __forceinline__ void let_next_come() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Whether the kernels of this program know how to wait: all are compiled for the same architectures
+MAYBE_UNUSED
+static bool kernels_wait(const void *kernel) {
+    static int known = -1;
+    if (known >= 0) return known;
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    known = attributes.ptxVersion >= 90;
+    return known;
+}
+
+template <typename Kernel, typename... Args>
+static void launch_early(Kernel *kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                         const Args &...args) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    config.attrs = &early, config.numAttrs = kernels_wait((const void *)kernel);
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// ----------------------------------------------------------------------------------------------------------------
 // Number formats
 
 static __host__ __device__ inline float to_float(float x) { return x; }

@@ -89,6 +89,10 @@ __device__ __forceinline__ void tma_store(const CUtensorMap *map, unsigned panel
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+// The first copy by a map takes as long as one from memory longer, unless it has been asked for
+__device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 template <int PENDING>  // until all but so many of this thread's stores have read their panel
 __device__ __forceinline__ void tma_store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");

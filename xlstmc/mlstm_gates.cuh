@@ -176,6 +176,8 @@ __device__ inline float2 mlstm_chunk_map(const MlstmScan<GROUPS> &scan, const Ml
 
 template <int GROUPS>
 static __global__ void mlstm_fwd_gate_summary_kernel(MlstmShape s, MlstmGateInput in, float2 *summary, int chunks) {
+    let_next_come();
+    wait_for_earlier();
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
     MlstmChunkGates<GROUPS> x;
@@ -225,6 +227,8 @@ __device__ inline double mlstm_compose_maps(float *m, const float2 *maps, double
 template <bool SEGMENT>
 static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float2 *summary, const float *m0, float *m_final,
                                                    size_t m_row, int NH, int chunks, int sigmoid_gate) {
+    let_next_come();
+    wait_for_earlier();
     const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
     double forget = 0;
     const double first = SEGMENT ? -INFINITY : m0 ? m0[at_state] : 0;
@@ -264,6 +268,8 @@ __device__ inline void mlstm_store_gates(const MlstmScan<GROUPS> &scan, const Ml
 
 template <int GROUPS>
 static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, int chunks) {
+    let_next_come();
+    wait_for_earlier();
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
     MlstmChunkGates<GROUPS> x;
@@ -281,6 +287,8 @@ template <int EACH>
 static __global__ void __launch_bounds__(32 * GATE_HEAD_WARPS)
     mlstm_fwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, const float *m0, float *m_final,
                            size_t m_row, int chunks) {
+    let_next_come();
+    wait_for_earlier();
     __shared__ float2 maps[GATE_HEAD_WARPS * EACH];
     __shared__ float m[GATE_HEAD_WARPS * EACH + 1];
     const int warp = threadIdx.x / 32, b = blockIdx.x / s.NH, head = blockIdx.x % s.NH;
@@ -323,8 +331,7 @@ static void mlstm_gate_summary(const MlstmShape *s, const MlstmGateInput &in, co
     const int chunks = mlstm_chunks(s), blocks = mlstm_gate_blocks(s, chunks), threads = 32 * MLSTM_GATE_WARPS;
     auto summary = s->chunk == SCAN_CHUNK ? mlstm_fwd_gate_summary_kernel<SCAN_CHUNK / 32>
                                           : mlstm_fwd_gate_summary_kernel<MLSTM_CHUNK / 32>;
-    summary<<<blocks, threads, 0, stream>>>(*s, in, g->summary, chunks);
-    LAUNCH_CHECK();
+    launch_early(summary, blocks, threads, 0, stream, *s, in, g->summary, chunks);
 }
 
 // From what mlstm_gate_summary has left. m0 [B][NH] (NULL: zeros) and m_final [B][NH] (NULL: not wanted): rows m_row
@@ -336,10 +343,9 @@ static void mlstm_gate_values(const MlstmShape *s, const MlstmGateInput &in, boo
     auto scale = segment ? mlstm_fwd_gate_scale_kernel<true> : mlstm_fwd_gate_scale_kernel<false>;
     auto tokens = s->chunk == SCAN_CHUNK ? mlstm_fwd_gate_tokens_kernel<SCAN_CHUNK / 32>
                                          : mlstm_fwd_gate_tokens_kernel<MLSTM_CHUNK / 32>;
-    scale<<<s->B * s->NH, 32, 0, stream>>>(g->m, g->summary, m0, m_final, m_row, s->NH, chunks, s->sigmoid_gate);
-    LAUNCH_CHECK();
-    tokens<<<blocks, threads, 0, stream>>>(*s, in, *g, chunks);
-    LAUNCH_CHECK();
+    launch_early(scale, s->B * s->NH, 32, 0, stream, g->m, g->summary, m0, m_final, m_row, s->NH, chunks,
+                 s->sigmoid_gate);
+    launch_early(tokens, blocks, threads, 0, stream, *s, in, *g, chunks);
 }
 
 // gates, bias, cap, doc_start as in MlstmInput; m0 to m_final as in mlstm_gate_values. Writes all of g but sig.
@@ -351,8 +357,7 @@ static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t 
     const int chunks = mlstm_chunks(s), each = ceil_div(chunks, GATE_HEAD_WARPS);
     if (s->chunk == SCAN_CHUNK && each <= GATE_HEAD_EACH) {
         auto kernel = each == 1 ? mlstm_fwd_gates_kernel<1> : mlstm_fwd_gates_kernel<GATE_HEAD_EACH>;
-        kernel<<<s->B * s->NH, 32 * GATE_HEAD_WARPS, 0, stream>>>(*s, in, *g, m0, m_final, m0_row, chunks);
-        LAUNCH_CHECK();
+        launch_early(kernel, s->B * s->NH, 32 * GATE_HEAD_WARPS, 0, stream, *s, in, *g, m0, m_final, m0_row, chunks);
         return;
     }
     mlstm_gate_summary(s, in, g, stream);
@@ -388,6 +393,8 @@ __device__ inline void mlstm_store_row(const MlstmRows &rows, const MlstmShape &
 
 static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, MlstmRows rows, const float *dh_dot_h,
                                                     const float *sig, const float *floor) {
+    let_next_come();
+    wait_for_earlier();
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, T = s.T, NH = s.NH;
     if (at >= s.B * NH * T) return;
     const size_t t = at % T, head = at / T % NH, b = at / T / NH;
@@ -401,6 +408,8 @@ template <typename F, int V, int LANES>
 static __global__ void __launch_bounds__(256)
     mlstm_bwd_row_dots_kernel(MlstmShape s, MlstmRows row_values, const F *dh, const F *h, const float *sig,
                               const float *floor) {
+    let_next_come();
+    wait_for_earlier();
     const unsigned rows = (unsigned)s.T * s.NH;  // of a sequence
     const unsigned k = blockIdx.x * (256 / LANES) + threadIdx.x / LANES, b = s.B - 1 - blockIdx.y;
     const bool inside = k < rows;
@@ -427,8 +436,7 @@ MAYBE_UNUSED
 static void mlstm_row_factors(const MlstmShape *s, const float *dh_dot_h, const MlstmGates *g, MlstmRows rows,
                               cudaStream_t stream) {
     const int blocks = ceil_div((size_t)s->B * s->NH * s->T, 256);
-    mlstm_bwd_row_factors_kernel<<<blocks, 256, 0, stream>>>(*s, rows, dh_dot_h, g->sig, g->floor);
-    LAUNCH_CHECK();
+    launch_early(mlstm_bwd_row_factors_kernel, blocks, 256, 0, stream, *s, rows, dh_dot_h, g->sig, g->floor);
 }
 
 // The same from dh and h [B, T, NH, dv]; 4 dv + 20 bytes a token and head in bf16. With the sigmoid gate h is not read.
@@ -442,8 +450,7 @@ static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, c
                            : mlstm_bwd_row_dots_kernel<F, VEC<F>, 32>;
     const size_t threads = (size_t)s->NH * s->T * (vectors && narrow ? 16 : 32);
     const dim3 grid((unsigned)ceil_div(threads, 256), (unsigned)s->B);
-    kernel<<<grid, 256, 0, stream>>>(*s, rows, dh, h, g->sig, g->floor);
-    LAUNCH_CHECK();
+    launch_early(kernel, grid, 256, 0, stream, *s, rows, dh, h, g->sig, g->floor);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -515,6 +522,8 @@ template <typename F>
 static __global__ void __launch_bounds__(32 * GATE_WARPS *GATE_HEADS, 2)
     mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
                            F *dgates, size_t ld_dgates, float *bias_sums, int spans, int heads) {
+    let_next_come();
+    wait_for_earlier();
     __shared__ double anchors[GATE_HEADS][2], first_sums[GATE_HEADS][GATE_WARPS];  // of each warp's first token
     __shared__ int first_starts[GATE_HEADS][GATE_WARPS];
     __shared__ double paths[GATE_HEADS][MLSTM_SPAN];  // the sums of all tokens
@@ -592,6 +601,8 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS *GATE_HEADS, 2)
 
 // dbias [2NH] += the sums of bias_sums [NUM_BIAS_SUMS][NH][parts]; a block a head. exact: <q, dq> was known
 static __global__ void mlstm_bwd_gate_bias_kernel(float *dbias, const float *bias_sums, int parts, bool exact) {
+    let_next_come();
+    wait_for_earlier();
     const int head = blockIdx.x, NH = gridDim.x;
     float sum[NUM_BIAS_SUMS] = {};
     for (int p = threadIdx.x; p < parts; p += blockDim.x)
@@ -625,11 +636,10 @@ static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t
     const MlstmGateSums sums = {q_dq, k_dk, tiles, exact, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
     const int spans = ceil_div(s->T, MLSTM_SPAN), groups = ceil_div(s->NH, GATE_HEADS), heads = ceil_div(s->NH, groups);
     const unsigned blocks = (unsigned)((size_t)s->B * spans * ceil_div(s->NH, heads));
-    mlstm_bwd_gates_kernel<F><<<blocks, 32 * GATE_WARPS * heads, 0, stream>>>(
-        *s, in, sums, initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans, heads);
-    LAUNCH_CHECK();
-    mlstm_bwd_gate_bias_kernel<<<s->NH, 256, 0, stream>>>(dbias, partial, s->B * spans * GATE_WARPS, exact != NULL);
-    LAUNCH_CHECK();
+    launch_early(mlstm_bwd_gates_kernel<F>, blocks, 32 * GATE_WARPS * heads, 0, stream, *s, in, sums,
+                 initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans, heads);
+    launch_early(mlstm_bwd_gate_bias_kernel, s->NH, 256, 0, stream, dbias, partial, s->B * spans * GATE_WARPS,
+                 exact != NULL);
 }
 
 // ----------------------------------------------------------------------------------------------------------------

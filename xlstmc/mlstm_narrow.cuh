@@ -542,6 +542,12 @@ __device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
     barrier_init_done();
 }
 
+__device__ __forceinline__ void narrow_prefetch(const NarrowArgs &p) {
+    const CUtensorMap *const maps[] = {&p.k, &p.q, &p.v, &p.dh, &p.dq, &p.dk, &p.dv};
+#pragma unroll
+    for (const CUtensorMap *map : maps) tensor_map_prefetch(map);
+}
+
 static __global__ void __launch_bounds__(NARROW_THREADS, 1)
     mlstm_bwd_narrow_scan_kernel(const __grid_constant__ NarrowArgs p) {
 #ifdef HOPPER_CODE
@@ -553,9 +559,12 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 1)
     at.bh = blockIdx.x, at.b = at.bh / p.s.NH, at.head = at.bh % p.s.NH;
     at.chunks = (p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK;
     if (threadIdx.x == 0) narrow_barriers(sh);
+    if (threadIdx.x == 384) narrow_prefetch(p);
     if (threadIdx.x < NARROW_STAGES * 64) sh->n[threadIdx.x / 64][threadIdx.x % 64] = 0;  // so it stays behind dk
     fence_async_proxy();
+    let_next_come();
     __syncthreads();
+    wait_for_earlier();
     if (warp < 4) {
         registers_grow<NARROW_STATES_REGISTERS>();
         narrow_states(p, at, base, sh);
@@ -593,8 +602,7 @@ static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &i
     p.dv = head_tensor_map(dv, s.B, s.T, s.NH, s.dv, ld_grad);
     CUDA_CHECK(cudaFuncSetAttribute(mlstm_bwd_narrow_scan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)NARROW_SHARED_BYTES));
-    mlstm_bwd_narrow_scan_kernel<<<s.B * s.NH, NARROW_THREADS, NARROW_SHARED_BYTES, stream>>>(p);
-    LAUNCH_CHECK();
+    launch_early(mlstm_bwd_narrow_scan_kernel, s.B * s.NH, NARROW_THREADS, NARROW_SHARED_BYTES, stream, p);
 }
 
 #endif

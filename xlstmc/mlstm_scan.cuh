@@ -272,7 +272,8 @@ __device__ __forceinline__ uint32_t *scan_snapshot(const ScanArgs &p, const Scan
 // The aux warpgroup: copies, the scalars of the rows, the normaliser
 
 // Blocks of one head share X and Y through L2 as long as none is far ahead: every fourth chunk all meet. Only a hint:
-// who waited in vain, since another does not run yet, waits no more.
+// who waited in vain, since another does not run yet, waits no more. So nobody clears the words: what another launch
+// left stands for a block that has not begun, and costs or saves its neighbours a wait.
 __device__ __forceinline__ bool scan_keep_pace(int *pace, int it) {
     enum { EVERY = 4, TRIES = 40 };
     if (it % EVERY) return true;
@@ -1241,6 +1242,12 @@ __device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
 }
 
 template <class S>
+__device__ __forceinline__ void scan_prefetch(const ScanArgs &p) {
+    tensor_map_prefetch(&p.x), tensor_map_prefetch(&p.y), tensor_map_prefetch(&p.z), tensor_map_prefetch(&p.out);
+    if (S::TRANSPOSED) tensor_map_prefetch(&p.dot);
+}
+
+template <class S>
 __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
 #ifdef HOPPER_CODE
     extern __shared__ __align__(1024) unsigned char scan_memory[];
@@ -1251,7 +1258,10 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
     at.first_chunk = blockIdx.y * p.segment_chunks;
     at.chunks = min(p.segment_chunks, scan_chunks(p) - at.first_chunk);
     if (threadIdx.x == 0) scan_barriers<S>(sh);
+    if (threadIdx.x == 384) scan_prefetch<S>(p);
+    let_next_come();
     __syncthreads();
+    wait_for_earlier();
     if (threadIdx.x < 128) {
         registers_shrink<S::SCORES_REGISTERS>();
         scan_scores<S>(p, at, smem, sh);
@@ -1376,8 +1386,7 @@ static void scan_start(Kernel kernel, size_t bytes, int slices, const ScanArgs &
     const dim3 grid((unsigned)slices, (unsigned)ceil_div(mlstm_chunks(&p.s), p.segment_chunks),
                     (unsigned)(p.s.B * p.s.NH));
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    kernel<<<grid, SCAN_THREADS, bytes, stream>>>(args...);
-    LAUNCH_CHECK();
+    launch_early(kernel, grid, SCAN_THREADS, bytes, stream, args...);
 }
 
 template <int MODE, int A>
@@ -1391,18 +1400,16 @@ static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
 
 // Blocks of a head that walk far keep pace, as do two that read much a chunk. Elsewhere meeting costs more than it
 // saves.
-static int *scan_pace(const ScanArgs &p, int blocks, float *segments, cudaStream_t stream) {
+static int *scan_pace(const ScanArgs &p, int blocks, float *segments) {
     if (blocks < 2 || blocks > 8 || (p.segment_chunks < 64 && (blocks > 2 || p.s.dk <= 64))) return NULL;
-    int *pace = (int *)(segments + scan_segments_floats(&p.s)) - scan_pace_words(&p.s);
-    CUDA_CHECK(cudaMemsetAsync(pace, 0, scan_pace_words(&p.s) * sizeof(int), stream));
-    return pace;
+    return (int *)(segments + scan_segments_floats(&p.s)) - scan_pace_words(&p.s);
 }
 
 template <int MODE>
 static void scan_run(ScanArgs p, float *segments, cudaStream_t stream) {
     constexpr bool TRANSPOSED = scan_transposed(MODE);
     const int A = scan_pad(TRANSPOSED ? p.s.dv : p.s.dk, TRANSPOSED);
-    p.slices = scan_slices(&p.s, TRANSPOSED), p.pace = scan_pace(p, p.slices, segments, stream);
+    p.slices = scan_slices(&p.s, TRANSPOSED), p.pace = scan_pace(p, p.slices, segments);
     if constexpr (TRANSPOSED) {
         if (A == 384) return scan_launch<MODE, 384>(p, stream);
         if (A == 512) return scan_launch<MODE, 512>(p, stream);
@@ -1439,7 +1446,7 @@ static void scan_run_pair(ScanArgs v, ScanArgs k, float *segments, cudaStream_t 
         scan_run<SCAN_DV>(v, segments, stream);
         return scan_run<SCAN_DK>(k, segments, stream);
     }
-    v.pace = k.pace = scan_pace(v, v.slices + k.slices, segments, stream);
+    v.pace = k.pace = scan_pace(v, v.slices + k.slices, segments);
     if (dk == 64 && dv == 128) return scan_launch_pair<64, 128>(v, k, stream);
     if (dk == 128 && dv == 192) return scan_launch_pair<128, 192>(v, k, stream);
     if (dk == 128 && dv == 256) return scan_launch_pair<128, 256>(v, k, stream);

@@ -299,8 +299,11 @@ __device__ __forceinline__ void segment_block(const SegmentArgs &p) {
             barrier_init(shared_address(sh->empty + k), 8 + (makes_vector ? 3 : 0));  // warps
         }
         barrier_init_done();
+        tensor_map_prefetch(&p.y), tensor_map_prefetch(&p.z);
     }
+    let_next_come();
     __syncthreads();
+    wait_for_earlier();
     const size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk);
     float *place = p.segments + ((size_t)at.segment * s.B + at.b) * record;
     if (threadIdx.x < 128) {
@@ -359,6 +362,8 @@ __device__ __forceinline__ void enter_segments(const MlstmShape &s, float *segme
                                                const float *m_walk, const float *m) {
     extern __shared__ float kept[];  // [count]
     float *scale = kept + count;     // [count] of what segments add
+    let_next_come();
+    wait_for_earlier();
     const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, chunks = (s.T + s.chunk - 1) / s.chunk;
     const size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk), step = s.B * record;
     const int C_blocks = enter_blocks(matrix);
@@ -424,9 +429,8 @@ static void segments_enter(const MlstmShape &s, const float *decay, MlstmState i
                            int segment_chunks, const float *m_walk, const float *m, cudaStream_t stream) {
     const dim3 grid((unsigned)(enter_blocks((size_t)s.dk * s.dv) + enter_blocks(s.dk)), (unsigned)(s.B * s.NH));
     auto kernel = REVERSE ? mlstm_bwd_enter_kernel : mlstm_fwd_enter_kernel;
-    kernel<<<grid, ENTER_THREADS, 2 * count * sizeof(float), stream>>>(s, segments, decay, initial, count,
-                                                                       segment_chunks, m_walk, m);
-    LAUNCH_CHECK();
+    launch_early(kernel, grid, ENTER_THREADS, 2 * count * sizeof(float), stream, s, segments, decay, initial, count,
+                 segment_chunks, m_walk, m);
 }
 
 template <int A, bool REVERSE>
@@ -438,8 +442,7 @@ static void segments_add(const SegmentArgs &p, int count, cudaStream_t stream) {
                     (unsigned)(p.s.B * p.s.NH));
     auto kernel = REVERSE ? mlstm_bwd_segment_kernel<A> : mlstm_fwd_segment_kernel<A>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    kernel<<<grid, SEGMENT_THREADS, bytes, stream>>>(p);
-    LAUNCH_CHECK();
+    launch_early(kernel, grid, SEGMENT_THREADS, bytes, stream, p);
 }
 
 // segments [count][B][NH dk dv + NH dk]: what each of the `count` segments, of segment_chunks chunks but the last in
