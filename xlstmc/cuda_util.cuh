@@ -42,9 +42,10 @@ static int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 
 // ----------------------------------------------------------------------------------------------------------------
 // Kernels that follow each other closely (programmatic dependent launch, Hopper and later). One that is launched by
-// launch_early may come to the multiprocessors while the one before it in the stream still works: as soon as all blocks
-// of that one have called let_next_come, and there is room. What takes a microsecond or two between two kernels, and
-// what the later one does before it needs memory, is then done by the time its turn comes.
+// launch_early comes to the multiprocessors as soon as all blocks of the one before it in the stream have ended, before
+// what they wrote has reached everyone. What takes a microsecond or two between two kernels, and what the later one does
+// before it needs memory, is then done by the time its turn comes. (It could come earlier, while blocks of the one
+// before still work: that costs these more than it gains.)
 //
 // Every such kernel calls wait_for_earlier in all threads before it reads or writes global memory: that returns when
 // the kernel before has ended and its results are seen, and since that one has waited, too, all before it.
@@ -54,21 +55,18 @@ __device__ __forceinline__ void wait_for_earlier() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// At the start: blocks of the next kernel come when all of this one's have a place, so they take none from it
-__device__ __forceinline__ void let_next_come() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
-// Whether the kernels of this program know how to wait: all are compiled for the same architectures
+// Whether the kernels of this program know how to wait (all are compiled for the same architectures), and the driver
+// how to keep such launches in a graph
 MAYBE_UNUSED
 static bool kernels_wait(const void *kernel) {
     static int known = -1;
     if (known >= 0) return known;
+    int driver;
     cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaDriverGetVersion(&driver));
     CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-    known = attributes.ptxVersion >= 90;
+    known = attributes.ptxVersion >= 90 && CUDART_VERSION >= 12040 && driver >= 12040;
     return known;
 }
 

@@ -176,7 +176,6 @@ __device__ inline float2 mlstm_chunk_map(const MlstmScan<GROUPS> &scan, const Ml
 
 template <int GROUPS>
 static __global__ void mlstm_fwd_gate_summary_kernel(MlstmShape s, MlstmGateInput in, float2 *summary, int chunks) {
-    let_next_come();
     wait_for_earlier();
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
@@ -227,7 +226,6 @@ __device__ inline double mlstm_compose_maps(float *m, const float2 *maps, double
 template <bool SEGMENT>
 static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float2 *summary, const float *m0, float *m_final,
                                                    size_t m_row, int NH, int chunks, int sigmoid_gate) {
-    let_next_come();
     wait_for_earlier();
     const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
     double forget = 0;
@@ -268,7 +266,6 @@ __device__ inline void mlstm_store_gates(const MlstmScan<GROUPS> &scan, const Ml
 
 template <int GROUPS>
 static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, int chunks) {
-    let_next_come();
     wait_for_earlier();
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
@@ -287,7 +284,6 @@ template <int EACH>
 static __global__ void __launch_bounds__(32 * GATE_HEAD_WARPS)
     mlstm_fwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, const float *m0, float *m_final,
                            size_t m_row, int chunks) {
-    let_next_come();
     wait_for_earlier();
     __shared__ float2 maps[GATE_HEAD_WARPS * EACH];
     __shared__ float m[GATE_HEAD_WARPS * EACH + 1];
@@ -393,7 +389,6 @@ __device__ inline void mlstm_store_row(const MlstmRows &rows, const MlstmShape &
 
 static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, MlstmRows rows, const float *dh_dot_h,
                                                     const float *sig, const float *floor) {
-    let_next_come();
     wait_for_earlier();
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, T = s.T, NH = s.NH;
     if (at >= s.B * NH * T) return;
@@ -408,7 +403,6 @@ template <typename F, int V, int LANES>
 static __global__ void __launch_bounds__(256)
     mlstm_bwd_row_dots_kernel(MlstmShape s, MlstmRows row_values, const F *dh, const F *h, const float *sig,
                               const float *floor) {
-    let_next_come();
     wait_for_earlier();
     const unsigned rows = (unsigned)s.T * s.NH;  // of a sequence
     const unsigned k = blockIdx.x * (256 / LANES) + threadIdx.x / LANES, b = s.B - 1 - blockIdx.y;
@@ -472,7 +466,8 @@ typedef struct {               // `tiles` partial sums of every value, added in 
     const float *tail;          // [B, NH] and where it ends, if it is a segment of a longer one; NULL: 0
 } MlstmGateSums;
 
-enum { GATE_WARPS = MLSTM_SPAN / 32, GATE_HEADS = 4 };  // of a block of the backward kernel: warps a head, heads at most
+enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // of the backward kernel
+enum { GATE_HEADS = 8 };                                                      // of a block, at most
 
 // What reaches the tokens before the end of span c from those behind it, all tiles (ends[0]), and the same of the span
 // before (ends[1]); by a warp, half of it each
@@ -492,24 +487,32 @@ __device__ inline void mlstm_anchors(const MlstmGateSums &sums, const MlstmShape
     if (lane % 16 == 0) ends[before] = sum;
 }
 
-// Suffix sum of <q, dq> - <k, dk> over the warp's tokens, t0 + lane, within its document; k_dk for di
-__device__ inline double mlstm_warp_sum(const MlstmShape &s, const MlstmGateSums &sums, size_t bh, int t0, int start,
-                                        float *k_dk) {
-    const int lane = threadIdx.x % 32, l = t0 + lane;
-    const size_t tile = (size_t)s.B * s.NH * s.T, at = bh * s.T + min(l, s.T - 1);
-    float q = 0, k = 0;
-#pragma unroll 4
-    for (int p = 0; p < sums.tiles; p++) q += sums.q_dq[p * tile + at], k += sums.k_dk[p * tile + at];
-    if (l >= s.T) q = k = 0;
-    double sum = (double)q - k;
+// Suffix sums of <q, dq> - <k, dk> over the warp's tokens, each within its document; k_dk for di
+__device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums &sums, size_t bh, int t0,
+                                       const int (&start)[2], double (&sum)[2], float (&k_dk)[2]) {
+    const int lane = threadIdx.x % 32;
+    const size_t tile = (size_t)s.B * s.NH * s.T;
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        double behind = __shfl_down_sync(0xffffffffu, sum, d);
-        int start_behind = __shfl_down_sync(0xffffffffu, start, d);
-        if (lane + d < 32 && start_behind <= l) sum += behind;
+    for (int g = 1; g >= 0; g--) {
+        const int l = t0 + 32 * g + lane;
+        float q_dq = 0;
+        k_dk[g] = 0;
+#pragma unroll 4
+        for (int p = 0; p < sums.tiles; p++) {
+            if (l >= s.T) continue;
+            q_dq += sums.q_dq[p * tile + bh * s.T + l];
+            k_dk[g] += sums.k_dk[p * tile + bh * s.T + l];
+        }
+        sum[g] = (double)q_dq - k_dk[g];
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            double behind = __shfl_down_sync(0xffffffffu, sum[g], d);
+            int start_behind = __shfl_down_sync(0xffffffffu, start[g], d);
+            if (lane + d < 32 && start_behind <= l) sum[g] += behind;
+        }
     }
-    *k_dk = k;
-    return sum;
+    const double behind = __shfl_sync(0xffffffffu, sum[1], 0);
+    if (__shfl_sync(0xffffffffu, start[1], 0) <= t0 + lane) sum[0] += behind;
 }
 
 // A warp's sums for the gradient of the bias. INPUT, FORGET: of di, df. SURPLUS: of <q, dq> - <k, dk>, with the anchors
@@ -522,66 +525,83 @@ template <typename F>
 static __global__ void __launch_bounds__(32 * GATE_WARPS *GATE_HEADS, 2)
     mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
                            F *dgates, size_t ld_dgates, float *bias_sums, int spans, int heads) {
-    let_next_come();
     wait_for_earlier();
     __shared__ double anchors[GATE_HEADS][2], first_sums[GATE_HEADS][GATE_WARPS];  // of each warp's first token
     __shared__ int first_starts[GATE_HEADS][GATE_WARPS];
     __shared__ double paths[GATE_HEADS][MLSTM_SPAN];  // the sums of all tokens
     __shared__ int lasts[GATE_HEADS][MLSTM_SPAN];  // of a document whose first token in the span this is: its last one
     __shared__ float gates[MLSTM_SPAN * (2 * GATE_HEADS + 1)];  // [tokens][2 heads], then their gradients
+    enum { LOADS = 4 };  // of a thread: 2 * heads * MLSTM_SPAN values by 64 * heads threads
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % GATE_WARPS, mine = threadIdx.x / 32 / GATE_WARPS,
               NH = s.NH, groups = (NH + heads - 1) / heads, head0 = blockIdx.x % groups * heads,
               head = min(head0 + mine, NH - 1), c = blockIdx.x / groups % spans, b = blockIdx.x / groups / spans,
-              begin = c * MLSTM_SPAN, end = min(begin + MLSTM_SPAN, s.T), pitch = 2 * heads + 1,
-              t0 = begin + warp * 32, l = t0 + lane;
+              begin = c * MLSTM_SPAN, end = min(begin + MLSTM_SPAN, s.T), pitch = 2 * heads + 1;
     const bool present = head0 + mine < NH;  // else its warps do what those of the last head do, for nothing
     const size_t bh = (size_t)b * NH + head;
+    const int t0 = begin + warp * GATE_WARP_TOKENS;
+    double *first_sum = first_sums[mine], *path = paths[mine], sum[2];
+    int *first_start = first_starts[mine], *last = lasts[mine];
+    int start[2], ends[2];  // of the token's document; the document ends here
+    float raw[LOADS], k_dk[2];
     const int *doc_start = in.doc_start + (size_t)b * s.T;
 #pragma unroll
-    for (int k = 0; k < 2; k++) {  // 2 * heads * MLSTM_SPAN values by half as many threads
-        const int i = threadIdx.x + k * blockDim.x, t = i / (2 * heads), column = i % (2 * heads);
-        const int h = head0 + column % heads, from = column < heads ? h : NH + h;
-        if (begin + t < s.T && h < NH)
-            gates[t * pitch + column] = mlstm_gate(in, (size_t)b * s.T + begin + t, from);
+    for (int k = 0; k < LOADS; k++) {
+        const int i = threadIdx.x + k * blockDim.x, l = begin + i / (2 * heads), column = i % (2 * heads);
+        const int h = head0 + column % heads;
+        raw[k] = l < s.T && h < NH ? in.gates[((size_t)b * s.T + l) * in.ld + (column < heads ? h : NH + h)] : 0;
     }
-    const int start = doc_start[min(l, s.T - 1)];  // of the token's document; it ends here:
-    const bool ends = l + 1 >= end || doc_start[l + 1] == l + 1;
-    float k_dk;
-    double sum = mlstm_warp_sum(s, sums, bh, t0, start, &k_dk);
-    if (lane == 0) first_sums[mine][warp] = sum, first_starts[mine][warp] = start;
+    for (int g = 0; g < 2; g++) {
+        const int l = min(t0 + 32 * g + lane, s.T - 1);
+        start[g] = doc_start[l], ends[g] = l + 1 == end || doc_start[l + 1] == l + 1;
+    }
+    mlstm_warp_sums(s, sums, bh, t0, start, sum, k_dk);
+    if (lane == 0) first_sum[warp] = sum[0], first_start[warp] = start[0];
+#pragma unroll
+    for (int k = 0; k < LOADS; k++) {
+        const int i = threadIdx.x + k * blockDim.x, column = i % (2 * heads), h = min(head0 + column % heads, NH - 1);
+        gates[i / (2 * heads) * pitch + column] = mlstm_cap_gate(in, raw[k], column < heads ? h : NH + h);
+    }
     if (warp == 0) mlstm_anchors(sums, s, bh, c, spans, anchors[mine]);
+    const int last_start = doc_start[end - 1];
     int empty = c == 0;  // no state enters: the first forget gate has no effect, as at a reset
     for (int a0 = 0; empty && n0 && a0 < s.dk; a0 += 32)
         empty = __all_sync(0xffffffffu, a0 + lane >= s.dk || n0[b * n0_row + (size_t)head * s.dk + a0 + lane] == 0);
-    int carry_start = doc_start[end - 1];
     __syncthreads();
 
     double carry = anchors[mine][0];  // what the tokens behind a warp add to those of the same document: it begins at
-    for (int w = GATE_WARPS - 1; w >= warp; w--) {  // carry_start
-        if (w == warp && carry_start <= l) sum += carry;
-        carry = first_sums[mine][w] + (carry_start <= begin + w * 32 ? carry : 0);
-        carry_start = first_starts[mine][w];
+    int carry_start = last_start;     // carry_start
+    for (int w = GATE_WARPS - 1; w >= 0; w--) {
+        for (int g = 0; g < 2 && w == warp; g++)
+            if (carry_start <= t0 + 32 * g + lane) sum[g] += carry;
+        carry = first_sum[w] + (carry_start <= begin + w * GATE_WARP_TOKENS ? carry : 0);
+        carry_start = first_start[w];
     }
-    if (l < end) paths[mine][l - begin] = sum;
-    if (l < end && ends) lasts[mine][max(start - begin, 0)] = l;
+    for (int g = 0; g < 2; g++) {
+        const int l = t0 + 32 * g + lane;
+        if (l >= end) continue;
+        path[l - begin] = sum[g];
+        if (ends[g]) last[max(start[g] - begin, 0)] = l;
+    }
     __syncthreads();
     float part[NUM_BIAS_SUMS] = {};
-    if (l < end) {
+    for (int g = 0; g < 2; g++) {
+        const int l = t0 + 32 * g + lane;
+        if (l >= s.T) continue;
         float *igate = gates + (l - begin) * pitch + mine, *fgate = igate + heads;
         const float i = *igate, f = *fgate;
-        const int first = max(start, begin), tokens = lasts[mine][first - begin] - first + 1;
-        const double missing = (start < begin ? anchors[mine][1] : 0) - paths[mine][first - begin];
-        const float d_log_f = (float)(sum + missing * (first + tokens - l) / tokens);
-        float di = s.sigmoid_gate ? k_dk / (1 + expf(i)) : k_dk;
-        float df = start == l || (empty && l == 0) ? 0 : d_log_f / (1 + expf(f));
+        const int first = max(start[g], begin), tokens = last[first - begin] - first + 1;
+        const double missing = (start[g] < begin ? anchors[mine][1] : 0) - path[first - begin];
+        const float d_log_f = (float)(sum[g] + missing * (first + tokens - l) / tokens);
+        float di = s.sigmoid_gate ? k_dk[g] / (1 + expf(i)) : k_dk[g];
+        float df = start[g] == l || (empty && l == 0) ? 0 : d_log_f / (1 + expf(f));
         if (in.cap > 0) {
             di *= 1 - (i / in.cap) * (i / in.cap);
             df *= 1 - (f / in.cap) * (f / in.cap);
         }
-        part[BIAS_INPUT] = di, part[BIAS_FORGET] = df;
-        part[BIAS_TERMS] = fabsf(k_dk), part[BIAS_SLOPES] = fabsf(di);
-        if (sums.q_dq_exact) part[BIAS_SURPLUS] = (float)((double)sums.q_dq_exact[bh * s.T + l] - k_dk);
-        if (present) *igate = di, *fgate = df;
+        part[BIAS_INPUT] += di, part[BIAS_FORGET] += df;
+        part[BIAS_TERMS] += fabsf(k_dk[g]), part[BIAS_SLOPES] += fabsf(di);
+        if (sums.q_dq_exact) part[BIAS_SURPLUS] += (float)((double)sums.q_dq_exact[bh * s.T + l] - k_dk[g]);
+        *igate = di, *fgate = df;
     }
     if (lane == 0 && warp == 0 && c == 0) part[BIAS_SURPLUS] -= (float)anchors[mine][1];
     if (lane == 0 && warp == 0 && c + 1 == spans) part[BIAS_SURPLUS] += (float)anchors[mine][0];
@@ -591,17 +611,17 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS *GATE_HEADS, 2)
         bias_sums[((size_t)k * NH + head) * parts + place] = part[k];
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        const int i = threadIdx.x + k * blockDim.x, t = i / (2 * heads), column = i % (2 * heads);
-        const int h = head0 + column % heads, to = column < heads ? h : NH + h;
-        if (begin + t < s.T && h < NH)
-            dgates[((size_t)b * s.T + begin + t) * ld_dgates + to] = from_float<F>(gates[t * pitch + column]);
+    for (int k = 0; k < LOADS; k++) {
+        const int i = threadIdx.x + k * blockDim.x, l = begin + i / (2 * heads), column = i % (2 * heads);
+        const int h = head0 + column % heads;
+        if (l < s.T && h < NH)
+            dgates[((size_t)b * s.T + l) * ld_dgates + (column < heads ? h : NH + h)] =
+                from_float<F>(gates[(l - begin) * pitch + column]);
     }
 }
 
 // dbias [2NH] += the sums of bias_sums [NUM_BIAS_SUMS][NH][parts]; a block a head. exact: <q, dq> was known
 static __global__ void mlstm_bwd_gate_bias_kernel(float *dbias, const float *bias_sums, int parts, bool exact) {
-    let_next_come();
     wait_for_earlier();
     const int head = blockIdx.x, NH = gridDim.x;
     float sum[NUM_BIAS_SUMS] = {};

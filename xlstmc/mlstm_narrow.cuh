@@ -562,7 +562,6 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 1)
     if (threadIdx.x == 384) narrow_prefetch(p);
     if (threadIdx.x < NARROW_STAGES * 64) sh->n[threadIdx.x / 64][threadIdx.x % 64] = 0;  // so it stays behind dk
     fence_async_proxy();
-    let_next_come();
     __syncthreads();
     wait_for_earlier();
     if (warp < 4) {

@@ -1259,7 +1259,6 @@ __device__ __forceinline__ void scan_block(const ScanArgs &p, int slice) {
     at.chunks = min(p.segment_chunks, scan_chunks(p) - at.first_chunk);
     if (threadIdx.x == 0) scan_barriers<S>(sh);
     if (threadIdx.x == 384) scan_prefetch<S>(p);
-    let_next_come();
     __syncthreads();
     wait_for_earlier();
     if (threadIdx.x < 128) {

@@ -301,7 +301,6 @@ __device__ __forceinline__ void segment_block(const SegmentArgs &p) {
         barrier_init_done();
         tensor_map_prefetch(&p.y), tensor_map_prefetch(&p.z);
     }
-    let_next_come();
     __syncthreads();
     wait_for_earlier();
     const size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk);
@@ -362,7 +361,6 @@ __device__ __forceinline__ void enter_segments(const MlstmShape &s, float *segme
                                                const float *m_walk, const float *m) {
     extern __shared__ float kept[];  // [count]
     float *scale = kept + count;     // [count] of what segments add
-    let_next_come();
     wait_for_earlier();
     const int bh = blockIdx.y, b = bh / s.NH, head = bh % s.NH, chunks = (s.T + s.chunk - 1) / s.chunk;
     const size_t matrix = (size_t)s.dk * s.dv, record = s.NH * (matrix + s.dk), step = s.B * record;

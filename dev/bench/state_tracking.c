@@ -15,7 +15,7 @@ int main(int argc, char **argv) {
            EVAL_FROM + 1, EVAL_LEN);
     for (int k = 0; k < 3; k++)
         for (int seed = 1; seed <= 3; seed++) {
-            StateRun run = {&STATE_TASKS[0], (uint64_t)seed, 64, steps, lr, 0.05, 0, NULL, NULL, NULL};
+            StateRun run = {&STATE_TASKS[0], (uint64_t)seed, 64, steps, lr, 0.05, 1, NULL, NULL, NULL};
             memset(&model, 0, sizeof model);
             state_model(&cpu_backend, &run, blocks[k], width, heads, 0);
             state_train(&cpu_backend, &run);
