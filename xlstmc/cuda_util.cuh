@@ -43,8 +43,8 @@ static int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 // ----------------------------------------------------------------------------------------------------------------
 // Kernels that follow each other closely (programmatic dependent launch, Hopper and later). One that is launched by
 // launch_early comes to the multiprocessors as soon as all blocks of the one before it in the stream have ended, before
-// what they wrote has reached everyone. What takes a microsecond or two between two kernels, and what the later one does
-// before it needs memory, is then done by the time its turn comes. (It could come earlier, while blocks of the one
+// what they wrote has reached everyone. What takes a microsecond or two between two kernels, and what the later one
+// does before it needs memory, is then done by the time its turn comes. (It could come earlier, while blocks of the one
 // before still work: that costs these more than it gains.)
 //
 // Every such kernel calls wait_for_earlier in all threads before it reads or writes global memory: that returns when

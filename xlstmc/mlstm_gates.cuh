@@ -277,8 +277,8 @@ static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput
     mlstm_store_gates(scan, s, w, out, chunks, m[0], m[1]);
 }
 
-// All in one, a block a head of a sequence of at most GATE_HEAD_WARPS * EACH chunks of SCAN_CHUNK tokens. What the warps
-// know of their chunks stays in registers while the maps are composed. m0, m_final, m_row as above
+// All in one, a block a head of a sequence of at most GATE_HEAD_WARPS * EACH chunks of SCAN_CHUNK tokens. What the
+// warps know of their chunks stays in registers while the maps are composed. m0, m_final, m_row as above
 enum { GATE_HEAD_WARPS = 32, GATE_HEAD_EACH = 2 };
 template <int EACH>
 static __global__ void __launch_bounds__(32 * GATE_HEAD_WARPS)
