@@ -330,9 +330,9 @@ static void mlstm_check_dots(const MlstmCase *c, const MlstmHost *x, MlstmDevice
     free(h), free(dots);
 }
 
-// Both sets of kernels, where both take the shape
+// Both sets of kernels, where both take the shape. dots: mlstm_check_dots as well
 template <typename F>
-static void test_mlstm_case(const MlstmCase *c) {
+static void test_mlstm_case(const MlstmCase *c, bool dots) {
     MlstmHost x = mlstm_test_host<F>(c);
     for (int chunk : {(int)MLSTM_CHUNK, (int)SCAN_CHUNK}) {
         if (chunk == SCAN_CHUNK && (c->odd || mlstm_chunk<F>(c->dk, c->dv, x.ld) != chunk)) continue;
@@ -340,7 +340,7 @@ static void test_mlstm_case(const MlstmCase *c) {
         mlstm_test_run(&d, &x);
         mlstm_check_all(c, &x, &d, tolerance<F>(1e-5, 1e-2));
         if (!small_tests) mlstm_check_again(c, &x, &d);
-        mlstm_check_dots(c, &x, &d);
+        if (dots) mlstm_check_dots(c, &x, &d);
         mlstm_test_device_free(&d);
     }
     mlstm_test_host_free(&x);
@@ -425,13 +425,13 @@ enum { MLSTM_SMALL_FP32 = 2 };  // so many of them in fp32, too
 
 static void test_mlstm(void) {
     for (size_t k = 0; small_tests && k < sizeof mlstm_small_cases / sizeof *mlstm_small_cases; k++) {
-        if (k < MLSTM_SMALL_FP32) test_mlstm_case<float>(&mlstm_small_cases[k]);
-        test_mlstm_case<bf16>(&mlstm_small_cases[k]);
+        if (k < MLSTM_SMALL_FP32) test_mlstm_case<float>(&mlstm_small_cases[k], k == 0);
+        test_mlstm_case<bf16>(&mlstm_small_cases[k], k == 0);
     }
     if (small_tests) return;
     for (size_t k = 0; k < sizeof mlstm_cases / sizeof *mlstm_cases; k++) {
-        test_mlstm_case<float>(&mlstm_cases[k]);
-        test_mlstm_case<bf16>(&mlstm_cases[k]);
+        test_mlstm_case<float>(&mlstm_cases[k], true);
+        test_mlstm_case<bf16>(&mlstm_cases[k], true);
     }
     static const MlstmCase repeated[] = {{3, 200, 2, 64, 128, 0, 0, 0, 0, 5, 15},
                                          {2, 900, 3, 64, 128, 0, 50, 1, 0, 5, 15},
