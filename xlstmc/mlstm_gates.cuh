@@ -108,6 +108,7 @@ struct MlstmScan {
     int start_last;
 };
 
+// What a warp loads of its chunk, all of it before the first use
 template <int GROUPS>
 struct MlstmChunkGates {
     int start[GROUPS];
@@ -526,7 +527,7 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS *GATE_HEADS, 2)
     mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
                            F *dgates, size_t ld_dgates, float *bias_sums, int spans, int heads) {
     wait_for_earlier();
-    __shared__ double anchors[GATE_HEADS][2], first_sums[GATE_HEADS][GATE_WARPS];  // of each warp's first token
+    __shared__ double anchors[GATE_HEADS][2], first_sums[GATE_HEADS][GATE_WARPS];  // see above; of each warp's first
     __shared__ int first_starts[GATE_HEADS][GATE_WARPS];
     __shared__ double paths[GATE_HEADS][MLSTM_SPAN];  // the sums of all tokens
     __shared__ int lasts[GATE_HEADS][MLSTM_SPAN];  // of a document whose first token in the span this is: its last one
