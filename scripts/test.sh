@@ -71,9 +71,9 @@ fi
 if [ -n "$NVCC" ]; then
     CHECK=(-cuda)
     "$NVCC" --help | grep -q fdevice-syntax-only && CHECK=(-fdevice-syntax-only -c)
-    for file in test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu dev/cuda/*.cu; do
-        compiles "$file" "$NVCC" -std=c++17 -arch=sm_80 "${CHECK[@]}" "$file" -o /dev/null
-    done
+    compiles "other CUDA files" xargs -P "$(getconf _NPROCESSORS_ONLN)" -I FILE \
+        "$NVCC" -std=c++17 -arch=sm_80 "${CHECK[@]}" FILE -o /dev/null \
+        < <(printf '%s\n' test_xlstm.cu xlstmc/xlstm_kernels.cu dev/bench/*.cu dev/cuda/*.cu)
     if [ -n "$LIBRARY" ]; then
         wait "$LIBRARY"
         compiles "library of kernels" make KERNELS_SM=90a build/libxlstm_kernels.so  # if it failed: says why
