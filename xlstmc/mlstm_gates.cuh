@@ -159,6 +159,13 @@ __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShap
     scan->b_last = b_carry;
     scan->top_last = top_carry;
 }
+template <int GROUPS>
+__device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShape &s, const MlstmGateInput &in,
+                                        const MlstmWarpChunk &w) {
+    MlstmChunkGates<GROUPS> x;
+    mlstm_load_chunk(&x, s, in, w);
+    mlstm_scan_chunk(scan, s, in, w, x);
+}
 
 // ----------------------------------------------------------------------------------------------------------------
 // Forward. With m the scale that enters the chunk (0 for a document that begins in it), doc/math.md:
@@ -180,10 +187,8 @@ static __global__ void mlstm_fwd_gate_summary_kernel(MlstmShape s, MlstmGateInpu
     wait_for_earlier();
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
-    MlstmChunkGates<GROUPS> x;
     if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
-    mlstm_load_chunk(&x, s, in, w);
-    mlstm_scan_chunk(&scan, s, in, w, x);
+    mlstm_scan_chunk(&scan, s, in, w);
     if (threadIdx.x % 32 == 0) summary[w.bh * chunks + w.c] = mlstm_chunk_map(scan, s, w.t0);
 }
 
@@ -270,10 +275,8 @@ static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput
     wait_for_earlier();
     MlstmWarpChunk w;
     MlstmScan<GROUPS> scan;
-    MlstmChunkGates<GROUPS> x;
     if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
-    mlstm_load_chunk(&x, s, in, w);
-    mlstm_scan_chunk(&scan, s, in, w, x);
+    mlstm_scan_chunk(&scan, s, in, w);
     const float *m = out.m + w.bh * (chunks + 1) + w.c;
     mlstm_store_gates(scan, s, w, out, chunks, m[0], m[1]);
 }
