@@ -108,11 +108,12 @@ struct Scan {
 };
 
 struct ScanArgs {
-    CUtensorMap x, y, z, out, dot;  // dot: dQ: Q, dK: K, laid out as out
+    CUtensorMap x, y, z, out, dot;  // dot: dK: K, dQ: Q if dot_out, laid out as out
     MlstmShape s;
     MlstmGates gates;
     float *inv_den, *ds;         // [B, NH, T], backward; made by dQ if it has h, else given
-    const bf16 *h;               // [B, T, NH, dv] dQ, where <dh, h> is to be made, else NULL
+    const bf16 *h;               // [B, T, NH, dv] dQ, where <dh, h> is to be made, else NULL; and
+    float *q_dq;                 // [B, NH, T] <q, dq>, see MlstmRows
     const int *doc_start;        // [B, T]
     MlstmState initial, final;   // of the whole sequence; C == NULL: zeros, not wanted
     float *segments;             // states entering each segment (scan_segment_state); NULL: one segment, or dQ
@@ -124,7 +125,7 @@ struct ScanArgs {
     int anchor_tile;      // the first one of this kernel
     MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
     float *anchor_start;  // [tiles][B, NH] the same shares where the sequence begins
-    float *dot_out;       // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded
+    float *dot_out;  // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded; NULL: dQ, not wanted
     int *pace;            // [B, NH, segments][8] chunks that the slices have begun; NULL: nobody waits (scan_keep_pace)
 };
 
@@ -516,11 +517,11 @@ __device__ __forceinline__ float scan_dot_pieces(const unsigned char *x, const u
     }
     return sum[0] + sum[1];
 }
-// Returns ds of row 16 warp + scan_dot_row(), whose scalars it completes
+// Returns ds and <q, dq> of row 16 warp + scan_dot_row(), whose scalars it completes
 __device__ __forceinline__ int scan_dot_row() { return threadIdx.x % 4 * 4 + threadIdx.x % 32 / 8; }
 template <class S>
-__device__ __forceinline__ float scan_make_dots(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
-                                                ScanShared<S> *sh, const unsigned char *x, int it) {
+__device__ __forceinline__ float2 scan_make_dots(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                                 ScanShared<S> *sh, const unsigned char *x, int it) {
     const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32;
     float sum[4], two[2];
 #pragma unroll
@@ -546,12 +547,13 @@ __device__ __forceinline__ float scan_make_dots(const ScanArgs &p, const ScanPla
     __syncwarp();
     rows->add[row] = add, rows->border[row] = rows->factor[row] * add;
     __syncwarp();
-    return inv_den * add;
+    return make_float2(inv_den * add, sign != 0 ? dot * p.s.eps * inv_den : dot);
 }
 template <class S>
-__device__ __forceinline__ void scan_store_ds(const ScanArgs &p, const ScanPlace &at, float ds, int c) {
+__device__ __forceinline__ void scan_store_dots_of_h(const ScanArgs &p, const ScanPlace &at, float2 dots, int c) {
     const int t = c * SCAN_CHUNK + threadIdx.x / 32 * 16 + scan_dot_row();
-    if (threadIdx.x % 8 < 4 && t < p.s.T) p.ds[(unsigned)at.bh * p.s.T + t] = ds;
+    if (threadIdx.x % 8 >= 4 || t >= p.s.T) return;
+    p.ds[(unsigned)at.bh * p.s.T + t] = dots.x, p.q_dq[(unsigned)at.bh * p.s.T + t] = dots.y;
 }
 
 // H: packs the weighted scores w to bf16 words and leaves the denominators for the state's warpgroups; returns sig for
@@ -669,12 +671,13 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
         const unsigned x = base + scan_at_tile<S>(k0), y = base + scan_at_tile<S>(k0 + 1), panel = base + S::AT_P;
         if constexpr (S::MODE == SCAN_H) scan_keep_n<S>(p, at, sh, it);
         __syncwarp();
-        float w[32], ds = 0;
+        float w[32];
+        float2 dots = {0, 0};  // ds and <q, dq>
         scan_wait_full<S::TILES>(sh->tile_full, k0);
         if constexpr (S::MAKES_DOTS)
             if (p.h) {
                 scan_wait_full<2>(sh->rows_full, it);
-                ds = scan_make_dots<S>(p, at, smem, sh, smem + scan_at_tile<S>(k0), it);
+                dots = scan_make_dots<S>(p, at, smem, sh, smem + scan_at_tile<S>(k0), it);
             }
         scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
         scan_wait_full<2>(sh->rows_full, it);
@@ -721,7 +724,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             scan_advance_n<S>(smem, sh, sums, it);
             scan_store_sig<S>(p, at, sig, scan_chunk<S>(at, it));  // behind the fences, which would wait for it
         }
-        if (S::MAKES_DOTS && p.h) scan_store_ds<S>(p, at, ds, scan_chunk<S>(at, it));  // behind the fence
+        if (S::MAKES_DOTS && p.h) scan_store_dots_of_h<S>(p, at, dots, scan_chunk<S>(at, it));  // behind the fence
         scan_warp_arrive<2>(sh->rows_empty, it);
         const int tiles = scan_tiles<S>(p, scan_chunk<S>(at, it));
         for (int k = 2; k < tiles; k++) scan_pass_tile<S>(sh, k0 + k);
@@ -1073,7 +1076,7 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
     if constexpr (S::MODE == SCAN_H) scan_scale_tokens(out, sh->rows[it % 2].out_scale);
     if constexpr (S::TRANSPOSED) {
         barrier_wait(shared_address(&sh->dot_full[it % S::OUT_STAGES][S::SPLIT ? 0 : wg]), it / S::OUT_STAGES & 1);
-        scan_row_dots(out, panel + first * PANEL_ROW, dots + first);
+        if (S::MODE == SCAN_DK || p.dot_out) scan_row_dots(out, panel + first * PANEL_ROW, dots + first);
     } else {
         named_barrier_sync(2 + wg, 128);  // all are done with Z
     }
@@ -1090,11 +1093,12 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
     if (threadIdx.x % 128 == 0)
         tma_store(&p.out, panel, at.slice * S::W + (S::SPLIT ? 0 : (wg * S::BLOCKS + b) * 64), at.head, c * SCAN_CHUNK,
                   at.b);
-    if (S::TRANSPOSED) scan_store_dots<S>(p, at, dots, wg, c);  // behind the fence, which would wait for it
+    if (S::MODE == SCAN_DK || (S::MODE == SCAN_DQ && p.dot_out))
+        scan_store_dots<S>(p, at, dots, wg, c);  // behind the fence, which would wait for it
 }
 
-// The operand of the row sums of chunk `it` comes into the panel that out will leave from; by one thread of each
-// warpgroup that has a panel
+// The operand of the row sums of chunk `it`, if they are wanted, comes into the panel that out will leave from: dot_full
+// says that the panel is free and it has come. By one thread of each warpgroup that has a panel
 template <class S>
 __device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
                                               int wg, int it) {
@@ -1102,6 +1106,7 @@ __device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace
         if (threadIdx.x % 128 || (S::SPLIT && wg) || it >= at.chunks) return;
         const unsigned full = shared_address(&sh->dot_full[it % S::OUT_STAGES][wg]);
         tma_store_wait_read<0>();
+        if (S::MODE == SCAN_DQ && !p.dot_out) return barrier_arrive(full);
         barrier_arrive_expect(full, PANEL_BYTES);
         tma_load(base + S::AT_OUT + it % S::OUT_STAGES * S::OUT_BYTES + wg * PANEL_BYTES, &p.dot, full,
                  at.slice * S::W + wg * 64, at.head, scan_chunk<S>(at, it) * SCAN_CHUNK, at.b);
@@ -1244,7 +1249,7 @@ __device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
 template <class S>
 __device__ __forceinline__ void scan_prefetch(const ScanArgs &p) {
     tensor_map_prefetch(&p.x), tensor_map_prefetch(&p.y), tensor_map_prefetch(&p.z), tensor_map_prefetch(&p.out);
-    if (S::TRANSPOSED) tensor_map_prefetch(&p.dot);
+    if (S::MODE == SCAN_DK || (S::MODE == SCAN_DQ && p.dot_out)) tensor_map_prefetch(&p.dot);
 }
 
 template <class S>
@@ -1522,8 +1527,8 @@ static void mlstm_scan_pair(const MlstmShape &s, const MlstmInput<bf16> &in, Mls
 }
 
 typedef struct {          // of the backward pass
-    float *inv_den, *ds;  // [B, NH, T]
-    float *q_dq, *k_dk;   // [ceil(dk / 64)][B, NH, T]
+    MlstmRows rows;
+    float *q_dq, *k_dk;   // [ceil(dk / 64)][B, NH, T]; q_dq: where rows.q_dq is not known
     float *anchor;        // [scan_anchor_tiles][B, NH, spans]
     float *anchor_start;  // [scan_anchor_tiles][B, NH]
     float *segments;      // [scan_segments_floats]
@@ -1532,7 +1537,7 @@ typedef struct {          // of the backward pass
 static ScanArgs scan_backward_args(const MlstmShape &s, const MlstmInput<bf16> &in, const bf16 *dh,
                                    const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch) {
     ScanArgs p = scan_args(s, in, gates, saved);
-    p.inv_den = scratch.inv_den, p.ds = scratch.ds, p.anchor = scratch.anchor;
+    p.inv_den = scratch.rows.inv_den, p.ds = scratch.rows.ds, p.anchor = scratch.anchor;
     p.x = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
     p.y = head_tensor_map(in.q, s.B, s.T, s.NH, s.dk, in.ld);
     p.z = head_tensor_map(dh, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
@@ -1548,7 +1553,7 @@ static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16>
     mlstm_pair<true>(&s, pair, scratch.segments, gates.decay, p.segment_chunks, stream);
 }
 
-// Whether dQ makes <dh, h>, and with it inv_den and ds (MAKES_DOTS)
+// Whether dQ makes <dh, h>, and with it all of MlstmRows (MAKES_DOTS)
 static bool scan_makes_dots(const MlstmShape *s, const bf16 *h) {
     return scan_pad(s->dv, true) == 256 && scan_slices(s, true) == 1 && !s->sigmoid_gate && (uintptr_t)h % 16 == 0;
 }
@@ -1568,7 +1573,8 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
     ScanArgs for_dq = p;
     for_dq.x = dh_map, for_dq.y = v_map, for_dq.z = k_map, for_dq.dot = q_map, for_dq.h = h;
     for_dq.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
-    for_dq.initial = initial, for_dq.segment_chunks = scan_dq_segment_chunks(&s), for_dq.dot_out = scratch.q_dq;
+    for_dq.initial = initial, for_dq.segment_chunks = scan_dq_segment_chunks(&s);
+    for_dq.q_dq = scratch.rows.q_dq, for_dq.dot_out = scratch.rows.q_dq ? NULL : scratch.q_dq;
     if (h) scan_run<SCAN_DQ>(for_dq, scratch.segments, stream);  // the others, and the segments, want its ds
 
     p.entering = initial, p.anchor_start = scratch.anchor_start;
