@@ -236,8 +236,8 @@ static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float2 *summa
     const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
     double forget = 0;
     const double first = SEGMENT ? -INFINITY : m0 ? m0[at_state] : 0;
-    const double last = mlstm_compose_maps<SEGMENT>(m + bh * (chunks + 1), summary + bh * chunks, first, chunks,
-                                                    sigmoid_gate, &forget);
+    const double last =
+        mlstm_compose_maps<SEGMENT>(m + bh * (chunks + 1), summary + bh * chunks, first, chunks, sigmoid_gate, &forget);
     if (threadIdx.x == 0 && m_final) m_final[at_state] = (float)last;
     if (threadIdx.x == 0 && SEGMENT) m_final[at_state + NH] = (float)forget;
 }
@@ -397,8 +397,7 @@ static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, MlstmRows rows
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, T = s.T, NH = s.NH;
     if (at >= s.B * NH * T) return;
     const size_t t = at % T, head = at / T % NH, b = at / T / NH;
-    mlstm_store_row(rows, s, mlstm_row_factor(s, sig, floor, at), dh_dot_h ? dh_dot_h[(b * T + t) * NH + head] : 0,
-                    at);
+    mlstm_store_row(rows, s, mlstm_row_factor(s, sig, floor, at), dh_dot_h ? dh_dot_h[(b * T + t) * NH + head] : 0, at);
 }
 
 // The same with <dh, h> made here by LANES threads a row, 32 or 16. The last sequences first: of
@@ -460,7 +459,7 @@ static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, c
 // a document's first token has no effect. The sum of all <k_j, dk_j> is that of all <q_t, dq_t>, but for the anchors at
 // both ends: what it misses goes into the gradient of the bias. Bytes a token and head: 28, 8 a tile of the row sums.
 
-typedef struct {  // `tiles` partial sums of every value, added in order
+typedef struct {               // `tiles` partial sums of every value, added in order
     const float *q_dq, *k_dk;  // [tiles][B, NH, T]
     int q_tiles, k_tiles;
     bool exact;           // q_dq is that of MlstmRows
@@ -471,7 +470,7 @@ typedef struct {  // `tiles` partial sums of every value, added in order
 } MlstmGateSums;
 
 enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // of the backward kernel
-enum { GATE_HEADS = 8 };                                                      // of a block, at most
+enum { GATE_HEADS = 8 };                                                     // of a block, at most
 
 // What reaches the tokens before the end of span c from those behind it, all tiles (ends[0]), and the same of the span
 // before (ends[1]); by a warp, half of it each
@@ -525,7 +524,7 @@ enum { BIAS_INPUT, BIAS_FORGET, BIAS_SURPLUS, BIAS_TERMS, BIAS_SLOPES, NUM_BIAS_
 // A block takes a span of `heads` heads, whose gates lie side by side: they come and go by rows, through shared memory.
 // bias_sums [NUM_BIAS_SUMS][NH][B * spans * GATE_WARPS]; n0 [B][NH, dk] enters the sequence, NULL: zeros
 template <typename F>
-static __global__ void __launch_bounds__(32 * GATE_WARPS *GATE_HEADS, 2)
+static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
     mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
                            F *dgates, size_t ld_dgates, float *bias_sums, int spans, int heads) {
     wait_for_earlier();

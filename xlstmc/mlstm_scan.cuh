@@ -66,9 +66,10 @@ struct Scan {
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
-    static constexpr int AHEAD = BLOCKS == 2 ? 1 : AW > 192 ? 2 : 3;        // products on their way (scan_ask_state)
-    static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;    // dV still wants M for its snapshots
-    static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;     // X or Y, Z of 64 tokens
+    static constexpr int ASKED = AW / 16 * (MODE == SCAN_DQ ? 3 : 2) / 2;   // products of scan_ask_state, and of these
+    static constexpr int AHEAD = BLOCKS == 2 || (MODE == SCAN_DQ && A == 512) ? 1 : AW > 192 ? 2 : 3;  // on their way
+    static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;  // dV still wants M for its snapshots
+    static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;   // X or Y, Z of 64 tokens
     // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z,
     // by = 1 or ds / inv_den: by the states, of the rows of M^T that they have
     static constexpr bool NORMALISER = MODE != SCAN_DV;
@@ -126,7 +127,7 @@ struct ScanArgs {
     MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
     float *anchor_start;  // [tiles][B, NH] the same shares where the sequence begins
     float *dot_out;  // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded; NULL: dQ, not wanted
-    int *pace;            // [B, NH, segments][8] chunks that the slices have begun; NULL: nobody waits (scan_keep_pace)
+    int *pace;       // [B, NH, segments][8] chunks that the slices have begun; NULL: nobody waits (scan_keep_pace)
 };
 
 struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
@@ -135,7 +136,7 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
     // their caps for a whole chunk, else 1e-6.
     float u[64], r[64];
     float factor[64];  // of the row's part from the state
-    float scale[64];   // of the row in the update of M, of n
+    float scale[64];   // of the row in the update of M; H: see scan_spread_rows
     union {
         float floor[64];  // H: of the denominator
         float add[64];    // dQ, dK
@@ -327,6 +328,13 @@ __device__ __forceinline__ void scan_copy_z(const ScanArgs &p, const ScanPlace &
     }
 }
 
+// H: what rows are scaled by in two halves in bf16, those of two tokens side by side
+__device__ __forceinline__ void scan_split_scale(float *scale, int token, float x) {
+    const bf16 high = from_float<bf16>(x);
+    bf16 *to = (bf16 *)scale + token / 2 * 4 + token % 2;
+    to[0] = high, to[2] = from_float<bf16>(x - to_float(high));
+}
+
 // Two warps: the scalars of the rows, a lane a row. The next chunk's are loaded while the states work.
 template <class S>
 __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
@@ -357,7 +365,8 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
         rows->u[i] = u.x + u.y;
         rows->r[i] = r.x + r.y - log2_s - __log2f(by);
         rows->factor[i] = S::REVERSE ? k : q * by;
-        rows->scale[i] = S::REVERSE ? q * by : k;
+        if (S::MODE == SCAN_H) scan_split_scale(rows->scale, i, k);
+        else rows->scale[i] = S::REVERSE ? q * by : k;
         if (S::MODE == SCAN_H) rows->floor[i] = inv_den;
         if (S::TRANSPOSED) rows->add[i] = __fdividef(ds, by), rows->border[i] = S::REVERSE ? k : q * ds;
         if (S::MAKES_DOTS && p.h) {
@@ -923,22 +932,33 @@ __device__ __forceinline__ float scan_dot_entering(const ScanArgs &p, const Scan
     return sum;
 }
 
-// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce. While the
-// products run, M^T decays, if there are registers for that.
+// What rounding two numbers to bf16 takes from them, in bf16
+__device__ __forceinline__ unsigned scan_pack_rest(float x, float y) {
+    const float2 two = unpack_two(pack_two(x, y));
+    return pack_two(x - two.x, y - two.y);
+}
+
+// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce. dQ: every
+// second time what is lost by that is multiplied, too, so that chunks of 64 err no more than chunks of 128 would. While
+// the products run, M^T decays, if there are registers for that.
 template <class S>
 __device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::AW / 2], unsigned x, float decay) {
 #pragma unroll
-    for (int k = 0; k < S::AW / 16; k++) {
+    for (int i = 0; i < S::ASKED; i++) {
+        const int k = S::MODE == SCAN_DQ ? i / 3 * 2 + i % 3 / 2 : i;
+        const bool rest = S::MODE == SCAN_DQ && i % 3 == 1, more = S::MODE == SCAN_DQ && i % 3 == 0;
         unsigned a[4];
+
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-            a[r] = pack_two(M[8 * k + 2 * r], M[8 * k + 2 * r + 1]);
-            if (S::DECAYS_EARLY) M[8 * k + 2 * r] *= decay, M[8 * k + 2 * r + 1] *= decay;
+            float *m = M + 8 * k + 2 * r;
+            a[r] = rest ? scan_pack_rest(m[0], m[1]) : pack_two(m[0], m[1]);
+            if (S::DECAYS_EARLY && !more) m[0] *= decay, m[1] *= decay;
         }
         wgmma_fence();
-        wgmma_rs<0>(out, a, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
+        wgmma_rs<0>(out, a, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32), i > 0);
         wgmma_commit();
-        if (k >= S::AHEAD) wgmma_wait<S::AHEAD>();
+        if (i >= S::AHEAD) wgmma_wait<S::AHEAD>();
     }
     wgmma_wait<0>();
 }
@@ -955,6 +975,31 @@ __device__ __forceinline__ void scan_scale_rows(unsigned (&a)[2][4], unsigned z,
         for (int r = 0; r < 4; r++) {
             const float2 two = unpack_two(a[k][r]), by = r < 2 ? lo : hi;
             a[k][r] = pack_two(two.x * by.x, two.y * by.y);
+        }
+    }
+}
+
+// The same for H, with scales from scan_split_scale. What rounding takes from 32 tokens the next 32 give back: first:
+// lost is left, else it is added. The output is a mean of v, and where keys have much in common their errors would add
+// up in it. In pairs of bf16: z high + z low is rounded once, and what that loses is a bf16 number but for its last
+// bits.
+__device__ __forceinline__ void scan_spread_rows(unsigned (&a)[2][4], __nv_bfloat162 (&lost)[2][4], unsigned z,
+                                                 const float *scale, bool first) {
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
+    const unsigned from = z + panel_piece(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        ldmatrix_trans(a[k], from + k * 2048);
+        uint2 by[2];  // of tokens 2t and 2t + 1, 8 + 2t and 8 + 2t + 1
+        by[0] = *(const uint2 *)(scale + 16 * k + 2 * t), by[1] = *(const uint2 *)(scale + 16 * k + 8 + 2 * t);
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const __nv_bfloat162 two = *(const __nv_bfloat162 *)&a[k][r], high = *(const __nv_bfloat162 *)&by[r / 2].x,
+                                 low = *(const __nv_bfloat162 *)&by[r / 2].y;
+            const __nv_bfloat162 rest = first ? __hmul2(two, low) : __hfma2(two, low, lost[k][r]);
+            const __nv_bfloat162 sum = __hfma2(two, high, rest);
+            if (first) lost[k][r] = __hadd2(__hfma2(two, high, __hneg2(sum)), rest);
+            a[k][r] = *(const unsigned *)&sum;
         }
     }
 }
@@ -1097,8 +1142,8 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
         scan_store_dots<S>(p, at, dots, wg, c);  // behind the fence, which would wait for it
 }
 
-// The operand of the row sums of chunk `it`, if they are wanted, comes into the panel that out will leave from: dot_full
-// says that the panel is free and it has come. By one thread of each warpgroup that has a panel
+// The operand of the row sums of chunk `it`, if they are wanted, comes into the panel that out will leave from:
+// dot_full says that the panel is free and it has come. By one thread of each warpgroup that has a panel
 template <class S>
 __device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
                                               int wg, int it) {
@@ -1132,7 +1177,9 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     __syncwarp();
     if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
-    scan_scale_rows(a[0], z, rows->scale);
+    __nv_bfloat162 lost[2][4];
+    if (S::MODE == SCAN_H) scan_spread_rows(a[0], lost, z, rows->scale, true);
+    else scan_scale_rows(a[0], z, rows->scale);
 #pragma unroll
     for (int i = 0; i < S::AW / 2 && !S::DECAYS_EARLY; i++) M[i] *= rows->decay;
     float n0 = N[0] + N[1], n1 = N[2] + N[3];
@@ -1142,7 +1189,8 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        if (k == 2) scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);  // while the others are multiplied
+        if (k == 2 && S::MODE == SCAN_H) scan_spread_rows(a[1], lost, z + 2 * 2048, rows->scale + 32, false);
+        else if (k == 2) scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);  // while the others are multiplied
         if (k % 2 == 0) wgmma_fence();
         const unsigned(&of)[4] = a[k / 2][k % 2];
         scan_add_product<S>(M, of, y, k);
@@ -1526,7 +1574,7 @@ static void mlstm_scan_pair(const MlstmShape &s, const MlstmInput<bf16> &in, Mls
     mlstm_pair<false>(&s, pair, segments, gates.decay, p.segment_chunks, stream);
 }
 
-typedef struct {          // of the backward pass
+typedef struct {  // of the backward pass
     MlstmRows rows;
     float *q_dq, *k_dk;   // [ceil(dk / 64)][B, NH, T]; q_dq: where rows.q_dq is not known
     float *anchor;        // [scan_anchor_tiles][B, NH, spans]
