@@ -979,26 +979,25 @@ __device__ __forceinline__ void scan_scale_rows(unsigned (&a)[2][4], unsigned z,
     }
 }
 
-// The same for H, with scales from scan_split_scale. What rounding takes from 32 tokens the next 32 give back: first:
-// lost is left, else it is added. The output is a mean of v, and where keys have much in common their errors would add
-// up in it. In pairs of bf16: z high + z low is rounded once, and what that loses is a bf16 number but for its last
-// bits.
-__device__ __forceinline__ void scan_spread_rows(unsigned (&a)[2][4], __nv_bfloat162 (&lost)[2][4], unsigned z,
-                                                 const float *scale, bool first) {
+// The same for H, with scales from scan_split_scale, of 16 tokens and those 32 later, which give back what rounding
+// takes from the first: the output is a mean of v, and where keys have much in common what is lost would add up in it.
+// In pairs of bf16: z high + z low is rounded once, and what that loses is a bf16 number but for its last bits.
+__device__ __forceinline__ void scan_spread_rows(unsigned (&a)[2][4], unsigned z, const float *scale) {
     const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
     const unsigned from = z + panel_piece(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+    __nv_bfloat162 lost[4];
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        ldmatrix_trans(a[k], from + k * 2048);
+        ldmatrix_trans(a[k], from + k * 2 * 2048);
         uint2 by[2];  // of tokens 2t and 2t + 1, 8 + 2t and 8 + 2t + 1
-        by[0] = *(const uint2 *)(scale + 16 * k + 2 * t), by[1] = *(const uint2 *)(scale + 16 * k + 8 + 2 * t);
+        by[0] = *(const uint2 *)(scale + 32 * k + 2 * t), by[1] = *(const uint2 *)(scale + 32 * k + 8 + 2 * t);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             const __nv_bfloat162 two = *(const __nv_bfloat162 *)&a[k][r], high = *(const __nv_bfloat162 *)&by[r / 2].x,
                                  low = *(const __nv_bfloat162 *)&by[r / 2].y;
-            const __nv_bfloat162 rest = first ? __hmul2(two, low) : __hfma2(two, low, lost[k][r]);
+            const __nv_bfloat162 rest = k ? __hfma2(two, low, lost[r]) : __hmul2(two, low);
             const __nv_bfloat162 sum = __hfma2(two, high, rest);
-            if (first) lost[k][r] = __hadd2(__hfma2(two, high, __hneg2(sum)), rest);
+            if (k == 0) lost[r] = __hadd2(__hfma2(two, high, __hneg2(sum)), rest);
             a[k][r] = *(const unsigned *)&sum;
         }
     }
@@ -1177,25 +1176,30 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     __syncwarp();
     if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
-    __nv_bfloat162 lost[2][4];
-    if (S::MODE == SCAN_H) scan_spread_rows(a[0], lost, z, rows->scale, true);
+    if (S::MODE == SCAN_H) scan_spread_rows(a[0], z, rows->scale);
     else scan_scale_rows(a[0], z, rows->scale);
 #pragma unroll
     for (int i = 0; i < S::AW / 2 && !S::DECAYS_EARLY; i++) M[i] *= rows->decay;
-    float n0 = N[0] + N[1], n1 = N[2] + N[3];
-    asm volatile("" : "+f"(n0), "+f"(n1));  // here and not after the product, which changes N
+    float n0 = 0, n1 = 0;
+    if (S::TRANSPOSED) {
+        n0 = N[0] + N[1], n1 = N[2] + N[3];
+        asm volatile("" : "+f"(n0), "+f"(n1));  // here and not after the product, which changes N
 #pragma unroll
-    for (int i = 0; i < 4; i++) N[i] *= rows->decay;
+        for (int i = 0; i < 4; i++) N[i] *= rows->decay;
+    }
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        if (k == 2 && S::MODE == SCAN_H) scan_spread_rows(a[1], lost, z + 2 * 2048, rows->scale + 32, false);
-        else if (k == 2) scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);  // while the others are multiplied
-        if (k % 2 == 0) wgmma_fence();
-        const unsigned(&of)[4] = a[k / 2][k % 2];
+    for (int i = 0; i < 4; i++) {
+        const int k = S::MODE == SCAN_H ? i / 2 + i % 2 * 2 : i;  // of the 16 tokens
+        if (i == 2) {                                             // while the others are multiplied
+            if (S::MODE == SCAN_H) scan_spread_rows(a[1], z + 2048, rows->scale + 16);
+            else scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);
+        }
+        if (i % 2 == 0) wgmma_fence();
+        const unsigned(&of)[4] = a[i / 2][i % 2];
         scan_add_product<S>(M, of, y, k);
         if (S::TRANSPOSED) wgmma_rs<1>(N, of, wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
-        if (k % 2) wgmma_commit();
+        if (i % 2) wgmma_commit();
     }
     if (S::MAKES_DOTS) scan_wait_full<1>(&sh->p_full, it);  // and what scan_make_dots has left
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
