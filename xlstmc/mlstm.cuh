@@ -567,7 +567,7 @@ struct AttendArgs {
     size_t ld_out;
     const F *dot;  // dQ: Q, dK: K, as laid out there; the row sums of their products with the output:
     size_t ld_dot;
-    float *dot_out;  // [column tiles][B, NH, T]; NULL: not wanted
+    float *dot_out;  // [column tiles][B, NH, T]
 };
 
 struct ChunkGates {  // of the 128 tokens of a chunk
@@ -749,8 +749,7 @@ __device__ __forceinline__ void attend_store(const float (&acc)[COLS / 16][4], f
             if (at.TRANSPOSED) {
                 if (border != 0 && count > 0) x += border * n[at.col0 + col];
                 if (border != 0 && count > 1) y += border * n[at.col0 + col + 1];
-                float2 with = {0, 0};
-                if (p.dot_out) with = load_two(dot + col, count, p.align >= 4);
+                float2 with = load_two(dot + col, count, p.align >= 4);
                 dot_sum[h] += with.x * x + with.y * y;
             }
             store_two(out + col, x, y, count, p.align >= 4);
@@ -823,7 +822,7 @@ __device__ __forceinline__ void attend(const AttendArgs<F> &p) {
     }
     float dot_sum[2] = {0, 0};
     attend_store(acc, dot_sum, row_sums, q_n, p, at);
-    if (Block::TRANSPOSED && p.dot_out) {
+    if (Block::TRANSPOSED) {
         attend_add_rows(row_sums, dot_sum, at.m0());
         __syncthreads();
         if (threadIdx.x < 64 && at.row0 + threadIdx.x < at.T)
@@ -895,7 +894,7 @@ struct MlstmScratch {  // of backward
     F *dC;             // [B, NH, NC, dk, pitch] leaving each chunk
     float *dn;         // [B, NH, NC, dk]
     MlstmRows rows;
-    float *q_dq, *k_dk;   // [column tiles][B, NH, T]; q_dq: where rows.q_dq is not known
+    float *q_dq, *k_dk;   // [column tiles][B, NH, T]
     float *anchor;        // [state tiles][B, NH, NC]
     float *anchor_start;  // [state tiles][B, NH]
     float *segments;      // see StatesArgs; forward uses it, too
@@ -1061,12 +1060,6 @@ static StatesArgs<F> mlstm_reverse_args(const MlstmShape &s, const MlstmInput<F>
     return p;
 }
 
-// Whether <q, dq> is taken from rows.q_dq. In float the sums of dq's products are as exact, and go with those of dk.
-template <typename F>
-static bool mlstm_knows_q_dq(const MlstmScratch<F> *scratch) {
-    return sizeof(F) == 2 && scratch->rows.q_dq;
-}
-
 // dq, dk, dv by the kernels of this file
 template <typename F>
 static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState dfinal, bool walked,
@@ -1090,7 +1083,7 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
     attend.z = in.v, attend.ld_z = in.ld;
     attend.val = in.k, attend.ld_val = in.ld;
     attend.state = saved->C, attend.n = saved->n, attend.zero_chunk = initial.C ? -1 : 0;
-    attend.out = dq, attend.dot = in.q, attend.dot_out = mlstm_knows_q_dq(scratch) ? NULL : scratch->q_dq;
+    attend.out = dq, attend.dot = in.q, attend.dot_out = scratch->q_dq;
     mlstm_attend<F, ATTEND_DQ>(attend, stream);
 
     attend.state = scratch->dC, attend.n = scratch->dn, attend.zero_chunk = dfinal.C ? -1 : mlstm_chunks(&s) - 1;
@@ -1109,8 +1102,8 @@ static void mlstm_split_backward(MlstmShape s, MlstmInput<F> in, MlstmState init
 
 template <typename F>
 static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
-    return ScanScratch{scratch->rows,   scratch->q_dq,         scratch->k_dk,
-                       scratch->anchor, scratch->anchor_start, scratch->segments};
+    return ScanScratch{scratch->rows.inv_den, scratch->rows.ds,      scratch->q_dq,    scratch->k_dk,
+                       scratch->anchor,       scratch->anchor_start, scratch->segments};
 }
 
 // The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,
@@ -1135,15 +1128,12 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
         }
     if (!scanned)
         mlstm_split_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
-    const bool exact = mlstm_knows_q_dq(scratch);
-    const int tiles = mlstm_dot_tiles<F>(&s);
-    MlstmGateSums sums = {};
-    sums.q_dq = exact ? scratch->rows.q_dq : scratch->q_dq, sums.q_tiles = exact ? 1 : tiles, sums.exact = exact;
-    sums.k_dk = scratch->k_dk, sums.k_tiles = tiles;
-    sums.anchor = scratch->anchor, sums.anchor_tiles = scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s);
-    sums.anchor_start = scratch->anchor_start, sums.tail = segment ? scratch->tail : NULL;
-    mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, sums, initial, dgates, ld_dgates,
-                         dbias, scratch->partial, stream);
+    // In float, <k, dk> is as exact; the walk of narrow heads has <q, dq> without the rounding of a product itself
+    const float *exact = sizeof(F) == 4 ? NULL : scanned && scan_narrow(&s) ? scratch->q_dq : scratch->rows.q_dq;
+    mlstm_gates_backward(
+        &s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk, mlstm_dot_tiles<F>(&s),
+        scratch->anchor, scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
+        segment ? scratch->tail : NULL, exact, initial, dgates, ld_dgates, dbias, scratch->partial, stream);
 }
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a
@@ -1159,9 +1149,10 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     const bool scan = sizeof(F) == 2 && s.chunk == SCAN_CHUNK, narrow = scan && scan_narrow(&s);
     const bool by_scan = !dh_dot_h && !narrow && scan && scan_makes_dots(&s, (const bf16 *)h);
     MlstmScratch<F> known = *scratch;
-    if (!narrow && !dh_dot_h && s.sigmoid_gate) known.rows.q_dq = NULL;
-    if (dh_dot_h && !narrow) mlstm_row_factors(&s, dh_dot_h, &saved->gates, known.rows, stream);
-    else if (!narrow && !by_scan) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
+    if (!dh_dot_h && (by_scan || s.sigmoid_gate)) known.rows.q_dq = NULL;
+    if (narrow) known.rows.q_dq = NULL;  // their walk makes all of MlstmRows itself
+    else if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, known.rows, stream);
+    else if (!by_scan) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
     mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, &known,
                         stream, by_scan ? h : NULL);
 }

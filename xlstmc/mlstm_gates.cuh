@@ -236,8 +236,8 @@ static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float2 *summa
     const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
     double forget = 0;
     const double first = SEGMENT ? -INFINITY : m0 ? m0[at_state] : 0;
-    const double last =
-        mlstm_compose_maps<SEGMENT>(m + bh * (chunks + 1), summary + bh * chunks, first, chunks, sigmoid_gate, &forget);
+    const double last = mlstm_compose_maps<SEGMENT>(m + bh * (chunks + 1), summary + bh * chunks, first, chunks,
+                                                    sigmoid_gate, &forget);
     if (threadIdx.x == 0 && m_final) m_final[at_state] = (float)last;
     if (threadIdx.x == 0 && SEGMENT) m_final[at_state + NH] = (float)forget;
 }
@@ -366,9 +366,8 @@ static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t 
 
 // ----------------------------------------------------------------------------------------------------------------
 // Between the passes: h = num / den, den = max(|sig|, floor) + eps. The gradient of num is dh / den; sig takes part in
-// the gradient only where it is the larger. q_t is in both num and sig, so <q_t, dq_t> = <dh, h> + ds sig: <dh, h>, or
-// where sig takes part <dh, h> eps / den. So it is known here without the rounding of a product. 24 bytes a token and
-// head.
+// the gradient only where it is the larger. q_t is in both num and sig, so <q_t, dq_t> = <dh, h> + ds sig: known here
+// without the rounding of a product. 24 bytes a token and head.
 
 typedef struct {          // [B, NH, T]
     float *inv_den, *ds;  // 1 / den and the gradient of sig
@@ -385,10 +384,11 @@ __device__ inline float2 mlstm_row_factor(const MlstmShape &s, const float *sig,
 
 // inv_den, ds, q_dq at place `at` of [B, NH, T]; dot: <dh, h>
 __device__ inline void mlstm_store_row(const MlstmRows &rows, const MlstmShape &s, float2 factor, float dot,
-                                       size_t at) {
+                                       const float *sig, size_t at) {
+    const float ds = factor.y * dot;
     rows.inv_den[at] = factor.x;
-    rows.ds[at] = factor.y * dot;
-    if (rows.q_dq) rows.q_dq[at] = factor.y == 0 ? dot : dot * s.eps * factor.x;
+    rows.ds[at] = ds;
+    if (rows.q_dq) rows.q_dq[at] = s.sigmoid_gate ? dot : dot + ds * sig[at];
 }
 
 static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, MlstmRows rows, const float *dh_dot_h,
@@ -397,7 +397,8 @@ static __global__ void mlstm_bwd_row_factors_kernel(MlstmShape s, MlstmRows rows
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, T = s.T, NH = s.NH;
     if (at >= s.B * NH * T) return;
     const size_t t = at % T, head = at / T % NH, b = at / T / NH;
-    mlstm_store_row(rows, s, mlstm_row_factor(s, sig, floor, at), dh_dot_h ? dh_dot_h[(b * T + t) * NH + head] : 0, at);
+    mlstm_store_row(rows, s, mlstm_row_factor(s, sig, floor, at), dh_dot_h ? dh_dot_h[(b * T + t) * NH + head] : 0, sig,
+                    at);
 }
 
 // The same with <dh, h> made here by LANES threads a row, 32 or 16. The last sequences first: of
@@ -425,7 +426,7 @@ static __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int d = LANES / 2; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
     if (lane || !inside) return;
-    mlstm_store_row(row_values, s, factor, sum, at);
+    mlstm_store_row(row_values, s, factor, sum, sig, at);
 }
 
 // dh_dot_h [B*T, NH] = <dh, h> of each row; NULL with the sigmoid gate, if q_dq is NULL: not needed
@@ -461,16 +462,16 @@ static void mlstm_row_factors_of(const MlstmShape *s, const F *dh, const F *h, c
 
 typedef struct {               // `tiles` partial sums of every value, added in order
     const float *q_dq, *k_dk;  // [tiles][B, NH, T]
-    int q_tiles, k_tiles;
-    bool exact;           // q_dq is that of MlstmRows
-    const float *anchor;  // [anchor_tiles][B, NH, spans]
+    int tiles;
+    const float *q_dq_exact;  // [B, NH, T], see MlstmRows; NULL: not known
+    const float *anchor;      // [anchor_tiles][B, NH, spans]
     int anchor_tiles;
     const float *anchor_start;  // [anchor_tiles][B, NH] the same where the sequence begins; NULL: 0
     const float *tail;          // [B, NH] and where it ends, if it is a segment of a longer one; NULL: 0
 } MlstmGateSums;
 
 enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // of the backward kernel
-enum { GATE_HEADS = 8 };                                                     // of a block, at most
+enum { GATE_HEADS = 8 };                                                      // of a block, at most
 
 // What reaches the tokens before the end of span c from those behind it, all tiles (ends[0]), and the same of the span
 // before (ends[1]); by a warp, half of it each
@@ -490,22 +491,23 @@ __device__ inline void mlstm_anchors(const MlstmGateSums &sums, const MlstmShape
     if (lane % 16 == 0) ends[before] = sum;
 }
 
-// Suffix sums of <q, dq> - <k, dk> over the warp's tokens, each within its document, and these themselves
+// Suffix sums of <q, dq> - <k, dk> over the warp's tokens, each within its document; k_dk for di
 __device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums &sums, size_t bh, int t0,
-                                       const int (&start)[2], double (&sum)[2], float (&q_dq)[2], float (&k_dk)[2]) {
+                                       const int (&start)[2], double (&sum)[2], float (&k_dk)[2]) {
     const int lane = threadIdx.x % 32;
     const size_t tile = (size_t)s.B * s.NH * s.T;
 #pragma unroll
     for (int g = 1; g >= 0; g--) {
         const int l = t0 + 32 * g + lane;
-        q_dq[g] = k_dk[g] = 0;
+        float q_dq = 0;
+        k_dk[g] = 0;
 #pragma unroll 4
-        for (int p = 0; p < sums.k_tiles; p++) {
+        for (int p = 0; p < sums.tiles; p++) {
             if (l >= s.T) continue;
-            if (p < sums.q_tiles) q_dq[g] += sums.q_dq[p * tile + bh * s.T + l];
+            q_dq += sums.q_dq[p * tile + bh * s.T + l];
             k_dk[g] += sums.k_dk[p * tile + bh * s.T + l];
         }
-        sum[g] = (double)q_dq[g] - k_dk[g];
+        sum[g] = (double)q_dq - k_dk[g];
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
             double behind = __shfl_down_sync(0xffffffffu, sum[g], d);
@@ -524,7 +526,7 @@ enum { BIAS_INPUT, BIAS_FORGET, BIAS_SURPLUS, BIAS_TERMS, BIAS_SLOPES, NUM_BIAS_
 // A block takes a span of `heads` heads, whose gates lie side by side: they come and go by rows, through shared memory.
 // bias_sums [NUM_BIAS_SUMS][NH][B * spans * GATE_WARPS]; n0 [B][NH, dk] enters the sequence, NULL: zeros
 template <typename F>
-static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
+static __global__ void __launch_bounds__(32 * GATE_WARPS *GATE_HEADS, 2)
     mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
                            F *dgates, size_t ld_dgates, float *bias_sums, int spans, int heads) {
     wait_for_earlier();
@@ -544,7 +546,7 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
     double *first_sum = first_sums[mine], *path = paths[mine], sum[2];
     int *first_start = first_starts[mine], *last = lasts[mine];
     int start[2], ends[2];  // of the token's document; the document ends here
-    float raw[LOADS], q_dq[2], k_dk[2];
+    float raw[LOADS], k_dk[2];
     const int *doc_start = in.doc_start + (size_t)b * s.T;
 #pragma unroll
     for (int k = 0; k < LOADS; k++) {
@@ -556,7 +558,7 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
         const int l = min(t0 + 32 * g + lane, s.T - 1);
         start[g] = doc_start[l], ends[g] = l + 1 == end || doc_start[l + 1] == l + 1;
     }
-    mlstm_warp_sums(s, sums, bh, t0, start, sum, q_dq, k_dk);
+    mlstm_warp_sums(s, sums, bh, t0, start, sum, k_dk);
     if (lane == 0) first_sum[warp] = sum[0], first_start[warp] = start[0];
 #pragma unroll
     for (int k = 0; k < LOADS; k++) {
@@ -602,7 +604,7 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
         }
         part[BIAS_INPUT] += di, part[BIAS_FORGET] += df;
         part[BIAS_TERMS] += fabsf(k_dk[g]), part[BIAS_SLOPES] += fabsf(di);
-        part[BIAS_SURPLUS] += q_dq[g] - k_dk[g];
+        if (sums.q_dq_exact) part[BIAS_SURPLUS] += (float)((double)sums.q_dq_exact[bh * s.T + l] - k_dk[g]);
         *igate = di, *fgate = df;
     }
     if (lane == 0 && warp == 0 && c == 0) part[BIAS_SURPLUS] -= (float)anchors[mine][1];
@@ -643,22 +645,25 @@ static size_t mlstm_gates_partial_floats(const MlstmShape *s) {
     return (size_t)NUM_BIAS_SUMS * s->NH * s->B * ceil_div(s->T, MLSTM_SPAN) * GATE_WARPS;
 }
 
-// gates, bias, cap, doc_start as in MlstmInput. sums: q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH,
-// spans], partial sums, to be added in order (the last span's anchor is not read), anchor_start [anchor_tiles][B, NH],
-// read if there are initial states, tail [B, NH] or NULL. initial: of the forward pass. dgates [B*T, 2NH] row stride
-// ld_dgates, gradient of the gates before bias and cap; dbias [2NH] is added to; partial [mlstm_gates_partial_floats].
+// gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, spans]:
+// partial sums, to be added in order (the last span's anchor is not read), anchor_start [anchor_tiles][B, NH], read if
+// there are initial states, tail [B, NH] or NULL, exact [B, NH, T]: q_dq of MlstmRows, or NULL. initial: of the forward
+// pass. dgates [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dbias [2NH] is added to;
+// partial [mlstm_gates_partial_floats].
 template <typename F>
 static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
-                                 const int *doc_start, MlstmGateSums sums, MlstmState initial, F *dgates,
-                                 size_t ld_dgates, float *dbias, float *partial, cudaStream_t stream) {
+                                 const int *doc_start, const float *q_dq, const float *k_dk, int tiles,
+                                 const float *anchor, int anchor_tiles, const float *anchor_start, const float *tail,
+                                 const float *exact, MlstmState initial, F *dgates, size_t ld_dgates, float *dbias,
+                                 float *partial, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
-    if (!initial.C) sums.anchor_start = NULL;
+    const MlstmGateSums sums = {q_dq, k_dk, tiles, exact, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
     const int spans = ceil_div(s->T, MLSTM_SPAN), groups = ceil_div(s->NH, GATE_HEADS), heads = ceil_div(s->NH, groups);
     const unsigned blocks = (unsigned)((size_t)s->B * spans * ceil_div(s->NH, heads));
     launch_early(mlstm_bwd_gates_kernel<F>, blocks, 32 * GATE_WARPS * heads, 0, stream, *s, in, sums,
                  initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans, heads);
     launch_early(mlstm_bwd_gate_bias_kernel, s->NH, 256, 0, stream, dbias, partial, s->B * spans * GATE_WARPS,
-                 sums.exact);
+                 exact != NULL);
 }
 
 // ----------------------------------------------------------------------------------------------------------------

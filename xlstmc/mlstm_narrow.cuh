@@ -591,7 +591,7 @@ static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &i
     p.s = s, p.gates = gates, p.doc_start = in.doc_start, p.dfinal = dfinal;
     p.C = (const char *)saved.snapshots, p.n = saved.n_snapshots;
     p.anchor = scratch.anchor, p.anchor_start = scratch.anchor_start;
-    p.q_dq = scratch.rows.q_dq, p.k_dk = scratch.k_dk;
+    p.q_dq = scratch.q_dq, p.k_dk = scratch.k_dk;
     p.q = head_tensor_map(in.q, s.B, s.T, s.NH, s.dk, in.ld);
     p.k = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
     p.v = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);

@@ -109,12 +109,11 @@ struct Scan {
 };
 
 struct ScanArgs {
-    CUtensorMap x, y, z, out, dot;  // dot: dK: K, dQ: Q if dot_out, laid out as out
+    CUtensorMap x, y, z, out, dot;  // dot: dQ: Q, dK: K, laid out as out
     MlstmShape s;
     MlstmGates gates;
     float *inv_den, *ds;         // [B, NH, T], backward; made by dQ if it has h, else given
-    const bf16 *h;               // [B, T, NH, dv] dQ, where <dh, h> is to be made, else NULL; and
-    float *q_dq;                 // [B, NH, T] <q, dq>, see MlstmRows
+    const bf16 *h;               // [B, T, NH, dv] dQ, where <dh, h> is to be made, else NULL
     const int *doc_start;        // [B, T]
     MlstmState initial, final;   // of the whole sequence; C == NULL: zeros, not wanted
     float *segments;             // states entering each segment (scan_segment_state); NULL: one segment, or dQ
@@ -126,8 +125,8 @@ struct ScanArgs {
     int anchor_tile;      // the first one of this kernel
     MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
     float *anchor_start;  // [tiles][B, NH] the same shares where the sequence begins
-    float *dot_out;  // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded; NULL: dQ, not wanted
-    int *pace;       // [B, NH, segments][8] chunks that the slices have begun; NULL: nobody waits (scan_keep_pace)
+    float *dot_out;       // [ceil(width / 64)][B, NH, T] row sums of out * dot, before out is rounded
+    int *pace;            // [B, NH, segments][8] chunks that the slices have begun; NULL: nobody waits (scan_keep_pace)
 };
 
 struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
@@ -526,11 +525,11 @@ __device__ __forceinline__ float scan_dot_pieces(const unsigned char *x, const u
     }
     return sum[0] + sum[1];
 }
-// Returns ds and <q, dq> of row 16 warp + scan_dot_row(), whose scalars it completes
+// Returns ds of row 16 warp + scan_dot_row(), whose scalars it completes
 __device__ __forceinline__ int scan_dot_row() { return threadIdx.x % 4 * 4 + threadIdx.x % 32 / 8; }
 template <class S>
-__device__ __forceinline__ float2 scan_make_dots(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
-                                                 ScanShared<S> *sh, const unsigned char *x, int it) {
+__device__ __forceinline__ float scan_make_dots(const ScanArgs &p, const ScanPlace &at, unsigned char *smem,
+                                                ScanShared<S> *sh, const unsigned char *x, int it) {
     const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32;
     float sum[4], two[2];
 #pragma unroll
@@ -556,13 +555,12 @@ __device__ __forceinline__ float2 scan_make_dots(const ScanArgs &p, const ScanPl
     __syncwarp();
     rows->add[row] = add, rows->border[row] = rows->factor[row] * add;
     __syncwarp();
-    return make_float2(inv_den * add, sign != 0 ? dot * p.s.eps * inv_den : dot);
+    return inv_den * add;
 }
 template <class S>
-__device__ __forceinline__ void scan_store_dots_of_h(const ScanArgs &p, const ScanPlace &at, float2 dots, int c) {
+__device__ __forceinline__ void scan_store_ds(const ScanArgs &p, const ScanPlace &at, float ds, int c) {
     const int t = c * SCAN_CHUNK + threadIdx.x / 32 * 16 + scan_dot_row();
-    if (threadIdx.x % 8 >= 4 || t >= p.s.T) return;
-    p.ds[(unsigned)at.bh * p.s.T + t] = dots.x, p.q_dq[(unsigned)at.bh * p.s.T + t] = dots.y;
+    if (threadIdx.x % 8 < 4 && t < p.s.T) p.ds[(unsigned)at.bh * p.s.T + t] = ds;
 }
 
 // H: packs the weighted scores w to bf16 words and leaves the denominators for the state's warpgroups; returns sig for
@@ -680,13 +678,12 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
         const unsigned x = base + scan_at_tile<S>(k0), y = base + scan_at_tile<S>(k0 + 1), panel = base + S::AT_P;
         if constexpr (S::MODE == SCAN_H) scan_keep_n<S>(p, at, sh, it);
         __syncwarp();
-        float w[32];
-        float2 dots = {0, 0};  // ds and <q, dq>
+        float w[32], ds = 0;
         scan_wait_full<S::TILES>(sh->tile_full, k0);
         if constexpr (S::MAKES_DOTS)
             if (p.h) {
                 scan_wait_full<2>(sh->rows_full, it);
-                dots = scan_make_dots<S>(p, at, smem, sh, smem + scan_at_tile<S>(k0), it);
+                ds = scan_make_dots<S>(p, at, smem, sh, smem + scan_at_tile<S>(k0), it);
             }
         scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
         scan_wait_full<2>(sh->rows_full, it);
@@ -733,7 +730,7 @@ __device__ __forceinline__ void scan_scores(const ScanArgs &p, const ScanPlace &
             scan_advance_n<S>(smem, sh, sums, it);
             scan_store_sig<S>(p, at, sig, scan_chunk<S>(at, it));  // behind the fences, which would wait for it
         }
-        if (S::MAKES_DOTS && p.h) scan_store_dots_of_h<S>(p, at, dots, scan_chunk<S>(at, it));  // behind the fence
+        if (S::MAKES_DOTS && p.h) scan_store_ds<S>(p, at, ds, scan_chunk<S>(at, it));  // behind the fence
         scan_warp_arrive<2>(sh->rows_empty, it);
         const int tiles = scan_tiles<S>(p, scan_chunk<S>(at, it));
         for (int k = 2; k < tiles; k++) scan_pass_tile<S>(sh, k0 + k);
@@ -979,25 +976,24 @@ __device__ __forceinline__ void scan_scale_rows(unsigned (&a)[2][4], unsigned z,
     }
 }
 
-// The same for H, with scales from scan_split_scale, of 16 tokens and those 32 later, which give back what rounding
-// takes from the first: the output is a mean of v, and where keys have much in common what is lost would add up in it.
-// In pairs of bf16: z high + z low is rounded once, and what that loses is a bf16 number but for its last bits.
-__device__ __forceinline__ void scan_spread_rows(unsigned (&a)[2][4], unsigned z, const float *scale) {
+// The same for H, with scales from scan_split_scale. What rounding takes from eight tokens the next eight give back:
+// the output is a mean of v, and where keys have much in common what is lost would add up in it. In pairs of bf16: z
+// high + z low is rounded once, and what that loses is a bf16 number but for its last bits. lost: of the last eight;
+// spread: 1, or 0 for nothing to be given back
+__device__ __forceinline__ void scan_spread_rows(unsigned (&a)[2][4], __nv_bfloat162 (&lost)[2], __nv_bfloat162 spread,
+                                                 unsigned z, const float *scale) {
     const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
     const unsigned from = z + panel_piece(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
-    __nv_bfloat162 lost[4];
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        ldmatrix_trans(a[k], from + k * 2 * 2048);
-        uint2 by[2];  // of tokens 2t and 2t + 1, 8 + 2t and 8 + 2t + 1
-        by[0] = *(const uint2 *)(scale + 32 * k + 2 * t), by[1] = *(const uint2 *)(scale + 32 * k + 8 + 2 * t);
+        ldmatrix_trans(a[k], from + k * 2048);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-            const __nv_bfloat162 two = *(const __nv_bfloat162 *)&a[k][r], high = *(const __nv_bfloat162 *)&by[r / 2].x,
-                                 low = *(const __nv_bfloat162 *)&by[r / 2].y;
-            const __nv_bfloat162 rest = k ? __hfma2(two, low, lost[r]) : __hmul2(two, low);
-            const __nv_bfloat162 sum = __hfma2(two, high, rest);
-            if (k == 0) lost[r] = __hadd2(__hfma2(two, high, __hneg2(sum)), rest);
+            const uint2 by = *(const uint2 *)(scale + 16 * k + r / 2 * 8 + 2 * t);  // of tokens 2t and 2t + 1
+            const __nv_bfloat162 two = *(const __nv_bfloat162 *)&a[k][r], high = *(const __nv_bfloat162 *)&by.x,
+                                 low = *(const __nv_bfloat162 *)&by.y;
+            const __nv_bfloat162 rest = __hfma2(two, low, lost[r % 2]), sum = __hfma2(two, high, rest);
+            lost[r % 2] = __hmul2(spread, __hadd2(__hfma2(two, high, __hneg2(sum)), rest));
             a[k][r] = *(const unsigned *)&sum;
         }
     }
@@ -1120,7 +1116,7 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
     if constexpr (S::MODE == SCAN_H) scan_scale_tokens(out, sh->rows[it % 2].out_scale);
     if constexpr (S::TRANSPOSED) {
         barrier_wait(shared_address(&sh->dot_full[it % S::OUT_STAGES][S::SPLIT ? 0 : wg]), it / S::OUT_STAGES & 1);
-        if (S::MODE == SCAN_DK || p.dot_out) scan_row_dots(out, panel + first * PANEL_ROW, dots + first);
+        scan_row_dots(out, panel + first * PANEL_ROW, dots + first);
     } else {
         named_barrier_sync(2 + wg, 128);  // all are done with Z
     }
@@ -1137,12 +1133,11 @@ __device__ __forceinline__ void scan_output(const ScanArgs &p, const ScanPlace &
     if (threadIdx.x % 128 == 0)
         tma_store(&p.out, panel, at.slice * S::W + (S::SPLIT ? 0 : (wg * S::BLOCKS + b) * 64), at.head, c * SCAN_CHUNK,
                   at.b);
-    if (S::MODE == SCAN_DK || (S::MODE == SCAN_DQ && p.dot_out))
-        scan_store_dots<S>(p, at, dots, wg, c);  // behind the fence, which would wait for it
+    if (S::TRANSPOSED) scan_store_dots<S>(p, at, dots, wg, c);  // behind the fence, which would wait for it
 }
 
-// The operand of the row sums of chunk `it`, if they are wanted, comes into the panel that out will leave from:
-// dot_full says that the panel is free and it has come. By one thread of each warpgroup that has a panel
+// The operand of the row sums of chunk `it` comes into the panel that out will leave from; by one thread of each
+// warpgroup that has a panel
 template <class S>
 __device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace &at, unsigned base, ScanShared<S> *sh,
                                               int wg, int it) {
@@ -1150,7 +1145,6 @@ __device__ __forceinline__ void scan_load_dot(const ScanArgs &p, const ScanPlace
         if (threadIdx.x % 128 || (S::SPLIT && wg) || it >= at.chunks) return;
         const unsigned full = shared_address(&sh->dot_full[it % S::OUT_STAGES][wg]);
         tma_store_wait_read<0>();
-        if (S::MODE == SCAN_DQ && !p.dot_out) return barrier_arrive(full);
         barrier_arrive_expect(full, PANEL_BYTES);
         tma_load(base + S::AT_OUT + it % S::OUT_STAGES * S::OUT_BYTES + wg * PANEL_BYTES, &p.dot, full,
                  at.slice * S::W + wg * 64, at.head, scan_chunk<S>(at, it) * SCAN_CHUNK, at.b);
@@ -1176,7 +1170,8 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     __syncwarp();
     if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
-    if (S::MODE == SCAN_H) scan_spread_rows(a[0], z, rows->scale);
+    __nv_bfloat162 lost[2] = {}, spread = __float2bfloat162_rn(p.s.sigmoid_gate ? 0 : 1);
+    if (S::MODE == SCAN_H) scan_spread_rows(a[0], lost, spread, z, rows->scale);
     else scan_scale_rows(a[0], z, rows->scale);
 #pragma unroll
     for (int i = 0; i < S::AW / 2 && !S::DECAYS_EARLY; i++) M[i] *= rows->decay;
@@ -1189,17 +1184,16 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     }
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int k = S::MODE == SCAN_H ? i / 2 + i % 2 * 2 : i;  // of the 16 tokens
-        if (i == 2) {                                             // while the others are multiplied
-            if (S::MODE == SCAN_H) scan_spread_rows(a[1], z + 2048, rows->scale + 16);
+    for (int k = 0; k < 4; k++) {
+        if (k == 2) {  // while the others are multiplied
+            if (S::MODE == SCAN_H) scan_spread_rows(a[1], lost, spread, z + 2 * 2048, rows->scale + 32);
             else scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);
         }
-        if (i % 2 == 0) wgmma_fence();
-        const unsigned(&of)[4] = a[i / 2][i % 2];
+        if (k % 2 == 0) wgmma_fence();
+        const unsigned(&of)[4] = a[k / 2][k % 2];
         scan_add_product<S>(M, of, y, k);
         if (S::TRANSPOSED) wgmma_rs<1>(N, of, wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
-        if (i % 2) wgmma_commit();
+        if (k % 2) wgmma_commit();
     }
     if (S::MAKES_DOTS) scan_wait_full<1>(&sh->p_full, it);  // and what scan_make_dots has left
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
@@ -1301,7 +1295,7 @@ __device__ __forceinline__ void scan_barriers(ScanShared<S> *sh) {
 template <class S>
 __device__ __forceinline__ void scan_prefetch(const ScanArgs &p) {
     tensor_map_prefetch(&p.x), tensor_map_prefetch(&p.y), tensor_map_prefetch(&p.z), tensor_map_prefetch(&p.out);
-    if (S::MODE == SCAN_DK || (S::MODE == SCAN_DQ && p.dot_out)) tensor_map_prefetch(&p.dot);
+    if (S::TRANSPOSED) tensor_map_prefetch(&p.dot);
 }
 
 template <class S>
@@ -1578,9 +1572,9 @@ static void mlstm_scan_pair(const MlstmShape &s, const MlstmInput<bf16> &in, Mls
     mlstm_pair<false>(&s, pair, segments, gates.decay, p.segment_chunks, stream);
 }
 
-typedef struct {  // of the backward pass
-    MlstmRows rows;
-    float *q_dq, *k_dk;   // [ceil(dk / 64)][B, NH, T]; q_dq: where rows.q_dq is not known
+typedef struct {          // of the backward pass
+    float *inv_den, *ds;  // [B, NH, T]
+    float *q_dq, *k_dk;   // [ceil(dk / 64)][B, NH, T]
     float *anchor;        // [scan_anchor_tiles][B, NH, spans]
     float *anchor_start;  // [scan_anchor_tiles][B, NH]
     float *segments;      // [scan_segments_floats]
@@ -1589,7 +1583,7 @@ typedef struct {  // of the backward pass
 static ScanArgs scan_backward_args(const MlstmShape &s, const MlstmInput<bf16> &in, const bf16 *dh,
                                    const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch) {
     ScanArgs p = scan_args(s, in, gates, saved);
-    p.inv_den = scratch.rows.inv_den, p.ds = scratch.rows.ds, p.anchor = scratch.anchor;
+    p.inv_den = scratch.inv_den, p.ds = scratch.ds, p.anchor = scratch.anchor;
     p.x = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
     p.y = head_tensor_map(in.q, s.B, s.T, s.NH, s.dk, in.ld);
     p.z = head_tensor_map(dh, s.B, s.T, s.NH, s.dv, (size_t)s.NH * s.dv);
@@ -1605,7 +1599,7 @@ static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16>
     mlstm_pair<true>(&s, pair, scratch.segments, gates.decay, p.segment_chunks, stream);
 }
 
-// Whether dQ makes <dh, h>, and with it all of MlstmRows (MAKES_DOTS)
+// Whether dQ makes <dh, h>, and with it inv_den and ds (MAKES_DOTS)
 static bool scan_makes_dots(const MlstmShape *s, const bf16 *h) {
     return scan_pad(s->dv, true) == 256 && scan_slices(s, true) == 1 && !s->sigmoid_gate && (uintptr_t)h % 16 == 0;
 }
@@ -1625,8 +1619,7 @@ static void mlstm_scan_backward(const MlstmShape &s, const MlstmInput<bf16> &in,
     ScanArgs for_dq = p;
     for_dq.x = dh_map, for_dq.y = v_map, for_dq.z = k_map, for_dq.dot = q_map, for_dq.h = h;
     for_dq.out = head_tensor_map(dq, s.B, s.T, s.NH, s.dk, ld_grad);
-    for_dq.initial = initial, for_dq.segment_chunks = scan_dq_segment_chunks(&s);
-    for_dq.q_dq = scratch.rows.q_dq, for_dq.dot_out = scratch.rows.q_dq ? NULL : scratch.q_dq;
+    for_dq.initial = initial, for_dq.segment_chunks = scan_dq_segment_chunks(&s), for_dq.dot_out = scratch.q_dq;
     if (h) scan_run<SCAN_DQ>(for_dq, scratch.segments, stream);  // the others, and the segments, want its ds
 
     p.entering = initial, p.anchor_start = scratch.anchor_start;
