@@ -67,7 +67,7 @@ struct Scan {
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
     static constexpr int ASKED = AW / 16 * (MODE == SCAN_DQ ? 3 : 2) / 2;   // products of scan_ask_state, and of these
-    static constexpr int AHEAD = BLOCKS == 2 || (MODE == SCAN_DQ && A == 512) ? 1 : AW > 192 ? 2 : 3;  // on their way
+    static constexpr int AHEAD = BLOCKS == 2 || (MODE == SCAN_DQ && AW > 192) ? 1 : AW > 192 ? 2 : 3;  // on their way
     static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;  // dV still wants M for its snapshots
     static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;   // X or Y, Z of 64 tokens
     // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z,
