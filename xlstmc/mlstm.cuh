@@ -921,7 +921,7 @@ static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved
     memset((void *)saved, 0, sizeof *saved);
     mlstm_take_gates(a, s, &saved->gates);
     if (s->chunk == SCAN_CHUNK) {
-        if (!backward) return;
+        if (!backward || scan_snapshots(s) == 0) return;
         saved->scan.snapshots = take<uint32_t>(a, scan_snapshot_words(s));
         saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * scan_snapshots(s) * s->dk);
         return;
@@ -1130,10 +1130,11 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
         mlstm_split_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
     // In float, <k, dk> is as exact; the walk of narrow heads has <q, dq> without the rounding of a product itself
     const float *exact = sizeof(F) == 4 ? NULL : scanned && scan_narrow(&s) ? scratch->q_dq : scratch->rows.q_dq;
-    mlstm_gates_backward(
-        &s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk, mlstm_dot_tiles<F>(&s),
-        scratch->anchor, scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
-        segment ? scratch->tail : NULL, exact, initial, dgates, ld_dgates, dbias, scratch->partial, stream);
+    mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
+                         mlstm_dot_tiles<F>(&s), scratch->anchor,
+                         scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
+                         segment ? scratch->tail : NULL, exact, scanned && scan_has_paths(&s) ? scratch->anchor : NULL,
+                         initial, dgates, ld_dgates, dbias, scratch->partial, stream);
 }
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a

@@ -236,8 +236,8 @@ static __global__ void mlstm_fwd_gate_scale_kernel(float *m, const float2 *summa
     const size_t bh = blockIdx.x, at_state = bh / NH * m_row + bh % NH;
     double forget = 0;
     const double first = SEGMENT ? -INFINITY : m0 ? m0[at_state] : 0;
-    const double last = mlstm_compose_maps<SEGMENT>(m + bh * (chunks + 1), summary + bh * chunks, first, chunks,
-                                                    sigmoid_gate, &forget);
+    const double last =
+        mlstm_compose_maps<SEGMENT>(m + bh * (chunks + 1), summary + bh * chunks, first, chunks, sigmoid_gate, &forget);
     if (threadIdx.x == 0 && m_final) m_final[at_state] = (float)last;
     if (threadIdx.x == 0 && SEGMENT) m_final[at_state + NH] = (float)forget;
 }
@@ -471,7 +471,7 @@ typedef struct {               // `tiles` partial sums of every value, added in 
 } MlstmGateSums;
 
 enum { GATE_WARP_TOKENS = 64, GATE_WARPS = MLSTM_SPAN / GATE_WARP_TOKENS };  // of the backward kernel
-enum { GATE_HEADS = 8 };                                                      // of a block, at most
+enum { GATE_HEADS = 8 };                                                     // of a block, at most
 
 // What reaches the tokens before the end of span c from those behind it, all tiles (ends[0]), and the same of the span
 // before (ends[1]); by a warp, half of it each
@@ -519,6 +519,62 @@ __device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums 
     if (__shfl_sync(0xffffffffu, start[1], 0) <= t0 + lane) sum[0] += behind;
 }
 
+// Where no states were kept for anchors: what they are by the row sums alone, with what the sum over a document misses
+// spread over all of it (doc/math.md 4.9). A block takes a head. anchor [B, NH, spans] and behind it [B, NH], the sum
+// of anchor_start, are written; of sums the anchors between spans are not read.
+enum { GATE_PATH_SPANS = 1024 };  // at most
+static __global__ void __launch_bounds__(256)
+    mlstm_bwd_gate_anchors_kernel(MlstmShape s, const int *doc_start, MlstmGateSums sums, float *anchor, int spans) {
+    wait_for_earlier();
+    // Of each span: the sum and the number of the tokens whose document began before it, then what reaches the span
+    // from that document's tokens in it and behind it; the sum over the document of its last token, and where that
+    // starts
+    __shared__ double first[GATE_PATH_SPANS], last[GATE_PATH_SPANS];
+    __shared__ int tokens[GATE_PATH_SPANS], last_start[GATE_PATH_SPANS];
+    const int lane = threadIdx.x % 32, b = blockIdx.x / s.NH;
+    const size_t bh = blockIdx.x, heads = (size_t)s.B * s.NH, tile = heads * s.T;
+    doc_start += (size_t)b * s.T;
+    for (int c = threadIdx.x / 32; c < spans; c += blockDim.x / 32) {
+        const int begin = c * MLSTM_SPAN, end = min(begin + MLSTM_SPAN, s.T), start_last = doc_start[end - 1];
+        double of_first = 0, of_last = 0;
+        int count = 0;
+#pragma unroll
+        for (int g = 0; g < MLSTM_SPAN / 32; g++) {
+            const int l = begin + 32 * g + lane;
+            double step = 0;
+            for (int p = 0; l < end && p < sums.tiles; p++)
+                step += (double)sums.q_dq[p * tile + bh * s.T + l] - sums.k_dk[p * tile + bh * s.T + l];
+            const bool in_first = l < end && doc_start[l] < begin;
+            count += in_first, of_first += in_first ? step : 0, of_last += l >= start_last ? step : 0;
+        }
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) {
+            of_first += __shfl_xor_sync(0xffffffffu, of_first, d), of_last += __shfl_xor_sync(0xffffffffu, of_last, d);
+            count += __shfl_xor_sync(0xffffffffu, count, d);
+        }
+        if (lane == 0) first[c] = of_first, last[c] = of_last, tokens[c] = count, last_start[c] = start_last;
+    }
+    __syncthreads();
+    if (threadIdx.x) return;
+    double before = 0;
+    for (int p = 0; sums.anchor_start && p < sums.anchor_tiles; p++) before += sums.anchor_start[p * heads + bh];
+    anchor[heads * spans + bh] = (float)before;
+    anchor += bh * spans;
+    for (int c = spans - 1; c > 0;) {
+        if (tokens[c] == 0) {  // no document crosses the border in front of c
+            anchor[--c] = 0;
+            continue;
+        }
+        const int end = c;  // the last span of one that does; to the span where it starts
+        if (end + 1 == spans && sums.tail && last_start[end] < end * MLSTM_SPAN) first[end] += sums.tail[bh];
+        for (; c > 1 && tokens[c - 1] == MLSTM_SPAN; c--) first[c - 1] += first[c], tokens[c - 1] += tokens[c];
+        const int from = max(last_start[c - 1], (c - 1) * MLSTM_SPAN), length = tokens[c] + c * MLSTM_SPAN - from;
+        const double missing = (last_start[0] < 0 && c == 1 ? before : 0) - (first[c] + last[c - 1]);
+        for (int k = c; k <= end; k++) anchor[k - 1] = (float)(first[k] + missing * tokens[k] / length);
+        c--;
+    }
+}
+
 // A warp's sums for the gradient of the bias. INPUT, FORGET: of di, df. SURPLUS: of <q, dq> - <k, dk>, with the anchors
 // at both ends of the sequence; TERMS, SLOPES: of |<k, dk>| and |di|
 enum { BIAS_INPUT, BIAS_FORGET, BIAS_SURPLUS, BIAS_TERMS, BIAS_SLOPES, NUM_BIAS_SUMS };
@@ -526,7 +582,7 @@ enum { BIAS_INPUT, BIAS_FORGET, BIAS_SURPLUS, BIAS_TERMS, BIAS_SLOPES, NUM_BIAS_
 // A block takes a span of `heads` heads, whose gates lie side by side: they come and go by rows, through shared memory.
 // bias_sums [NUM_BIAS_SUMS][NH][B * spans * GATE_WARPS]; n0 [B][NH, dk] enters the sequence, NULL: zeros
 template <typename F>
-static __global__ void __launch_bounds__(32 * GATE_WARPS *GATE_HEADS, 2)
+static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
     mlstm_bwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGateSums sums, const float *n0, size_t n0_row,
                            F *dgates, size_t ld_dgates, float *bias_sums, int spans, int heads) {
     wait_for_earlier();
@@ -648,17 +704,24 @@ static size_t mlstm_gates_partial_floats(const MlstmShape *s) {
 // gates, bias, cap, doc_start as in MlstmInput. q_dq, k_dk [tiles][B, NH, T] and anchor [anchor_tiles][B, NH, spans]:
 // partial sums, to be added in order (the last span's anchor is not read), anchor_start [anchor_tiles][B, NH], read if
 // there are initial states, tail [B, NH] or NULL, exact [B, NH, T]: q_dq of MlstmRows, or NULL. initial: of the forward
-// pass. dgates [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dbias [2NH] is added to;
-// partial [mlstm_gates_partial_floats].
+// pass. paths: NULL, or anchor is not known between spans, and this is where it may be made, with [B, NH] places more.
+// dgates [B*T, 2NH] row stride ld_dgates, gradient of the gates before bias and cap; dbias [2NH] is added to; partial
+// [mlstm_gates_partial_floats].
 template <typename F>
 static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
                                  const int *doc_start, const float *q_dq, const float *k_dk, int tiles,
                                  const float *anchor, int anchor_tiles, const float *anchor_start, const float *tail,
-                                 const float *exact, MlstmState initial, F *dgates, size_t ld_dgates, float *dbias,
-                                 float *partial, cudaStream_t stream) {
+                                 const float *exact, float *paths, MlstmState initial, F *dgates, size_t ld_dgates,
+                                 float *dbias, float *partial, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
-    const MlstmGateSums sums = {q_dq, k_dk, tiles, exact, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
-    const int spans = ceil_div(s->T, MLSTM_SPAN), groups = ceil_div(s->NH, GATE_HEADS), heads = ceil_div(s->NH, groups);
+    MlstmGateSums sums = {q_dq, k_dk, tiles, exact, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
+    const int spans = ceil_div(s->T, MLSTM_SPAN);
+    if (paths) {
+        launch_early(mlstm_bwd_gate_anchors_kernel, s->B * s->NH, 256, 0, stream, *s, doc_start, sums, paths, spans);
+        sums.anchor = paths, sums.anchor_tiles = 1;
+        if (sums.anchor_start) sums.anchor_start = paths + (size_t)s->B * s->NH * spans;
+    }
+    const int groups = ceil_div(s->NH, GATE_HEADS), heads = ceil_div(s->NH, groups);
     const unsigned blocks = (unsigned)((size_t)s->B * spans * ceil_div(s->NH, heads));
     launch_early(mlstm_bwd_gates_kernel<F>, blocks, 32 * GATE_WARPS * heads, 0, stream, *s, in, sums,
                  initial.C ? initial.n : NULL, initial.row, dgates, ld_dgates, partial, spans, heads);

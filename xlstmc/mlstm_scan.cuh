@@ -66,8 +66,11 @@ struct Scan {
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
-    static constexpr int ASKED = AW / 16 * (MODE == SCAN_DQ ? 3 : 2) / 2;   // products of scan_ask_state, and of these
-    static constexpr int AHEAD = BLOCKS == 2 || (MODE == SCAN_DQ && AW > 192) ? 1 : AW > 192 ? 2 : 3;  // on their way
+    // dQ, dK of these widths wait for memory, so they can ask and update M in two parts (scan_has_paths)
+    static constexpr bool BOTH = TRANSPOSED && A == 256;
+    static constexpr int AHEAD = BLOCKS == 2 || (MODE == SCAN_DQ && AW > 192) || BOTH ? 1
+                                 : AW > 192                                           ? 2
+                                                                                      : 3;                          // products on their way
     static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;  // dV still wants M for its snapshots
     static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;   // X or Y, Z of 64 tokens
     // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z,
@@ -250,12 +253,12 @@ __device__ __forceinline__ MlstmState scan_final(const ScanArgs &p, const ScanPl
 __device__ __forceinline__ unsigned scan_all_chunks(const ScanArgs &p) {
     return ((unsigned)p.s.T + SCAN_CHUNK - 1) / SCAN_CHUNK;
 }
-// Snapshots are taken between spans. The one that belongs to chunk c, where the walk comes to it, or -1
+// Snapshots are taken between spans, if at all. The one that belongs to chunk c, where the walk comes to it, or -1
 __device__ __forceinline__ unsigned scan_borders(const ScanArgs &p) { return (unsigned)(p.s.T - 1) / MLSTM_SPAN; }
 template <class S>
 __device__ __forceinline__ int scan_border(const ScanArgs &p, int c) {
     const int next = c + S::REVERSE;
-    return next % SCAN_BORDER == 0 && next * SCAN_CHUNK < p.s.T ? next / SCAN_BORDER - 1 : -1;
+    return p.snapshots && next % SCAN_BORDER == 0 && next * SCAN_CHUNK < p.s.T ? next / SCAN_BORDER - 1 : -1;
 }
 // Tiles of the ring that chunk c takes: X, Y and, of dV between spans, the snapshot: one for 64 rows of M^T
 template <class S>
@@ -935,22 +938,20 @@ __device__ __forceinline__ unsigned scan_pack_rest(float x, float y) {
     return pack_two(x - two.x, y - two.y);
 }
 
-// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce. dQ: every
-// second time what is lost by that is multiplied, too, so that chunks of 64 err no more than chunks of 128 would. While
-// the products run, M^T decays, if there are registers for that.
-template <class S>
+// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce. BOTH: what
+// is lost by that is multiplied, too. While the products run, M^T decays, if there are registers for that.
+template <class S, bool BOTH>
 __device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::AW / 2], unsigned x, float decay) {
 #pragma unroll
-    for (int i = 0; i < S::ASKED; i++) {
-        const int k = S::MODE == SCAN_DQ ? i / 3 * 2 + i % 3 / 2 : i;
-        const bool rest = S::MODE == SCAN_DQ && i % 3 == 1, more = S::MODE == SCAN_DQ && i % 3 == 0;
+    for (int i = 0; i < S::AW / 16 * (BOTH ? 2 : 1); i++) {
+        const int k = BOTH ? i / 2 : i;
+        const bool rest = BOTH && i % 2;
         unsigned a[4];
-
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             float *m = M + 8 * k + 2 * r;
             a[r] = rest ? scan_pack_rest(m[0], m[1]) : pack_two(m[0], m[1]);
-            if (S::DECAYS_EARLY && !more) m[0] *= decay, m[1] *= decay;
+            if (S::DECAYS_EARLY && rest == BOTH) m[0] *= decay, m[1] *= decay;
         }
         wgmma_fence();
         wgmma_rs<0>(out, a, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32), i > 0);
@@ -973,6 +974,19 @@ __device__ __forceinline__ void scan_scale_rows(unsigned (&a)[2][4], unsigned z,
             const float2 two = unpack_two(a[k][r]), by = r < 2 ? lo : hi;
             a[k][r] = pack_two(two.x * by.x, two.y * by.y);
         }
+    }
+}
+
+// The same of 16 tokens in two parts: a[0] rounded, a[1] what that loses
+__device__ __forceinline__ void scan_scale_rows_both(unsigned (&a)[2][4], unsigned z, const float *scale) {
+    const unsigned thread = not_hoisted(threadIdx.x), lane = thread % 32, warp = thread / 32 % 4, t = lane % 4;
+    ldmatrix_trans(a[0], z + panel_piece(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2));
+    const float2 lo = *(const float2 *)(scale + 2 * t), hi = *(const float2 *)(scale + 8 + 2 * t);
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        const float2 two = unpack_two(a[0][r]), by = r < 2 ? lo : hi;
+        a[0][r] = pack_two(two.x * by.x, two.y * by.y);
+        a[1][r] = scan_pack_rest(two.x * by.x, two.y * by.y);
     }
 }
 
@@ -1164,14 +1178,19 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     float out[32];
     unsigned a[2][2][4];
     scan_wait_full<S::TILES>(sh->tile_full, k0);
-    scan_ask_state<S>(out, M, not_hoisted(base + scan_at_tile<S>(k0) + half), rows->decay);
+    const unsigned x = base + scan_at_tile<S>(k0) + half;
+    // dQ: what chunks of 128 lose once, chunks of 64 lose twice. Where there is a denominator it hides that.
+    if (S::BOTH || (S::MODE == SCAN_DQ && p.s.sigmoid_gate))
+        scan_ask_state<S, S::MODE == SCAN_DQ || S::BOTH>(out, M, not_hoisted(x), rows->decay);
+    else scan_ask_state<S, false>(out, M, not_hoisted(x), rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
     if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
     __syncwarp();
     if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
     __nv_bfloat162 lost[2] = {}, spread = __float2bfloat162_rn(p.s.sigmoid_gate ? 0 : 1);
-    if (S::MODE == SCAN_H) scan_spread_rows(a[0], lost, spread, z, rows->scale);
+    if (S::BOTH) scan_scale_rows_both(a[0], z, rows->scale);
+    else if (S::MODE == SCAN_H) scan_spread_rows(a[0], lost, spread, z, rows->scale);
     else scan_scale_rows(a[0], z, rows->scale);
 #pragma unroll
     for (int i = 0; i < S::AW / 2 && !S::DECAYS_EARLY; i++) M[i] *= rows->decay;
@@ -1184,16 +1203,22 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     }
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        if (k == 2) {  // while the others are multiplied
+    for (int k = 0; k < 4; k++) {  // what follows the first ones is made while these are multiplied
+        if (k > 0 && S::BOTH) {
+            if (k > 1) wgmma_wait<1>();
+            scan_scale_rows_both(a[k % 2], z + k * 2048, rows->scale + 16 * k);
+        } else if (k == 2) {
             if (S::MODE == SCAN_H) scan_spread_rows(a[1], lost, spread, z + 2 * 2048, rows->scale + 32);
             else scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);
         }
-        if (k % 2 == 0) wgmma_fence();
-        const unsigned(&of)[4] = a[k / 2][k % 2];
-        scan_add_product<S>(M, of, y, k);
-        if (S::TRANSPOSED) wgmma_rs<1>(N, of, wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
-        if (k % 2) wgmma_commit();
+        if (k % 2 == 0 || S::BOTH) wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < (S::BOTH ? 2 : 1); part++) {
+            const unsigned(&of)[4] = S::BOTH ? a[k % 2][part] : a[k / 2][k % 2];
+            scan_add_product<S>(M, of, y, k);
+            if (S::TRANSPOSED) wgmma_rs<1>(N, of, wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
+        }
+        if (k % 2 || S::BOTH) wgmma_commit();
     }
     if (S::MAKES_DOTS) scan_wait_full<1>(&sh->p_full, it);  // and what scan_make_dots has left
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
@@ -1414,8 +1439,15 @@ static size_t scan_pace_words(const MlstmShape *s) {  // eight for each head and
 static size_t scan_segments_floats(const MlstmShape *s) {
     return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + s->B * s->NH) * s->dk * (s->dv + 1) + scan_pace_words(s);
 }
+// Whether the gates' gradients need no anchors between spans, and dQ no state to begin with: then H keeps no snapshots.
+// Row sums of products in two parts (BOTH) are exact enough to be added up over all of a sequence (doc/math.md 4.9).
+static bool scan_has_paths(const MlstmShape *s) {
+    return scan_pad(s->dk, false) == 128 && scan_pad(s->dv, true) == 256 && s->T <= GATE_PATH_SPANS * MLSTM_SPAN &&
+           scan_segment_chunks(s) >= mlstm_chunks(s) && scan_dq_segment_chunks(s) >= mlstm_chunks(s);
+}
 // Snapshots of a head: no fewer than there are borders
 static int scan_snapshots(const MlstmShape *s) {
+    if (scan_has_paths(s)) return 0;
     return scan_narrow(s) ? mlstm_chunks(s) : mlstm_chunks(s) / SCAN_BORDER;
 }
 static size_t scan_snapshot_words(const MlstmShape *s) {
@@ -1455,6 +1487,15 @@ static int *scan_pace(const ScanArgs &p, int blocks, float *segments) {
     return (int *)(segments + scan_segments_floats(&p.s)) - scan_pace_words(&p.s);
 }
 
+template <int DK, int DV>
+static void scan_launch_pair(const ScanArgs &v, const ScanArgs &k, cudaStream_t stream) {
+    typedef ScanOf<SCAN_DV, DK> V;
+    typedef ScanOf<SCAN_DK, DV> K;
+    const size_t bytes =
+        scan_shared_bytes<V>() > scan_shared_bytes<K>() ? scan_shared_bytes<V>() : scan_shared_bytes<K>();
+    scan_start(mlstm_bwd_scan_pair_kernel<V, K>, bytes, v.slices + k.slices, k, stream, v, k);
+}
+
 template <int MODE>
 static void scan_run(ScanArgs p, float *segments, cudaStream_t stream) {
     constexpr bool TRANSPOSED = scan_transposed(MODE);
@@ -1468,16 +1509,13 @@ static void scan_run(ScanArgs p, float *segments, cudaStream_t stream) {
     }
     if (A == 128) return scan_launch<MODE, 128>(p, stream);
     if (A == 192) return scan_launch<MODE, 192>(p, stream);
-    scan_launch<MODE, 256>(p, stream);
-}
-
-template <int DK, int DV>
-static void scan_launch_pair(const ScanArgs &v, const ScanArgs &k, cudaStream_t stream) {
-    typedef ScanOf<SCAN_DV, DK> V;
-    typedef ScanOf<SCAN_DK, DV> K;
-    const size_t bytes =
-        scan_shared_bytes<V>() > scan_shared_bytes<K>() ? scan_shared_bytes<V>() : scan_shared_bytes<K>();
-    scan_start(mlstm_bwd_scan_pair_kernel<V, K>, bytes, v.slices + k.slices, v, stream, v, k);
+    if constexpr (MODE == SCAN_DK) {  // as half of a pair, in which it needs fewer registers than alone
+        ScanArgs nothing = p;
+        nothing.slices = 0;
+        return scan_launch_pair<128, 256>(nothing, p, stream);
+    } else {
+        scan_launch<MODE, 256>(p, stream);
+    }
 }
 
 // Together dV and dK take fewer rounds of the multiprocessors, or as many and all of them are busy anyway
