@@ -523,7 +523,7 @@ __device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums 
 // spread over all of it (doc/math.md 4.9). A block takes a head. anchor [B, NH, spans] and behind it [B, NH], the sum
 // of anchor_start, are written; of sums the anchors between spans are not read.
 enum { GATE_PATH_SPANS = 1024 };  // at most
-static __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(1024)
     mlstm_bwd_gate_anchors_kernel(MlstmShape s, const int *doc_start, MlstmGateSums sums, float *anchor, int spans) {
     wait_for_earlier();
     // Of each span: the sum and the number of the tokens whose document began before it, then what reaches the span
@@ -717,7 +717,7 @@ static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t
     MlstmGateSums sums = {q_dq, k_dk, tiles, exact, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
     const int spans = ceil_div(s->T, MLSTM_SPAN);
     if (paths) {
-        launch_early(mlstm_bwd_gate_anchors_kernel, s->B * s->NH, 256, 0, stream, *s, doc_start, sums, paths, spans);
+        launch_early(mlstm_bwd_gate_anchors_kernel, s->B * s->NH, spans > 16 ? 1024 : 512, 0, stream, *s, doc_start, sums, paths, spans);
         sums.anchor = paths, sums.anchor_tiles = 1;
         if (sums.anchor_start) sums.anchor_start = paths + (size_t)s->B * s->NH * spans;
     }

@@ -58,19 +58,18 @@ __host__ __device__ constexpr int scan_columns(int A, bool transposed) {
     return transposed ? (A == 128 || A >= 384 ? 64 : 128) : A == 128 ? 256 : 128;
 }
 
-template <int MODE_, int A_, int W_>
+// PATHS: of dQ and dK, asks and updates M in two parts, for row sums that need no anchors (scan_has_paths)
+template <int MODE_, int A_, int W_, bool PATHS_ = false>
 struct Scan {
     static constexpr int MODE = MODE_, A = A_, W = W_;
+    static constexpr bool PATHS = PATHS_;
     static constexpr bool REVERSE = MODE == SCAN_DK || MODE == SCAN_DV;     // in time
     static constexpr bool TRANSPOSED = MODE == SCAN_DQ || MODE == SCAN_DK;  // contracted dv, output dk
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
-    // dQ, dK of these widths wait for memory, so they can ask and update M in two parts (scan_has_paths)
-    static constexpr bool BOTH = TRANSPOSED && A == 256;
-    static constexpr int AHEAD = BLOCKS == 2 || (MODE == SCAN_DQ && AW > 192) || BOTH ? 1
-                                 : AW > 192                                           ? 2
-                                                                                      : 3;                          // products on their way
+    // Products on their way in scan_ask_state
+    static constexpr int AHEAD = BLOCKS == 2 || PATHS || (MODE == SCAN_DQ && AW > 192) ? 1 : AW > 192 ? 2 : 3;
     static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;  // dV still wants M for its snapshots
     static constexpr int TILE = A * PANEL_ROW, Z_BYTES = W * PANEL_ROW;   // X or Y, Z of 64 tokens
     // The normaliser, n = sum of scale y, by the scores (H); the slice's part of n (dQ) or dn (dK) = sum of by scale z,
@@ -1180,8 +1179,8 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     scan_wait_full<S::TILES>(sh->tile_full, k0);
     const unsigned x = base + scan_at_tile<S>(k0) + half;
     // dQ: what chunks of 128 lose once, chunks of 64 lose twice. Where there is a denominator it hides that.
-    if (S::BOTH || (S::MODE == SCAN_DQ && p.s.sigmoid_gate))
-        scan_ask_state<S, S::MODE == SCAN_DQ || S::BOTH>(out, M, not_hoisted(x), rows->decay);
+    if (S::PATHS || (S::MODE == SCAN_DQ && p.s.sigmoid_gate))
+        scan_ask_state<S, S::MODE == SCAN_DQ || S::PATHS>(out, M, not_hoisted(x), rows->decay);
     else scan_ask_state<S, false>(out, M, not_hoisted(x), rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
     if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
@@ -1189,7 +1188,7 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
     __nv_bfloat162 lost[2] = {}, spread = __float2bfloat162_rn(p.s.sigmoid_gate ? 0 : 1);
-    if (S::BOTH) scan_scale_rows_both(a[0], z, rows->scale);
+    if (S::PATHS) scan_scale_rows_both(a[0], z, rows->scale);
     else if (S::MODE == SCAN_H) scan_spread_rows(a[0], lost, spread, z, rows->scale);
     else scan_scale_rows(a[0], z, rows->scale);
 #pragma unroll
@@ -1204,21 +1203,21 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
 #pragma unroll
     for (int k = 0; k < 4; k++) {  // what follows the first ones is made while these are multiplied
-        if (k > 0 && S::BOTH) {
+        if (k > 0 && S::PATHS) {
             if (k > 1) wgmma_wait<1>();
             scan_scale_rows_both(a[k % 2], z + k * 2048, rows->scale + 16 * k);
         } else if (k == 2) {
             if (S::MODE == SCAN_H) scan_spread_rows(a[1], lost, spread, z + 2 * 2048, rows->scale + 32);
             else scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);
         }
-        if (k % 2 == 0 || S::BOTH) wgmma_fence();
+        if (k % 2 == 0 || S::PATHS) wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < (S::BOTH ? 2 : 1); part++) {
-            const unsigned(&of)[4] = S::BOTH ? a[k % 2][part] : a[k / 2][k % 2];
+        for (int part = 0; part < (S::PATHS ? 2 : 1); part++) {
+            const unsigned(&of)[4] = S::PATHS ? a[k % 2][part] : a[k / 2][k % 2];
             scan_add_product<S>(M, of, y, k);
             if (S::TRANSPOSED) wgmma_rs<1>(N, of, wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
         }
-        if (k % 2 || S::BOTH) wgmma_commit();
+        if (k % 2 || S::PATHS) wgmma_commit();
     }
     if (S::MAKES_DOTS) scan_wait_full<1>(&sh->p_full, it);  // and what scan_make_dots has left
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
@@ -1440,7 +1439,7 @@ static size_t scan_segments_floats(const MlstmShape *s) {
     return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + s->B * s->NH) * s->dk * (s->dv + 1) + scan_pace_words(s);
 }
 // Whether the gates' gradients need no anchors between spans, and dQ no state to begin with: then H keeps no snapshots.
-// Row sums of products in two parts (BOTH) are exact enough to be added up over all of a sequence (doc/math.md 4.9).
+// Row sums of products in two parts (PATHS) are exact enough to be added up over all of a sequence (doc/math.md 4.9).
 static bool scan_has_paths(const MlstmShape *s) {
     return scan_pad(s->dk, false) == 128 && scan_pad(s->dv, true) == 256 && s->T <= GATE_PATH_SPANS * MLSTM_SPAN &&
            scan_segment_chunks(s) >= mlstm_chunks(s) && scan_dq_segment_chunks(s) >= mlstm_chunks(s);
@@ -1459,8 +1458,8 @@ static int scan_anchor_tiles(const MlstmShape *s) {  // narrow: a warp each
 }
 
 constexpr bool scan_transposed(int mode) { return mode == SCAN_DQ || mode == SCAN_DK; }
-template <int MODE, int A>
-using ScanOf = Scan<MODE, A, scan_columns(A, scan_transposed(MODE))>;
+template <int MODE, int A, bool PATHS = false>
+using ScanOf = Scan<MODE, A, scan_columns(A, scan_transposed(MODE)), PATHS>;
 
 template <typename Kernel, typename... Args>
 static void scan_start(Kernel kernel, size_t bytes, int slices, const ScanArgs &p, cudaStream_t stream,
@@ -1471,9 +1470,9 @@ static void scan_start(Kernel kernel, size_t bytes, int slices, const ScanArgs &
     launch_early(kernel, grid, SCAN_THREADS, bytes, stream, args...);
 }
 
-template <int MODE, int A>
+template <int MODE, int A, bool PATHS = false>
 static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
-    typedef ScanOf<MODE, A> S;
+    typedef ScanOf<MODE, A, PATHS> S;
     void (*kernel)(ScanArgs);
     if constexpr (MODE == SCAN_H) kernel = mlstm_fwd_scan_kernel<S>;
     else kernel = mlstm_bwd_scan_kernel<S>;
@@ -1487,10 +1486,10 @@ static int *scan_pace(const ScanArgs &p, int blocks, float *segments) {
     return (int *)(segments + scan_segments_floats(&p.s)) - scan_pace_words(&p.s);
 }
 
-template <int DK, int DV>
+template <int DK, int DV, bool PATHS = false>
 static void scan_launch_pair(const ScanArgs &v, const ScanArgs &k, cudaStream_t stream) {
     typedef ScanOf<SCAN_DV, DK> V;
-    typedef ScanOf<SCAN_DK, DV> K;
+    typedef ScanOf<SCAN_DK, DV, PATHS> K;
     const size_t bytes =
         scan_shared_bytes<V>() > scan_shared_bytes<K>() ? scan_shared_bytes<V>() : scan_shared_bytes<K>();
     scan_start(mlstm_bwd_scan_pair_kernel<V, K>, bytes, v.slices + k.slices, k, stream, v, k);
@@ -1509,13 +1508,15 @@ static void scan_run(ScanArgs p, float *segments, cudaStream_t stream) {
     }
     if (A == 128) return scan_launch<MODE, 128>(p, stream);
     if (A == 192) return scan_launch<MODE, 192>(p, stream);
-    if constexpr (MODE == SCAN_DK) {  // as half of a pair, in which it needs fewer registers than alone
-        ScanArgs nothing = p;
-        nothing.slices = 0;
-        return scan_launch_pair<128, 256>(nothing, p, stream);
-    } else {
-        scan_launch<MODE, 256>(p, stream);
-    }
+    if constexpr (MODE == SCAN_DQ)
+        if (scan_has_paths(&p.s)) return scan_launch<MODE, 256, true>(p, stream);
+    if constexpr (MODE == SCAN_DK)
+        if (scan_has_paths(&p.s)) {  // as half of a pair, in which it needs fewer registers than alone
+            ScanArgs nothing = p;
+            nothing.slices = 0;
+            return scan_launch_pair<128, 256, true>(nothing, p, stream);
+        }
+    scan_launch<MODE, 256>(p, stream);
 }
 
 // Together dV and dK take fewer rounds of the multiprocessors, or as many and all of them are busy anyway
@@ -1537,6 +1538,7 @@ static void scan_run_pair(ScanArgs v, ScanArgs k, float *segments, cudaStream_t 
     v.pace = k.pace = scan_pace(v, v.slices + k.slices, segments);
     if (dk == 64 && dv == 128) return scan_launch_pair<64, 128>(v, k, stream);
     if (dk == 128 && dv == 192) return scan_launch_pair<128, 192>(v, k, stream);
+    if (scan_has_paths(&v.s)) return scan_launch_pair<128, 256, true>(v, k, stream);
     if (dk == 128 && dv == 256) return scan_launch_pair<128, 256>(v, k, stream);
     if (dk == 192 && dv == 384) return scan_launch_pair<192, 384>(v, k, stream);
     if (dk == 256 && dv == 512) return scan_launch_pair<256, 512>(v, k, stream);
