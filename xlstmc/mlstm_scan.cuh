@@ -119,7 +119,7 @@ struct ScanArgs {
     int segment_chunks, slices;  // chunks a segment, slices a head
     uint32_t *snapshots;  // C where a span begins, in the order of H's registers: H writes, dV and dQ read; NULL: no
     float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK and dQ read
-    bool panels;          // H for narrow heads: snapshots of every chunk, in panels (scan_keep_panel)
+    bool panels;          // H for narrow heads: n of every chunk, C of every even one in panels (scan_keep_panel)
     float *anchor;        // [tiles][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     int anchor_tile;      // the first one of this kernel
     MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
@@ -828,13 +828,14 @@ __device__ __forceinline__ void scan_store_state(const ScanArgs &p, const ScanPl
             scan_four_elements<S>(p, at, wg, C, M[b] + 4 * j, b, j, [](float &c, float &x) { c = x; });
 }
 
-// For narrow heads H keeps what enters every chunk, M^T in bf16 in panels [64 dv, 64 dk] as mlstm_narrow.cuh wants it.
-// The last snapshot has left its place: scan_step waits for that.
+// For narrow heads H keeps what enters every even chunk, M^T in bf16 in panels [64 dv, 64 dk] as mlstm_narrow.cuh wants
+// it. The last snapshot has left its place: scan_step waits for that.
 template <class S>
 __device__ __forceinline__ void scan_keep_panel(const ScanArgs &p, const ScanPlace &at, unsigned base, int wg,
                                                 const float *m, int c) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-    const unsigned panel = base + S::AT_KEPT + wg * PANEL_BYTES;
+    const unsigned panel = base + S::AT_KEPT + wg * PANEL_BYTES, kept = (scan_all_chunks(p) + 1) / 2;  // of a head
+    if (c % 2) return;
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
         matrices_store(panel + panel_piece(row, j + lane / 16), pack_two(m[4 * j], m[4 * j + 1]),
@@ -843,8 +844,7 @@ __device__ __forceinline__ void scan_keep_panel(const ScanArgs &p, const ScanPla
     fence_async_proxy();
     named_barrier_sync(2 + wg, 128);
     if (threadIdx.x % 128 == 0)
-        bulk_store((char *)p.snapshots + (((size_t)at.bh * scan_all_chunks(p) + c) * 2 + wg) * PANEL_BYTES, panel,
-                   PANEL_BYTES);
+        bulk_store((char *)p.snapshots + (((size_t)at.bh * kept + c / 2) * 2 + wg) * PANEL_BYTES, panel, PANEL_BYTES);
     __syncwarp();
 }
 
@@ -1363,8 +1363,11 @@ static size_t scan_pace_words(const MlstmShape *s) {  // eight for each head and
 static size_t scan_segments_floats(const MlstmShape *s) {
     return (size_t)(SCAN_BLOCKS / scan_slices(s, false) + s->B * s->NH) * s->dk * (s->dv + 1) + scan_pace_words(s);
 }
-// Snapshots of a head: no fewer than there are borders
+// Snapshots of a head, of C and of n: no fewer than there are borders
 static int scan_snapshots(const MlstmShape *s) {
+    return scan_narrow(s) ? ceil_div(mlstm_chunks(s), 2) : mlstm_chunks(s) / SCAN_BORDER;
+}
+static int scan_n_snapshots(const MlstmShape *s) {
     return scan_narrow(s) ? mlstm_chunks(s) : mlstm_chunks(s) / SCAN_BORDER;
 }
 static size_t scan_snapshot_words(const MlstmShape *s) {
@@ -1481,7 +1484,7 @@ static void scan_segments(ScanArgs *p, float *segments, bool walked, const float
 
 typedef struct {          // what H leaves for the backward pass; NULL: there will be none
     uint32_t *snapshots;  // [scan_snapshot_words]
-    float *n_snapshots;   // [B, NH, scan_snapshots, dk]
+    float *n_snapshots;   // [B, NH, scan_n_snapshots, dk]
 } ScanSaved;
 
 static ScanArgs scan_args(const MlstmShape &s, const MlstmInput<bf16> &in, const MlstmGates &gates,
