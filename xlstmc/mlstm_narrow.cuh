@@ -74,7 +74,8 @@ struct NarrowArgs {
     const float *n;        // [B, NH, NC, dk]
     float *anchor;         // [4 warps][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     float *anchor_start;   // [4 warps][B, NH] the same where the sequence begins
-    float *q_dq, *k_dk;    // [B, NH, T] row sums, before dq and dk are rounded
+    float *q_dq;           // [B, NH, T] <q, dq>, known from <dh, h> alone
+    float *k_dk;           // [B, NH, T] <k, dk>, before dk is rounded
 };
 
 struct alignas(16) NarrowShared {
@@ -159,8 +160,8 @@ __device__ __forceinline__ void narrow_copy(const NarrowArgs &p, const NarrowPla
     }
 }
 
-// Two warps, a lane a row; the next chunk's values are loaded while the others work. add: for the time being, its part
-// for each unit of <dh, h>, 1, 0 or -1
+// Two warps, a lane a row; the next chunk's values are loaded while the others work. For the time being, add and
+// border are for each unit of <dh, h>: of ds den, 1, 0 or -1; of <q, dq> = <dh, h> + ds sig, 1 or eps / den
 __device__ __forceinline__ void narrow_scalars(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
                                                NarrowShared *sh) {
     const float log2_s = -0.5f * __log2f((float)p.s.dk);
@@ -183,7 +184,7 @@ __device__ __forceinline__ void narrow_scalars(const NarrowArgs &p, const Narrow
         rows->u[i] = u.x + u.y;
         rows->r[i] = r.x + r.y - log2_s - __log2f(inv_den);
         rows->factor[i] = q * inv_den, rows->scale[i] = k;
-        rows->add[i] = add;
+        rows->add[i] = add, rows->border[i] = add == 0 ? 1 : p.s.eps * inv_den;
         rows->start[i] = max(start - c * SCAN_CHUNK, 0);
         if (i == 0) rows->decay = decay;
         scan_warp_arrive<NARROW_STAGES>(sh->rows_full, it);
@@ -206,7 +207,7 @@ __device__ __forceinline__ void narrow_store_panel(const float *x, unsigned pane
                        pack_two(x[4 * j + 6], x[4 * j + 7]));
 }
 
-// Sums of x times what lies in a panel, of the two rows of a thread
+// Sums of x times what lies in a panel, of the two rows of a thread; <k, dk> of them to memory
 __device__ __forceinline__ float2 narrow_row_dots(const float (&x)[32], unsigned panel) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     float2 sum = {0, 0};
@@ -227,10 +228,9 @@ __device__ __forceinline__ float2 narrow_row_dots(const float (&x)[32], unsigned
     }
     return sum;
 }
-__device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const NarrowPlace &at, float *to, float2 sum,
-                                                  int c) {
+__device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const NarrowPlace &at, float2 sum, int c) {
     const int time = c * SCAN_CHUNK + narrow_row();
-    to += (size_t)at.bh * p.s.T + time;
+    float *to = p.k_dk + (size_t)at.bh * p.s.T + time;
     if (threadIdx.x % 4) return;
     if (time < p.s.T) to[0] = sum.x;
     if (time + 8 < p.s.T) to[8] = sum.y;
@@ -283,20 +283,22 @@ __device__ __forceinline__ void narrow_sum_keys(const float (&P)[32], const floa
     *(float2 *)&to[8 * j + 2 * (lane % 4)] = sum[0];
 }
 
-// ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>
-__device__ __forceinline__ void narrow_make_ds(unsigned char *smem, NarrowShared *sh, int it) {
+// ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>;
+// <q, dq> for it to store
+__device__ __forceinline__ float narrow_make_ds(unsigned char *smem, NarrowShared *sh, int it) {
     const int i = threadIdx.x % 128;
     named_barrier_sync(1 + threadIdx.x / 128, 128);
-    if (i >= 64) return;
+    if (i >= 64) return 0;
     ScanRows *rows = &sh->rows[it % NARROW_STAGES];
     scan_wait_full<1>(&sh->before_full, it);
     const float dot = (sh->inside[0][i] + sh->inside[1][i]) + (sh->inside[2][i] + sh->inside[3][i]) + sh->before[i];
-    const float add = rows->add[i] * dot;  // ds den
+    const float add = rows->add[i] * dot, q_dq = rows->border[i] * dot;  // add: ds den
     const unsigned words = pack_two(add, add - to_float(from_float<bf16>(add)));
     rows->add[i] = add, rows->border[i] = rows->factor[i] * add;
     ((uint4 *)(smem + NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024))[i] = make_uint4(words, words, words, words);
     fence_async_proxy();
     scan_warp_arrive<NARROW_STAGES>(sh->ds_full, it);
+    return q_dq;
 }
 
 __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
@@ -338,7 +340,7 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_ss<0, 1>(dv, wgmma_operand(k, 32 * i), wgmma_operand(dC, 2048 * i), true);
         wgmma_commit();
-        narrow_make_ds(smem, sh, it);
+        const float q_dq = narrow_make_ds(smem, sh, it);
         __syncwarp();
         wgmma_wait<0>();
         scan_warp_arrive<2>(sh->dC_empty, it);
@@ -351,6 +353,8 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         wgmma_wait<0>();
         narrow_leave(sh, it);
         narrow_output<2>(at, &p.dv, dv, base + NARROW_AT_OUT_V, narrow_chunk(at, it));
+        const int i = threadIdx.x % 128, t = narrow_chunk(at, it) * SCAN_CHUNK + i;
+        if (i < 64 && t < p.s.T) p.q_dq[(size_t)at.bh * p.s.T + t] = q_dq;  // behind the fence, which would wait for it
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -419,7 +423,7 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
         fence_async_proxy();  // K has been read before TMA writes to its place
         narrow_leave(sh, it);
         narrow_output<1>(at, &p.dk, dk, base + NARROW_AT_OUT_K, narrow_chunk(at, it));
-        narrow_store_dots(p, at, p.k_dk, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
+        narrow_store_dots(p, at, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -606,6 +610,7 @@ __device__ __forceinline__ void narrow_states_chunk(const NarrowArgs &p, const N
     wgmma_wait<0>();
     if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
     if constexpr (!ODD) share += narrow_dot_n(N, sh->n[it % NARROW_STAGES]);
+    fence_async_proxy();  // Q and n have been read before TMA writes to their places; here nobody waits for it
     scan_wait_full<2>(sh->dS_full, it);
     scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
     wgmma_fence();
@@ -615,11 +620,8 @@ __device__ __forceinline__ void narrow_states_chunk(const NarrowArgs &p, const N
                        wgmma_operand(k, 2048 * i), true);
     wgmma_commit();
     wgmma_wait<0>();
-    const float2 dots = narrow_row_dots(dq, q);
-    fence_async_proxy();
     narrow_leave(sh, it);
     narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_DS + it % 2 * PANEL_BYTES, c);
-    narrow_store_dots(p, at, p.q_dq, dots, c);
     if constexpr (!ODD) narrow_store_anchor(p, at, share, c);
 }
 
