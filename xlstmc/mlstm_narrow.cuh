@@ -21,7 +21,8 @@
 //
 //   states    dC [dk, dv] in 64 accumulators a thread, published in bf16 for the others as soon as it is made; dq, for
 //             which dS comes back from shared memory; between spans <C, dC> + <n, dn>, a share from each warp
-//   values    both scores, the weights of P, which stays in registers as operand; ds for the others; dv
+//   values    both scores, the weights of P, which stays in registers as operand; ds and the chunk's part of <k, dk>
+//             for the others; dv
 //   keys      V dH^T once more, the weights of dS; dk
 //   aux       a thread starts the copies by TMA, of Q, dH and n to a ring of two places, of K and V to one of three, of
 //             C to a place of its own; two warps make the rows' scalars from the gates
@@ -34,7 +35,7 @@
 // with K': 2,176 and 2,560. Bytes a token and head of 64/128: 768 of q, k, v, dh, 128 of C, 4 of n, 512 of dq, dk, dv,
 // 44 of scalars: 1,456 (and 940 of H), which take 0.20 ms for 393,216 of them at 2.8 TB/s, or 4.4 us a chunk on each of
 // 132 multiprocessors. Registers of a thread: states 160 (dC 64, dq 32, dH V'^T 32, or operand 16), values 160 (dv 64,
-// scores 32 + 32), keys 152 (dk 32, scores 32, weights 32), aux 40. Shared memory: 216 KB.
+// scores 32 + 32), keys 152 (dk 32, scores 32, weights 32), aux 40. Shared memory: 217 KB.
 #ifndef XLSTMC_MLSTM_NARROW_CUH
 #define XLSTMC_MLSTM_NARROW_CUH
 
@@ -75,7 +76,7 @@ struct NarrowArgs {
     float *anchor;         // [4 warps][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     float *anchor_start;   // [4 warps][B, NH] the same where the sequence begins
     float *q_dq;           // [B, NH, T] <q, dq>, known from <dh, h> alone
-    float *k_dk;           // [B, NH, T] <k, dk>, before dk is rounded
+    float *k_dk;           // [B, NH, T] <k, dk>, before dS and dk are rounded
 };
 
 struct alignas(16) NarrowShared {
@@ -83,9 +84,11 @@ struct alignas(16) NarrowShared {
     ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
     float inside[4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
+    float pairs[2][64];               // the chunk's part of <k, dk>
     uint64_t q_full[NARROW_STAGES], dh_full[NARROW_STAGES], rows_full[NARROW_STAGES], ds_full[NARROW_STAGES],
         empty[NARROW_STAGES];  // dh: and n; all of a place is empty at once
     uint64_t k_full[NARROW_KV_STAGES], v_full[NARROW_KV_STAGES], kv_empty[NARROW_KV_STAGES], C_full, C_empty;
+    uint64_t pairs_full[2];  // empty with Q's place
     uint64_t dC_full[2], dC_empty[2], dn_full[2], dS_full[2], dS_empty[2], before_full;
 };
 enum { NARROW_SHARED_BYTES = NARROW_AT_SHARED + sizeof(NarrowShared) };
@@ -283,6 +286,37 @@ __device__ __forceinline__ void narrow_sum_keys(const float (&P)[32], const floa
     *(float2 *)&to[8 * j + 2 * (lane % 4)] = sum[0];
 }
 
+// Sums over the chunk's queries of <q, k> dS = P (dP + ds den), of the two keys of a thread: their part of <k, dk>.
+// Made of the same numbers as <dh, h>, so that <q, dq> - <k, dk> keeps nothing of the pairs within a chunk; with dS as
+// it is rounded for dk and dq it would keep their errors. First P dP, then the rest.
+__device__ __forceinline__ float2 narrow_sum_queries(const float (&P)[32], const float (&dP)[32]) {
+    float2 sum = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        sum.x += P[4 * j] * dP[4 * j] + P[4 * j + 1] * dP[4 * j + 1];
+        sum.y += P[4 * j + 2] * dP[4 * j + 2] + P[4 * j + 3] * dP[4 * j + 3];
+    }
+    return sum;
+}
+__device__ __forceinline__ void narrow_store_pairs(const float (&P)[32], float2 sum, NarrowShared *sh, int it) {
+    const float *add = sh->rows[it % NARROW_STAGES].add + threadIdx.x % 4 * 2;
+    float *to = sh->pairs[it % 2] + narrow_row();
+    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 by = *(const float2 *)&add[8 * j];
+        sum.x += P[4 * j] * by.x + P[4 * j + 1] * by.y;
+        sum.y += P[4 * j + 2] * by.x + P[4 * j + 3] * by.y;
+    }
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2) {
+        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
+        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
+    }
+    if (threadIdx.x % 4 == 0) to[0] = sum.x, to[8] = sum.y;
+    scan_warp_arrive<2>(sh->pairs_full, it);
+}
+
 // ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>;
 // <q, dq> for it to store
 __device__ __forceinline__ float narrow_make_ds(unsigned char *smem, NarrowShared *sh, int it) {
@@ -334,6 +368,7 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         scan_weights<Scan<SCAN_DV, 64, 128>>(w, rows, not_hoisted(threadIdx.x % 128));
         wgmma_wait<0>();
         narrow_sum_keys(w, dP, sh->inside[threadIdx.x / 32 % 4]);
+        const float2 pairs = narrow_sum_queries(w, dP);
         narrow_pack(a, w);
         scan_wait_full<2>(sh->dC_full, it);
         wgmma_fence();
@@ -342,6 +377,7 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         wgmma_commit();
         const float q_dq = narrow_make_ds(smem, sh, it);
         __syncwarp();
+        narrow_store_pairs(w, pairs, sh, it);
         wgmma_wait<0>();
         scan_warp_arrive<2>(sh->dC_empty, it);
 #pragma unroll
@@ -412,15 +448,17 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
 #pragma unroll
         for (int i = 0; i < 32; i++) dk[i] = scale[i / 2 % 2] * (dk[i] + (i % 2 ? dn[i / 4].y : dn[i / 4].x));
         scan_warp_arrive<2>(sh->dC_empty, it);
+        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
+        float2 dots = narrow_row_dots(dk, k);
         scan_wait_full<NARROW_STAGES>(sh->q_full, it);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_rs<1>(dk, a[i], wgmma_operand(q, 2048 * i), true);
         wgmma_commit();
-        wgmma_wait<0>();
-        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
-        const float2 dots = narrow_row_dots(dk, k);
+        scan_wait_full<2>(sh->pairs_full, it);
+        dots.x += sh->pairs[it % 2][narrow_row()], dots.y += sh->pairs[it % 2][narrow_row() + 8];
         fence_async_proxy();  // K has been read before TMA writes to its place
+        wgmma_wait<0>();
         narrow_leave(sh, it);
         narrow_output<1>(at, &p.dk, dk, base + NARROW_AT_OUT_K, narrow_chunk(at, it));
         narrow_store_dots(p, at, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
@@ -653,6 +691,7 @@ __device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
     }
     barrier_init(shared_address(&sh->C_full), 1), barrier_init(shared_address(&sh->C_empty), 4);
     for (int k = 0; k < 2; k++) {
+        barrier_init(shared_address(sh->pairs_full + k), 4);
         barrier_init(shared_address(sh->dC_full + k), 4), barrier_init(shared_address(sh->dC_empty + k), 8);
         barrier_init(shared_address(sh->dS_full + k), 4), barrier_init(shared_address(sh->dS_empty + k), 1);
     }
