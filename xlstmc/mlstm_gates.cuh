@@ -496,18 +496,21 @@ __device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums 
                                        const int (&start)[2], double (&sum)[2], float (&k_dk)[2]) {
     const int lane = threadIdx.x % 32;
     const size_t tile = (size_t)s.B * s.NH * s.T;
+    float q_dq[2] = {0, 0};
+    k_dk[0] = k_dk[1] = 0;
+#pragma unroll 2
+    for (int p = 0; p < sums.tiles; p++)
+#pragma unroll
+        for (int g = 0; g < 2; g++) {
+            const int l = t0 + 32 * g + lane;
+            const size_t at = p * tile + bh * s.T + min(l, s.T - 1);
+            const float q = sums.q_dq[at], k = sums.k_dk[at];
+            if (l < s.T) q_dq[g] += q, k_dk[g] += k;
+        }
 #pragma unroll
     for (int g = 1; g >= 0; g--) {
         const int l = t0 + 32 * g + lane;
-        float q_dq = 0;
-        k_dk[g] = 0;
-#pragma unroll 4
-        for (int p = 0; p < sums.tiles; p++) {
-            if (l >= s.T) continue;
-            q_dq += sums.q_dq[p * tile + bh * s.T + l];
-            k_dk[g] += sums.k_dk[p * tile + bh * s.T + l];
-        }
-        sum[g] = (double)q_dq - k_dk[g];
+        sum[g] = (double)q_dq[g] - k_dk[g];
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
             double behind = __shfl_down_sync(0xffffffffu, sum[g], d);
@@ -536,16 +539,23 @@ static __global__ void __launch_bounds__(1024)
     doc_start += (size_t)b * s.T;
     for (int c = threadIdx.x / 32; c < spans; c += blockDim.x / 32) {
         const int begin = c * MLSTM_SPAN, end = min(begin + MLSTM_SPAN, s.T), start_last = doc_start[end - 1];
-        double of_first = 0, of_last = 0;
-        int count = 0;
+        double step[MLSTM_SPAN / 32] = {}, of_first = 0, of_last = 0;
+        int start[MLSTM_SPAN / 32], count = 0;
+#pragma unroll
+        for (int g = 0; g < MLSTM_SPAN / 32; g++) start[g] = doc_start[min(begin + 32 * g + lane, end - 1)];
+        for (int p = 0; p < sums.tiles; p++)  // loads of all tokens together
+#pragma unroll
+            for (int g = 0; g < MLSTM_SPAN / 32; g++) {
+                const int l = begin + 32 * g + lane;
+                const size_t at = p * tile + bh * s.T + min(l, end - 1);
+                const float q = sums.q_dq[at], k = sums.k_dk[at];
+                if (l < end) step[g] += (double)q - k;
+            }
 #pragma unroll
         for (int g = 0; g < MLSTM_SPAN / 32; g++) {
             const int l = begin + 32 * g + lane;
-            double step = 0;
-            for (int p = 0; l < end && p < sums.tiles; p++)
-                step += (double)sums.q_dq[p * tile + bh * s.T + l] - sums.k_dk[p * tile + bh * s.T + l];
-            const bool in_first = l < end && doc_start[l] < begin;
-            count += in_first, of_first += in_first ? step : 0, of_last += l >= start_last ? step : 0;
+            const bool in_first = l < end && start[g] < begin;
+            count += in_first, of_first += in_first ? step[g] : 0, of_last += l >= start_last ? step[g] : 0;
         }
 #pragma unroll
         for (int d = 16; d > 0; d /= 2) {
@@ -717,7 +727,8 @@ static void mlstm_gates_backward(const MlstmShape *s, const float *gates, size_t
     MlstmGateSums sums = {q_dq, k_dk, tiles, exact, anchor, anchor_tiles, initial.C ? anchor_start : NULL, tail};
     const int spans = ceil_div(s->T, MLSTM_SPAN);
     if (paths) {
-        launch_early(mlstm_bwd_gate_anchors_kernel, s->B * s->NH, spans > 16 ? 1024 : 512, 0, stream, *s, doc_start, sums, paths, spans);
+        launch_early(mlstm_bwd_gate_anchors_kernel, s->B * s->NH, spans > 16 ? 1024 : 512, 0, stream, *s, doc_start,
+                     sums, paths, spans);
         sums.anchor = paths, sums.anchor_tiles = 1;
         if (sums.anchor_start) sums.anchor_start = paths + (size_t)s->B * s->NH * spans;
     }

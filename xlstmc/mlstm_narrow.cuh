@@ -42,7 +42,7 @@
 #include "mlstm_scan.cuh"
 
 // Places of two rings: of Q, dH, n and the rows' scalars, and of K and V
-enum { NARROW_THREADS = 512, NARROW_STAGES = 2, NARROW_KV_STAGES = 3 };
+enum { NARROW_THREADS = 512, NARROW_STAGES = 2, NARROW_KV_STAGES = 3, NARROW_PAIRS = 4 };
 enum {
     NARROW_STATES_REGISTERS = 160,
     NARROW_VALUES_REGISTERS = 160,
@@ -84,11 +84,11 @@ struct alignas(16) NarrowShared {
     ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
     float inside[4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
-    float pairs[2][64];               // the chunk's part of <k, dk>
+    float pairs[NARROW_PAIRS][64];    // the chunk's part of <k, dk>
     uint64_t q_full[NARROW_STAGES], dh_full[NARROW_STAGES], rows_full[NARROW_STAGES], ds_full[NARROW_STAGES],
         empty[NARROW_STAGES];  // dh: and n; all of a place is empty at once
     uint64_t k_full[NARROW_KV_STAGES], v_full[NARROW_KV_STAGES], kv_empty[NARROW_KV_STAGES], C_full, C_empty;
-    uint64_t pairs_full[2];  // empty with Q's place
+    uint64_t pairs_full[NARROW_PAIRS];  // two chunks ahead of keys values wait for the places of Q, so none is missed
     uint64_t dC_full[2], dC_empty[2], dn_full[2], dS_full[2], dS_empty[2], before_full;
 };
 enum { NARROW_SHARED_BYTES = NARROW_AT_SHARED + sizeof(NarrowShared) };
@@ -300,7 +300,7 @@ __device__ __forceinline__ float2 narrow_sum_queries(const float (&P)[32], const
 }
 __device__ __forceinline__ void narrow_store_pairs(const float (&P)[32], float2 sum, NarrowShared *sh, int it) {
     const float *add = sh->rows[it % NARROW_STAGES].add + threadIdx.x % 4 * 2;
-    float *to = sh->pairs[it % 2] + narrow_row();
+    float *to = sh->pairs[it % NARROW_PAIRS] + narrow_row();
     scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -314,7 +314,7 @@ __device__ __forceinline__ void narrow_store_pairs(const float (&P)[32], float2 
         sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
     }
     if (threadIdx.x % 4 == 0) to[0] = sum.x, to[8] = sum.y;
-    scan_warp_arrive<2>(sh->pairs_full, it);
+    scan_warp_arrive<NARROW_PAIRS>(sh->pairs_full, it);
 }
 
 // ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>;
@@ -377,7 +377,6 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         wgmma_commit();
         const float q_dq = narrow_make_ds(smem, sh, it);
         __syncwarp();
-        narrow_store_pairs(w, pairs, sh, it);
         wgmma_wait<0>();
         scan_warp_arrive<2>(sh->dC_empty, it);
 #pragma unroll
@@ -386,6 +385,8 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_rs<1>(dv, a[i], wgmma_operand(dh, 2048 * i), true);
         wgmma_commit();
+        narrow_store_pairs(w, pairs, sh, it);
+        __syncwarp();
         wgmma_wait<0>();
         narrow_leave(sh, it);
         narrow_output<2>(at, &p.dv, dv, base + NARROW_AT_OUT_V, narrow_chunk(at, it));
@@ -455,12 +456,13 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_rs<1>(dk, a[i], wgmma_operand(q, 2048 * i), true);
         wgmma_commit();
-        scan_wait_full<2>(sh->pairs_full, it);
-        dots.x += sh->pairs[it % 2][narrow_row()], dots.y += sh->pairs[it % 2][narrow_row() + 8];
         fence_async_proxy();  // K has been read before TMA writes to its place
         wgmma_wait<0>();
         narrow_leave(sh, it);
         narrow_output<1>(at, &p.dk, dk, base + NARROW_AT_OUT_K, narrow_chunk(at, it));
+        scan_wait_full<NARROW_PAIRS>(sh->pairs_full, it);
+        const float *pairs = sh->pairs[it % NARROW_PAIRS] + narrow_row();
+        dots.x += pairs[0], dots.y += pairs[8];
         narrow_store_dots(p, at, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
@@ -685,13 +687,13 @@ __device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
         barrier_init(shared_address(sh->rows_full + k), 2), barrier_init(shared_address(sh->ds_full + k), 2);
         barrier_init(shared_address(sh->empty + k), 12);
     }
+    for (int k = 0; k < NARROW_PAIRS; k++) barrier_init(shared_address(sh->pairs_full + k), 4);
     for (int k = 0; k < NARROW_KV_STAGES; k++) {
         barrier_init(shared_address(sh->k_full + k), 1), barrier_init(shared_address(sh->v_full + k), 1);
         barrier_init(shared_address(sh->kv_empty + k), 12);
     }
     barrier_init(shared_address(&sh->C_full), 1), barrier_init(shared_address(&sh->C_empty), 4);
     for (int k = 0; k < 2; k++) {
-        barrier_init(shared_address(sh->pairs_full + k), 4);
         barrier_init(shared_address(sh->dC_full + k), 4), barrier_init(shared_address(sh->dC_empty + k), 8);
         barrier_init(shared_address(sh->dS_full + k), 4), barrier_init(shared_address(sh->dS_empty + k), 1);
     }

@@ -68,6 +68,8 @@ struct Scan {
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
+    // M takes in scaled rows of Z in two parts; or, H, what rounding takes from a row is given back by a later one
+    static constexpr bool BOTH_PARTS = PATHS || (MODE == SCAN_H && A == 64), SPREADS = MODE == SCAN_H && A > 64;
     // Products on their way in scan_ask_state
     static constexpr int AHEAD = BLOCKS == 2 || PATHS || (MODE == SCAN_DQ && AW > 192) ? 1 : AW > 192 ? 2 : 3;
     static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;  // dV still wants M for its snapshots
@@ -137,7 +139,7 @@ struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
     // their caps for a whole chunk, else 1e-6.
     float u[64], r[64];
     float factor[64];  // of the row's part from the state
-    float scale[64];   // of the row in the update of M; H: see scan_spread_rows
+    float scale[64];   // of the row in the update of M; SPREADS: see scan_spread_rows
     union {
         float floor[64];  // H: of the denominator
         float add[64];    // dQ, dK
@@ -366,7 +368,7 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
         rows->u[i] = u.x + u.y;
         rows->r[i] = r.x + r.y - log2_s - __log2f(by);
         rows->factor[i] = S::REVERSE ? k : q * by;
-        if (S::MODE == SCAN_H) scan_split_scale(rows->scale, i, k);
+        if (S::SPREADS) scan_split_scale(rows->scale, i, k);
         else rows->scale[i] = S::REVERSE ? q * by : k;
         if (S::MODE == SCAN_H) rows->floor[i] = inv_den;
         if (S::TRANSPOSED) rows->add[i] = __fdividef(ds, by), rows->border[i] = S::REVERSE ? k : q * ds;
@@ -989,7 +991,7 @@ __device__ __forceinline__ void scan_scale_rows_both(unsigned (&a)[2][4], unsign
     }
 }
 
-// The same for H, with scales from scan_split_scale. What rounding takes from eight tokens the next eight give back:
+// The same with scales from scan_split_scale. What rounding takes from eight tokens the next eight give back:
 // the output is a mean of v, and where keys have much in common what is lost would add up in it. In pairs of bf16: z
 // high + z low is rounded once, and what that loses is a bf16 number but for its last bits. lost: of the last eight;
 // spread: 1, or 0 for nothing to be given back
@@ -1188,8 +1190,8 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
     __nv_bfloat162 lost[2] = {}, spread = __float2bfloat162_rn(p.s.sigmoid_gate ? 0 : 1);
-    if (S::PATHS) scan_scale_rows_both(a[0], z, rows->scale);
-    else if (S::MODE == SCAN_H) scan_spread_rows(a[0], lost, spread, z, rows->scale);
+    if (S::BOTH_PARTS) scan_scale_rows_both(a[0], z, rows->scale);
+    else if (S::SPREADS) scan_spread_rows(a[0], lost, spread, z, rows->scale);
     else scan_scale_rows(a[0], z, rows->scale);
 #pragma unroll
     for (int i = 0; i < S::AW / 2 && !S::DECAYS_EARLY; i++) M[i] *= rows->decay;
@@ -1203,21 +1205,21 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
 #pragma unroll
     for (int k = 0; k < 4; k++) {  // what follows the first ones is made while these are multiplied
-        if (k > 0 && S::PATHS) {
+        if (k > 0 && S::BOTH_PARTS) {
             if (k > 1) wgmma_wait<1>();
             scan_scale_rows_both(a[k % 2], z + k * 2048, rows->scale + 16 * k);
         } else if (k == 2) {
-            if (S::MODE == SCAN_H) scan_spread_rows(a[1], lost, spread, z + 2 * 2048, rows->scale + 32);
+            if (S::SPREADS) scan_spread_rows(a[1], lost, spread, z + 2 * 2048, rows->scale + 32);
             else scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);
         }
-        if (k % 2 == 0 || S::PATHS) wgmma_fence();
+        if (k % 2 == 0 || S::BOTH_PARTS) wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < (S::PATHS ? 2 : 1); part++) {
-            const unsigned(&of)[4] = S::PATHS ? a[k % 2][part] : a[k / 2][k % 2];
+        for (int part = 0; part < (S::BOTH_PARTS ? 2 : 1); part++) {
+            const unsigned(&of)[4] = S::BOTH_PARTS ? a[k % 2][part] : a[k / 2][k % 2];
             scan_add_product<S>(M, of, y, k);
             if (S::TRANSPOSED) wgmma_rs<1>(N, of, wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
         }
-        if (k % 2 || S::PATHS) wgmma_commit();
+        if (k % 2 || S::BOTH_PARTS) wgmma_commit();
     }
     if (S::MAKES_DOTS) scan_wait_full<1>(&sh->p_full, it);  // and what scan_make_dots has left
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);
@@ -1446,13 +1448,9 @@ static bool scan_has_paths(const MlstmShape *s) {
 }
 // Snapshots of a head, of C and of n: no fewer than there are borders
 static int scan_snapshots(const MlstmShape *s) {
-    return scan_narrow(s)      ? ceil_div(mlstm_chunks(s), 2)
-           : scan_has_paths(s) ? 0
-                               : mlstm_chunks(s) / SCAN_BORDER;
+    return scan_narrow(s) ? ceil_div(mlstm_chunks(s), 2) : scan_has_paths(s) ? 0 : mlstm_chunks(s) / SCAN_BORDER;
 }
-static int scan_n_snapshots(const MlstmShape *s) {
-    return scan_narrow(s) ? mlstm_chunks(s) : scan_snapshots(s);
-}
+static int scan_n_snapshots(const MlstmShape *s) { return scan_narrow(s) ? mlstm_chunks(s) : scan_snapshots(s); }
 static size_t scan_snapshot_words(const MlstmShape *s) {
     const int A = scan_pad(s->dk, false);
     return (size_t)s->B * s->NH * scan_snapshots(s) * scan_slices(s, false) * A * scan_columns(A, false) / 2;
