@@ -1128,8 +1128,7 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
         }
     if (!scanned)
         mlstm_split_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
-    // In float, <k, dk> is as exact; the walk of narrow heads has <q, dq> without the rounding of a product itself
-    const float *exact = sizeof(F) == 4 ? NULL : scanned && scan_narrow(&s) ? scratch->q_dq : scratch->rows.q_dq;
+    const float *exact = sizeof(F) == 2 ? scratch->rows.q_dq : NULL;  // in float, <k, dk> is as exact
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
                          mlstm_dot_tiles<F>(&s), scratch->anchor,
                          scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
@@ -1150,10 +1149,10 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     const bool scan = sizeof(F) == 2 && s.chunk == SCAN_CHUNK, narrow = scan && scan_narrow(&s);
     const bool by_scan = !dh_dot_h && !narrow && scan && scan_makes_dots(&s, (const bf16 *)h);
     MlstmScratch<F> known = *scratch;
-    if (!dh_dot_h && (by_scan || s.sigmoid_gate)) known.rows.q_dq = NULL;
-    if (narrow) known.rows.q_dq = NULL;  // their walk makes all of MlstmRows itself
-    else if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, known.rows, stream);
-    else if (!by_scan) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
+    if (!dh_dot_h && (narrow || by_scan || s.sigmoid_gate)) known.rows.q_dq = NULL;
+    // of narrow heads only q_dq is used: their walk makes inv_den and ds itself
+    if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, known.rows, stream);
+    else if (!narrow && !by_scan) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
     mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, &known,
                         stream, by_scan ? h : NULL);
 }

@@ -21,8 +21,7 @@
 //
 //   states    dC [dk, dv] in 64 accumulators a thread, published in bf16 for the others as soon as it is made; dq, for
 //             which dS comes back from shared memory; between spans <C, dC> + <n, dn>, a share from each warp
-//   values    both scores, the weights of P, which stays in registers as operand; ds and the chunk's part of <k, dk>
-//             for the others; dv
+//   values    both scores, the weights of P, which stays in registers as operand; ds for the others; dv
 //   keys      V dH^T once more, the weights of dS; dk
 //   aux       a thread starts the copies by TMA, of Q, dH and n to a ring of two places, of K and V to one of three, of
 //             C to a place of its own; two warps make the rows' scalars from the gates
@@ -35,14 +34,14 @@
 // with K': 2,176 and 2,560. Bytes a token and head of 64/128: 768 of q, k, v, dh, 128 of C, 4 of n, 512 of dq, dk, dv,
 // 44 of scalars: 1,456 (and 940 of H), which take 0.20 ms for 393,216 of them at 2.8 TB/s, or 4.4 us a chunk on each of
 // 132 multiprocessors. Registers of a thread: states 160 (dC 64, dq 32, dH V'^T 32, or operand 16), values 160 (dv 64,
-// scores 32 + 32), keys 152 (dk 32, scores 32, weights 32), aux 40. Shared memory: 217 KB.
+// scores 32 + 32), keys 152 (dk 32, scores 32, weights 32), aux 40. Shared memory: 216 KB.
 #ifndef XLSTMC_MLSTM_NARROW_CUH
 #define XLSTMC_MLSTM_NARROW_CUH
 
 #include "mlstm_scan.cuh"
 
 // Places of two rings: of Q, dH, n and the rows' scalars, and of K and V
-enum { NARROW_THREADS = 512, NARROW_STAGES = 2, NARROW_KV_STAGES = 3, NARROW_PAIRS = 4 };
+enum { NARROW_THREADS = 512, NARROW_STAGES = 2, NARROW_KV_STAGES = 3 };
 enum {
     NARROW_STATES_REGISTERS = 160,
     NARROW_VALUES_REGISTERS = 160,
@@ -75,8 +74,7 @@ struct NarrowArgs {
     const float *n;        // [B, NH, NC, dk]
     float *anchor;         // [4 warps][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     float *anchor_start;   // [4 warps][B, NH] the same where the sequence begins
-    float *q_dq;           // [B, NH, T] <q, dq>, known from <dh, h> alone
-    float *k_dk;           // [B, NH, T] <k, dk>, before dS and dk are rounded
+    float *q_dq, *k_dk;    // [B, NH, T] row sums, before dq and dk are rounded
 };
 
 struct alignas(16) NarrowShared {
@@ -84,11 +82,9 @@ struct alignas(16) NarrowShared {
     ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
     float inside[4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
-    float pairs[NARROW_PAIRS][64];    // the chunk's part of <k, dk>
     uint64_t q_full[NARROW_STAGES], dh_full[NARROW_STAGES], rows_full[NARROW_STAGES], ds_full[NARROW_STAGES],
         empty[NARROW_STAGES];  // dh: and n; all of a place is empty at once
     uint64_t k_full[NARROW_KV_STAGES], v_full[NARROW_KV_STAGES], kv_empty[NARROW_KV_STAGES], C_full, C_empty;
-    uint64_t pairs_full[NARROW_PAIRS];  // two chunks ahead of keys values wait for the places of Q, so none is missed
     uint64_t dC_full[2], dC_empty[2], dn_full[2], dS_full[2], dS_empty[2], before_full;
 };
 enum { NARROW_SHARED_BYTES = NARROW_AT_SHARED + sizeof(NarrowShared) };
@@ -163,8 +159,8 @@ __device__ __forceinline__ void narrow_copy(const NarrowArgs &p, const NarrowPla
     }
 }
 
-// Two warps, a lane a row; the next chunk's values are loaded while the others work. For the time being, add and
-// border are for each unit of <dh, h>: of ds den, 1, 0 or -1; of <q, dq> = <dh, h> + ds sig, 1 or eps / den
+// Two warps, a lane a row; the next chunk's values are loaded while the others work. add: for the time being, its part
+// for each unit of <dh, h>, 1, 0 or -1
 __device__ __forceinline__ void narrow_scalars(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
                                                NarrowShared *sh) {
     const float log2_s = -0.5f * __log2f((float)p.s.dk);
@@ -187,7 +183,7 @@ __device__ __forceinline__ void narrow_scalars(const NarrowArgs &p, const Narrow
         rows->u[i] = u.x + u.y;
         rows->r[i] = r.x + r.y - log2_s - __log2f(inv_den);
         rows->factor[i] = q * inv_den, rows->scale[i] = k;
-        rows->add[i] = add, rows->border[i] = add == 0 ? 1 : p.s.eps * inv_den;
+        rows->add[i] = add;
         rows->start[i] = max(start - c * SCAN_CHUNK, 0);
         if (i == 0) rows->decay = decay;
         scan_warp_arrive<NARROW_STAGES>(sh->rows_full, it);
@@ -210,7 +206,7 @@ __device__ __forceinline__ void narrow_store_panel(const float *x, unsigned pane
                        pack_two(x[4 * j + 6], x[4 * j + 7]));
 }
 
-// Sums of x times what lies in a panel, of the two rows of a thread; <k, dk> of them to memory
+// Sums of x times what lies in a panel, of the two rows of a thread
 __device__ __forceinline__ float2 narrow_row_dots(const float (&x)[32], unsigned panel) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     float2 sum = {0, 0};
@@ -231,9 +227,10 @@ __device__ __forceinline__ float2 narrow_row_dots(const float (&x)[32], unsigned
     }
     return sum;
 }
-__device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const NarrowPlace &at, float2 sum, int c) {
+__device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const NarrowPlace &at, float *to, float2 sum,
+                                                  int c) {
     const int time = c * SCAN_CHUNK + narrow_row();
-    float *to = p.k_dk + (size_t)at.bh * p.s.T + time;
+    to += (size_t)at.bh * p.s.T + time;
     if (threadIdx.x % 4) return;
     if (time < p.s.T) to[0] = sum.x;
     if (time + 8 < p.s.T) to[8] = sum.y;
@@ -286,53 +283,20 @@ __device__ __forceinline__ void narrow_sum_keys(const float (&P)[32], const floa
     *(float2 *)&to[8 * j + 2 * (lane % 4)] = sum[0];
 }
 
-// Sums over the chunk's queries of <q, k> dS = P (dP + ds den), of the two keys of a thread: their part of <k, dk>.
-// Made of the same numbers as <dh, h>, so that <q, dq> - <k, dk> keeps nothing of the pairs within a chunk; with dS as
-// it is rounded for dk and dq it would keep their errors. First P dP, then the rest.
-__device__ __forceinline__ float2 narrow_sum_queries(const float (&P)[32], const float (&dP)[32]) {
-    float2 sum = {0, 0};
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        sum.x += P[4 * j] * dP[4 * j] + P[4 * j + 1] * dP[4 * j + 1];
-        sum.y += P[4 * j + 2] * dP[4 * j + 2] + P[4 * j + 3] * dP[4 * j + 3];
-    }
-    return sum;
-}
-__device__ __forceinline__ void narrow_store_pairs(const float (&P)[32], float2 sum, NarrowShared *sh, int it) {
-    const float *add = sh->rows[it % NARROW_STAGES].add + threadIdx.x % 4 * 2;
-    float *to = sh->pairs[it % NARROW_PAIRS] + narrow_row();
-    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const float2 by = *(const float2 *)&add[8 * j];
-        sum.x += P[4 * j] * by.x + P[4 * j + 1] * by.y;
-        sum.y += P[4 * j + 2] * by.x + P[4 * j + 3] * by.y;
-    }
-#pragma unroll
-    for (int d = 1; d < 4; d *= 2) {
-        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
-        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
-    }
-    if (threadIdx.x % 4 == 0) to[0] = sum.x, to[8] = sum.y;
-    scan_warp_arrive<NARROW_PAIRS>(sh->pairs_full, it);
-}
-
-// ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>;
-// <q, dq> for it to store
-__device__ __forceinline__ float narrow_make_ds(unsigned char *smem, NarrowShared *sh, int it) {
+// ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>
+__device__ __forceinline__ void narrow_make_ds(unsigned char *smem, NarrowShared *sh, int it) {
     const int i = threadIdx.x % 128;
     named_barrier_sync(1 + threadIdx.x / 128, 128);
-    if (i >= 64) return 0;
+    if (i >= 64) return;
     ScanRows *rows = &sh->rows[it % NARROW_STAGES];
     scan_wait_full<1>(&sh->before_full, it);
     const float dot = (sh->inside[0][i] + sh->inside[1][i]) + (sh->inside[2][i] + sh->inside[3][i]) + sh->before[i];
-    const float add = rows->add[i] * dot, q_dq = rows->border[i] * dot;  // add: ds den
+    const float add = rows->add[i] * dot;  // ds den
     const unsigned words = pack_two(add, add - to_float(from_float<bf16>(add)));
     rows->add[i] = add, rows->border[i] = rows->factor[i] * add;
     ((uint4 *)(smem + NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024))[i] = make_uint4(words, words, words, words);
     fence_async_proxy();
     scan_warp_arrive<NARROW_STAGES>(sh->ds_full, it);
-    return q_dq;
 }
 
 __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
@@ -368,14 +332,13 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         scan_weights<Scan<SCAN_DV, 64, 128>>(w, rows, not_hoisted(threadIdx.x % 128));
         wgmma_wait<0>();
         narrow_sum_keys(w, dP, sh->inside[threadIdx.x / 32 % 4]);
-        const float2 pairs = narrow_sum_queries(w, dP);
         narrow_pack(a, w);
         scan_wait_full<2>(sh->dC_full, it);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_ss<0, 1>(dv, wgmma_operand(k, 32 * i), wgmma_operand(dC, 2048 * i), true);
         wgmma_commit();
-        const float q_dq = narrow_make_ds(smem, sh, it);
+        narrow_make_ds(smem, sh, it);
         __syncwarp();
         wgmma_wait<0>();
         scan_warp_arrive<2>(sh->dC_empty, it);
@@ -385,13 +348,9 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_rs<1>(dv, a[i], wgmma_operand(dh, 2048 * i), true);
         wgmma_commit();
-        narrow_store_pairs(w, pairs, sh, it);
-        __syncwarp();
         wgmma_wait<0>();
         narrow_leave(sh, it);
         narrow_output<2>(at, &p.dv, dv, base + NARROW_AT_OUT_V, narrow_chunk(at, it));
-        const int i = threadIdx.x % 128, t = narrow_chunk(at, it) * SCAN_CHUNK + i;
-        if (i < 64 && t < p.s.T) p.q_dq[(size_t)at.bh * p.s.T + t] = q_dq;  // behind the fence, which would wait for it
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -449,21 +408,18 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
 #pragma unroll
         for (int i = 0; i < 32; i++) dk[i] = scale[i / 2 % 2] * (dk[i] + (i % 2 ? dn[i / 4].y : dn[i / 4].x));
         scan_warp_arrive<2>(sh->dC_empty, it);
-        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
-        float2 dots = narrow_row_dots(dk, k);
         scan_wait_full<NARROW_STAGES>(sh->q_full, it);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_rs<1>(dk, a[i], wgmma_operand(q, 2048 * i), true);
         wgmma_commit();
-        fence_async_proxy();  // K has been read before TMA writes to its place
         wgmma_wait<0>();
+        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
+        const float2 dots = narrow_row_dots(dk, k);
+        fence_async_proxy();  // K has been read before TMA writes to its place
         narrow_leave(sh, it);
         narrow_output<1>(at, &p.dk, dk, base + NARROW_AT_OUT_K, narrow_chunk(at, it));
-        scan_wait_full<NARROW_PAIRS>(sh->pairs_full, it);
-        const float *pairs = sh->pairs[it % NARROW_PAIRS] + narrow_row();
-        dots.x += pairs[0], dots.y += pairs[8];
-        narrow_store_dots(p, at, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
+        narrow_store_dots(p, at, p.k_dk, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -650,7 +606,6 @@ __device__ __forceinline__ void narrow_states_chunk(const NarrowArgs &p, const N
     wgmma_wait<0>();
     if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
     if constexpr (!ODD) share += narrow_dot_n(N, sh->n[it % NARROW_STAGES]);
-    fence_async_proxy();  // Q and n have been read before TMA writes to their places; here nobody waits for it
     scan_wait_full<2>(sh->dS_full, it);
     scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
     wgmma_fence();
@@ -660,8 +615,11 @@ __device__ __forceinline__ void narrow_states_chunk(const NarrowArgs &p, const N
                        wgmma_operand(k, 2048 * i), true);
     wgmma_commit();
     wgmma_wait<0>();
+    const float2 dots = narrow_row_dots(dq, q);
+    fence_async_proxy();
     narrow_leave(sh, it);
     narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_DS + it % 2 * PANEL_BYTES, c);
+    narrow_store_dots(p, at, p.q_dq, dots, c);
     if constexpr (!ODD) narrow_store_anchor(p, at, share, c);
 }
 
@@ -687,7 +645,6 @@ __device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
         barrier_init(shared_address(sh->rows_full + k), 2), barrier_init(shared_address(sh->ds_full + k), 2);
         barrier_init(shared_address(sh->empty + k), 12);
     }
-    for (int k = 0; k < NARROW_PAIRS; k++) barrier_init(shared_address(sh->pairs_full + k), 4);
     for (int k = 0; k < NARROW_KV_STAGES; k++) {
         barrier_init(shared_address(sh->k_full + k), 1), barrier_init(shared_address(sh->v_full + k), 1);
         barrier_init(shared_address(sh->kv_empty + k), 12);
