@@ -1119,7 +1119,7 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
             if (scan_narrow(&s))
-                mlstm_narrow_backward(s, in, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
+                mlstm_narrow_backward(s, in, initial, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
                                       mlstm_scan_scratch(scratch), stream);
             else
                 mlstm_scan_backward(s, in, initial, dfinal, segment, dh, h, dq, dk, dv, ld_grad, saved->gates,

@@ -70,6 +70,7 @@ struct NarrowArgs {
     MlstmGates gates;
     const int *doc_start;  // [B, T]
     MlstmState dfinal;     // gradient of the states that leave; C == NULL: zeros
+    MlstmState entering;   // the states that entered the sequence in the forward pass; C == NULL: zeros
     const char *C;         // [B, NH, (NC + 1) / 2] what enters every even chunk, [128 dv, 64 dk] in two panels
     const float *n;        // [B, NH, NC, dk]
     float *anchor;         // [4 warps][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
@@ -485,6 +486,24 @@ __device__ __forceinline__ float narrow_dot_n(const float (&N)[4], const float *
     const int row = narrow_row();
     return threadIdx.x % 4 ? 0 : n[row] * (N[0] + N[1]) + n[row + 8] * (N[2] + N[3]);
 }
+// The share where the sequence begins, for the states themselves that entered it
+__device__ __forceinline__ float narrow_dot_entering(const NarrowArgs &p, const NarrowPlace &at, const float (&dC)[64],
+                                                     const float (&N)[4]) {
+    const float *C = p.entering.C + at.b * p.entering.row + (size_t)at.head * p.s.dk * p.s.dv,
+                *n = p.entering.n + at.b * p.entering.row + (size_t)at.head * p.s.dk;
+    const int row = narrow_row(), column = threadIdx.x % 4 * 2;
+    float sum = 0;
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        if (threadIdx.x % 4 == 0 && row + 8 * h < p.s.dk) sum += n[row + 8 * h] * (N[2 * h] + N[2 * h + 1]);
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+        const int a = row + i / 2 % 2 * 8, w = column + i / 4 * 8 + i % 2;
+        if (a < p.s.dk && w < p.s.dv) sum += C[a * p.s.dv + w] * dC[i];
+        if (i % 16 == 15) asm volatile("" ::: "memory");  // not all addresses at once: registers
+    }
+    return sum;
+}
 // Where a span ends before chunk c, or the sequence begins with it
 __device__ __forceinline__ void narrow_store_anchor(const NarrowArgs &p, const NarrowPlace &at, float share, int c) {
     const float sum = warp_sum(share);
@@ -620,7 +639,7 @@ __device__ __forceinline__ void narrow_states_chunk(const NarrowArgs &p, const N
     narrow_leave(sh, it);
     narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_DS + it % 2 * PANEL_BYTES, c);
     narrow_store_dots(p, at, p.q_dq, dots, c);
-    if constexpr (!ODD) narrow_store_anchor(p, at, share, c);
+    if (!ODD && c > 0) narrow_store_anchor(p, at, share, c);
 }
 
 __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
@@ -633,6 +652,7 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         if (narrow_chunk(at, it) % 2) narrow_states_chunk<true>(p, at, base, sh, dC, N, it);
         else narrow_states_chunk<false>(p, at, base, sh, dC, N, it);
     }
+    if (p.entering.C) narrow_store_anchor(p, at, narrow_dot_entering(p, at, dC, N), 0);
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
 
@@ -700,12 +720,13 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 1)
 
 // dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_scan_backward. Only where scan_narrow(). Of the scratch
 // the factors of the rows are not read.
-static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState dfinal, const bf16 *dh,
-                                  bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad, const MlstmGates &gates,
-                                  const ScanSaved &saved, const ScanScratch &scratch, cudaStream_t stream) {
+static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState initial,
+                                  MlstmState dfinal, const bf16 *dh, bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad,
+                                  const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch,
+                                  cudaStream_t stream) {
     NarrowArgs p;
     memset((void *)&p, 0, sizeof p);
-    p.s = s, p.gates = gates, p.doc_start = in.doc_start, p.dfinal = dfinal;
+    p.s = s, p.gates = gates, p.doc_start = in.doc_start, p.entering = initial, p.dfinal = dfinal;
     p.C = (const char *)saved.snapshots, p.n = saved.n_snapshots;
     p.anchor = scratch.anchor, p.anchor_start = scratch.anchor_start;
     p.q_dq = scratch.q_dq, p.k_dk = scratch.k_dk;
