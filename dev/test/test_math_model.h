@@ -688,12 +688,13 @@ static void test_adamw(void) {
     double *w = zeros(n), *m = zeros(n), *v = zeros(n), *got = zeros(n), norm_error = 0;
     copy_from_real(w, model.params, n);
     for (u.step = 1; u.step <= 5; u.step++) {
-        double *g = normals(n, 0.01, 0.3), sum = 0;
+        double *g = normals(n, 0.01, 0.3);
+        long double sum = 0;  // added up one by one in double it would itself be off by 1e-14
         u.lr = 1e-2 / u.step;
         u.grad_scale = u.step == 3 ? 0.25 : 1;
         copy_to_real(model.grads, g, n);
-        for (size_t k = 0; k < n; k++) sum += g[k] * g[k];
-        norm_error = fmax(norm_error, fabs(cpu_grad_norm() / sqrt(sum) - 1));
+        for (size_t k = 0; k < n; k++) sum += (long double)g[k] * g[k];
+        norm_error = fmax(norm_error, fabs(cpu_grad_norm() / sqrt((double)sum) - 1));
         cpu_update(&u);
         for (int k = 0; k < model.table.num_tensors; k++) {
             const TensorSpec *t = &model.table.tensors[k];
