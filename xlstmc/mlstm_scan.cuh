@@ -33,8 +33,8 @@
 // Cost of a chunk and slice, in cycles of the tensor cores (2,048 multiply-adds): 2 A for the scores, 2 A W / 64 for
 // the state's answer, 2 W for P Z, 2 A W / 64 for the update; 2,816 at A = 128, W = 256 and the other way round. Bytes:
 // every input and output once from memory where the slices of a head run side by side, and 4 A W / 128 a token for
-// snapshots. Registers of a thread: state 128 (M) + 32 (out) + operands, 208 in all; scores 64 or 72, aux 32 or 24.
-// Shared memory: up to 227 KB.
+// snapshots, if there are any. With PATHS the state's answer and update take twice the cycles. Registers of a thread:
+// state 128 (M) + 32 (out) + operands, 208 in all; scores 64 or 72, aux 32 or 24. Shared memory: up to 227 KB.
 #ifndef XLSTMC_MLSTM_SCAN_CUH
 #define XLSTMC_MLSTM_SCAN_CUH
 
@@ -1181,7 +1181,8 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     unsigned a[2][2][4];
     scan_wait_full<S::TILES>(sh->tile_full, k0);
     const unsigned x = base + scan_at_tile<S>(k0) + half;
-    // dQ: what chunks of 128 lose once, chunks of 64 lose twice. Where there is a denominator it hides that.
+    // dQ with the sigmoid gate: C is asked by more of the pairs than with chunks of 128, and each answer is rounded
+    // twice. With the exponential gate dq errs more by ds than by that.
     if (S::PATHS || (S::MODE == SCAN_DQ && p.s.sigmoid_gate))
         scan_ask_state<S, S::MODE == SCAN_DQ || S::PATHS>(out, M, not_hoisted(x), rows->decay);
     else scan_ask_state<S, false>(out, M, not_hoisted(x), rows->decay);
