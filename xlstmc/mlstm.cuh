@@ -1115,25 +1115,25 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
                                 float *dbias, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
                                 cudaStream_t stream, const F *h = NULL) {
     bool scanned = false, segment = dfinal.C != NULL;
+    const float *exact = sizeof(F) == 2 ? scratch->rows.q_dq : NULL;  // in float, <k, dk> is as exact
+    const float *tail = segment ? scratch->tail : NULL;
     if (segment) mlstm_tail(&s, scratch->tail, final, dfinal, stream);
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
             if (scan_narrow(&s))
-                mlstm_narrow_backward(s, in, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
-                                      mlstm_scan_scratch(scratch), stream);
-            else
-                mlstm_scan_backward(s, in, initial, dfinal, segment, dh, h, dq, dk, dv, ld_grad, saved->gates,
-                                    saved->scan, mlstm_scan_scratch(scratch), stream);
+                return mlstm_narrow_backward(s, in, initial, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
+                                             tail, exact, dgates, ld_dgates, dbias, scratch->partial, stream);
+            mlstm_scan_backward(s, in, initial, dfinal, segment, dh, h, dq, dk, dv, ld_grad, saved->gates, saved->scan,
+                                mlstm_scan_scratch(scratch), stream);
             scanned = true;
         }
     if (!scanned)
         mlstm_split_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
-    const float *exact = sizeof(F) == 2 ? scratch->rows.q_dq : NULL;  // in float, <k, dk> is as exact
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
                          mlstm_dot_tiles<F>(&s), scratch->anchor,
-                         scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
-                         segment ? scratch->tail : NULL, exact, scanned && scan_has_paths(&s) ? scratch->anchor : NULL,
-                         initial, dgates, ld_dgates, dbias, scratch->partial, stream);
+                         scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start, tail,
+                         exact, scanned && scan_has_paths(&s) ? scratch->anchor : NULL, initial, dgates, ld_dgates,
+                         dbias, scratch->partial, stream);
 }
 
 // Exact gradients of the inputs (written, not added; dbias [2NH] is added to), also through the denominator; m is a

@@ -36,6 +36,9 @@ typedef struct {  // [B] rows of stride row: C [NH, dk, dv], n [NH, dk], m [NH].
 
 typedef struct {    // [B, NH, T] unless said
     float2 *u, *r;  // (hi, lo) in units of log 2: D_lj = exp2f((u.x - r.x) + (u.y - r.y)), u of j, r of l
+    // Chunks of SCAN_CHUNK: hi alone. A bf16 result does without lo: 1e-4 of the weight where gates are at their caps
+    // for a whole chunk, else 1e-6
+    float *u_high, *r_high;
     float *floor, *qscale, *kscale, *sig;  // e^{-M_l}; s exp(m_c - r_l) or 0; exp(u_j - r_L) or 0; s q_l . n_l
     float *decay;                          // [B, NH, NC] exp(m_c - r_L) or 0
     float *m;                              // [B, NH, NC + 1] m entering chunk c; m[NC] leaves the last
@@ -45,8 +48,11 @@ typedef struct {    // [B, NH, T] unless said
 MAYBE_UNUSED
 static void mlstm_take_gates(Arena *a, const MlstmShape *s, MlstmGates *g) {
     const size_t heads = (size_t)s->B * s->NH, rows = heads * s->T, chunks = heads * mlstm_chunks(s);
-    g->u = take<float2>(a, rows);
-    g->r = take<float2>(a, rows);
+    const bool high = s->chunk == SCAN_CHUNK;
+    g->u = take<float2>(a, high ? 0 : rows);
+    g->r = take<float2>(a, high ? 0 : rows);
+    g->u_high = take<float>(a, high ? rows : 0);
+    g->r_high = take<float>(a, high ? rows : 0);
     g->floor = take<float>(a, rows);
     g->qscale = take<float>(a, rows);
     g->kscale = take<float>(a, rows);
@@ -262,8 +268,9 @@ __device__ inline void mlstm_store_gates(const MlstmScan<GROUPS> &scan, const Ml
         if (l >= s.T) break;
         const size_t at = w.bh * s.T + l;
         const double r = s.sigmoid_gate ? -scan.b[g] : fmax(fresh ? 0 : m, scan.top[g]);
-        out.u[at] = mlstm_split_log2(scan.u[g]);
-        out.r[at] = mlstm_split_log2(r);
+        const float2 u = mlstm_split_log2(scan.u[g]), split_r = mlstm_split_log2(r);
+        if (GROUPS == SCAN_CHUNK / 32) out.u_high[at] = u.x, out.r_high[at] = split_r.x;
+        else out.u[at] = u, out.r[at] = split_r;
         out.floor[at] = expf((float)-(scan.b[g] + r));
         out.qscale[at] = fresh ? 0 : scale * expf((float)(m - r));
         out.kscale[at] = l < scan.start_last ? 0 : expf((float)(scan.u[g] - r_next));
@@ -589,6 +596,21 @@ static __global__ void __launch_bounds__(1024)
 // at both ends of the sequence; TERMS, SLOPES: of |<k, dk>| and |di|
 enum { BIAS_INPUT, BIAS_FORGET, BIAS_SURPLUS, BIAS_TERMS, BIAS_SLOPES, NUM_BIAS_SUMS };
 
+// Gradients of a token's raw input and forget gate; i and f: their values, d_log_f: 0 where f has no effect
+__device__ inline float2 mlstm_gate_gradients(const MlstmShape &s, float cap, float i, float f, float k_dk,
+                                              float d_log_f) {
+    float2 d = {s.sigmoid_gate ? k_dk / (1 + expf(i)) : k_dk, d_log_f == 0 ? 0 : d_log_f / (1 + expf(f))};
+    if (cap > 0) d.x *= 1 - (i / cap) * (i / cap), d.y *= 1 - (f / cap) * (f / cap);
+    return d;
+}
+// What a token adds; exact: as in MlstmGateSums
+__device__ inline void mlstm_add_bias_sums(float (&part)[NUM_BIAS_SUMS], float2 d, float k_dk, const float *exact,
+                                           size_t at) {
+    part[BIAS_INPUT] += d.x, part[BIAS_FORGET] += d.y;
+    part[BIAS_TERMS] += fabsf(k_dk), part[BIAS_SLOPES] += fabsf(d.x);
+    if (exact) part[BIAS_SURPLUS] += (float)((double)exact[at] - k_dk);
+}
+
 // A block takes a span of `heads` heads, whose gates lie side by side: they come and go by rows, through shared memory.
 // bias_sums [NUM_BIAS_SUMS][NH][B * spans * GATE_WARPS]; n0 [B][NH, dk] enters the sequence, NULL: zeros
 template <typename F>
@@ -662,16 +684,10 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
         const int first = max(start[g], begin), tokens = last[first - begin] - first + 1;
         const double missing = (start[g] < begin ? anchors[mine][1] : 0) - path[first - begin];
         const float d_log_f = (float)(sum[g] + missing * (first + tokens - l) / tokens);
-        float di = s.sigmoid_gate ? k_dk[g] / (1 + expf(i)) : k_dk[g];
-        float df = start[g] == l || (empty && l == 0) ? 0 : d_log_f / (1 + expf(f));
-        if (in.cap > 0) {
-            di *= 1 - (i / in.cap) * (i / in.cap);
-            df *= 1 - (f / in.cap) * (f / in.cap);
-        }
-        part[BIAS_INPUT] += di, part[BIAS_FORGET] += df;
-        part[BIAS_TERMS] += fabsf(k_dk[g]), part[BIAS_SLOPES] += fabsf(di);
-        if (sums.q_dq_exact) part[BIAS_SURPLUS] += (float)((double)sums.q_dq_exact[bh * s.T + l] - k_dk[g]);
-        *igate = di, *fgate = df;
+        const bool no_effect = start[g] == l || (empty && l == 0);
+        const float2 d = mlstm_gate_gradients(s, in.cap, i, f, k_dk[g], no_effect ? 0 : d_log_f);
+        mlstm_add_bias_sums(part, d, k_dk[g], sums.q_dq_exact, bh * s.T + l);
+        *igate = d.x, *fgate = d.y;
     }
     if (lane == 0 && warp == 0 && c == 0) part[BIAS_SURPLUS] -= (float)anchors[mine][1];
     if (lane == 0 && warp == 0 && c + 1 == spans) part[BIAS_SURPLUS] += (float)anchors[mine][0];

@@ -64,19 +64,34 @@ struct NarrowArgs {
     MlstmState dfinal;     // gradient of the states that leave; C == NULL: zeros
     const char *C;         // [B, NH, NC] the state that enters each chunk, [128 dv, 64 dk] in two panels
     const float *n;        // [B, NH, NC, dk]
-    float *anchor;         // [4 warps][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
-    float *anchor_start;   // [4 warps][B, NH] the same where the sequence begins
-    float *q_dq, *k_dk;    // [B, NH, T] row sums, before dq and dk are rounded
+    MlstmGateInput gate_input;
+    const float *q_dq_exact, *tail;  // as in MlstmGateSums
+    MlstmState initial;              // of the forward pass
+    void *dgates;                    // [B * T, 2NH] row stride ld_dgates, in bf16 or float
+    size_t ld_dgates;
+    bool dgates_bf16;
+    float *bias_sums;  // [NUM_BIAS_SUMS][NH][B]
+};
+
+// What the gates' gradients need of a span of MLSTM_SPAN tokens: row sums, before dq and dk are rounded, and a share of
+// each warp of <C, dC> + <n, dn> where the span begins
+struct NarrowSpan {
+    float q_dq[MLSTM_SPAN], k_dk[MLSTM_SPAN], anchor[4];
 };
 
 struct alignas(16) NarrowShared {
     // factor: of the queries, scale: of the keys; add and border: as for dQ, both once ds_full says so
     ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
+    NarrowSpan spans[2];
+    // Of the gates' warp, for the tokens of a span: raw values, the sums, and for a document's first token in the span
+    // its last one, counted from the span's start
+    float igate[MLSTM_SPAN], fgate[MLSTM_SPAN], path[MLSTM_SPAN];
+    int start[MLSTM_SPAN], last[MLSTM_SPAN];
     float inside[4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
     uint64_t qk_full[NARROW_STAGES], v_full[NARROW_STAGES], C_full[NARROW_STAGES], rows_full[NARROW_STAGES],
         ds_full[NARROW_STAGES], empty[NARROW_STAGES];  // v: and dH; all places of a stage are empty together
-    uint64_t dC_full[2], dC_empty[2], dn_full[2], dS_full[2], dS_empty[2], before_full;
+    uint64_t dC_full[2], dC_empty[2], dn_full[2], dS_full[2], dS_empty[2], before_full, span_full[2], span_empty[2];
 };
 enum { NARROW_SHARED_BYTES = NARROW_AT_SHARED + sizeof(NarrowShared) };
 static_assert(NARROW_SHARED_BYTES <= 227 * 1024, "shared memory of a block");
@@ -85,6 +100,8 @@ struct NarrowPlace {  // what a block does
     int b, head, bh, chunks;
 };
 __device__ __forceinline__ int narrow_chunk(const NarrowPlace &at, int it) { return at.chunks - 1 - it; }
+// In the order of the walk
+__device__ __forceinline__ int narrow_span(const NarrowPlace &at, int c) { return (at.chunks - 1) / 2 - c / 2; }
 __device__ __forceinline__ unsigned narrow_stage(unsigned base, int it) {
     return base + it % NARROW_STAGES * NARROW_STAGE;
 }
@@ -125,18 +142,18 @@ __device__ __forceinline__ void narrow_scalars(const NarrowArgs &p, const Narrow
         const size_t gate = (size_t)at.bh * p.s.T + t;
         ScanRows *rows = &sh->rows[it % NARROW_STAGES];
         const float decay = p.gates.decay[(size_t)at.bh * at.chunks + c];
-        float2 u = {-1e30f, 0}, r = {1e30f, 0};  // beyond the end: no weight with any other token
+        float u = -1e30f, r = 1e30f;  // beyond the end: no weight with any other token
         float q = 0, k = 0, add = 0, inv_den = 1;
         int start = 0;
         if (t < p.s.T) {
-            u = p.gates.u[gate], r = p.gates.r[gate], q = p.gates.qscale[gate], k = p.gates.kscale[gate];
+            u = p.gates.u_high[gate], r = p.gates.r_high[gate], q = p.gates.qscale[gate], k = p.gates.kscale[gate];
             const float2 by = mlstm_row_factor(p.s, p.gates.sig, p.gates.floor, gate);
             inv_den = by.x, add = by.y == 0 ? 0 : copysignf(1, by.y);
             start = p.doc_start[(size_t)at.b * p.s.T + t];
         }
         scan_wait_empty<NARROW_STAGES>(sh->empty, it);
-        rows->u[i] = u.x + u.y;
-        rows->r[i] = r.x + r.y - log2_s - __log2f(inv_den);
+        rows->u[i] = u;
+        rows->r[i] = r - log2_s - __log2f(inv_den);
         rows->factor[i] = q * inv_den, rows->scale[i] = k;
         rows->add[i] = add;
         rows->start[i] = max(start - c * SCAN_CHUNK, 0);
@@ -182,13 +199,10 @@ __device__ __forceinline__ float2 narrow_row_dots(const float (&x)[32], unsigned
     }
     return sum;
 }
-__device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const NarrowPlace &at, float *to, float2 sum,
-                                                  int c) {
-    const int time = c * SCAN_CHUNK + narrow_row();
-    to += (size_t)at.bh * p.s.T + time;
-    if (threadIdx.x % 4) return;
-    if (time < p.s.T) to[0] = sum.x;
-    if (time + 8 < p.s.T) to[8] = sum.y;
+// to: of a span that chunk c is in
+__device__ __forceinline__ void narrow_store_dots(float *to, float2 sum, int c) {
+    to += c % 2 * SCAN_CHUNK + narrow_row();
+    if (threadIdx.x % 4 == 0) to[0] = sum.x, to[8] = sum.y;
 }
 
 // x [64 tokens, 64 PANELS] leaves for memory through panels of shared memory, which the warpgroup alone uses by now
@@ -371,7 +385,10 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
         fence_async_proxy();  // K has been read before TMA writes to its place
         scan_warp_arrive<NARROW_STAGES>(sh->empty, it);
         narrow_output<1>(at, &p.dk, dk, base + NARROW_AT_OUT_K, narrow_chunk(at, it));
-        narrow_store_dots(p, at, p.k_dk, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
+        const int c = narrow_chunk(at, it), span = narrow_span(at, c);
+        if (it == 0 || c % 2) scan_wait_empty<2>(sh->span_empty, span);
+        narrow_store_dots(sh->spans[span % 2].k_dk, dots, c);
+        if (c % 2 == 0) scan_warp_arrive<2>(sh->span_full, span);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -433,14 +450,6 @@ __device__ __forceinline__ float narrow_dot_state(const float (&dC)[64], const f
     }
     if (lane % 4 == 0) sum[0] += n[row] * (N[0] + N[1]), sum[1] += n[row + 8] * (N[2] + N[3]);
     return warp_sum(sum[0] + sum[1]);
-}
-// Where a span ends before chunk c, or the sequence begins with it
-__device__ __forceinline__ void narrow_store_anchor(const NarrowArgs &p, const NarrowPlace &at, float sum, int c) {
-    const size_t tile = (size_t)(threadIdx.x / 32) * gridDim.x + at.bh;
-    const int spans = (at.chunks + 1) / 2;
-    if (threadIdx.x % 32) return;
-    if (c == 0) p.anchor_start[tile] = sum;
-    else p.anchor[tile * spans + c / 2 - 1] = sum;
 }
 
 __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
@@ -506,7 +515,12 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         }
         wgmma_wait<0>();
         if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
-        if (c % 2 == 0) narrow_store_anchor(p, at, narrow_dot_state(dC, N, C, sh->n[it % NARROW_STAGES]), c);
+        const int span = narrow_span(at, c);
+        if (it == 0 || c % 2) scan_wait_empty<2>(sh->span_empty, span);
+        if (c % 2 == 0) {
+            const float share = narrow_dot_state(dC, N, C, sh->n[it % NARROW_STAGES]);
+            if (threadIdx.x % 32 == 0) sh->spans[span % 2].anchor[threadIdx.x / 32] = share;
+        }
         scan_wait_full<2>(sh->dS_full, it);
         wgmma_fence();
 #pragma unroll
@@ -519,9 +533,118 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         fence_async_proxy();
         scan_warp_arrive<NARROW_STAGES>(sh->empty, it);
         narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_DS + it % 2 * PANEL_BYTES, c);
-        narrow_store_dots(p, at, p.q_dq, dots, c);
+        narrow_store_dots(sh->spans[span % 2].q_dq, dots, c);
+        if (c % 2 == 0) scan_warp_arrive<2>(sh->span_full, span);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// The gates' gradients, by one warp, a span behind the others: as mlstm_bwd_gates_kernel, whose comment says what they
+// are; in float, since the sums are of bf16 products. Group g of a span: its tokens 32g to 32g + 31, a lane each.
+
+enum { NARROW_GROUPS = MLSTM_SPAN / 32 };
+
+// Of the span whose tokens begin at `begin`: all loads before the first use
+__device__ __forceinline__ void narrow_load_gates(const NarrowArgs &p, const NarrowPlace &at, NarrowShared *sh,
+                                                  int begin) {
+    int start[NARROW_GROUPS];
+    float i[NARROW_GROUPS], f[NARROW_GROUPS];
+#pragma unroll
+    for (int g = 0; g < NARROW_GROUPS; g++) {
+        const size_t token = (size_t)at.b * p.s.T + min(begin + 32 * g + (int)threadIdx.x % 32, p.s.T - 1);
+        const float *gates = p.gate_input.gates + token * p.gate_input.ld + at.head;
+        start[g] = p.gate_input.doc_start[token], i[g] = gates[0], f[g] = gates[p.s.NH];
+    }
+#pragma unroll
+    for (int g = 0; g < NARROW_GROUPS; g++) {
+        const int to = 32 * g + threadIdx.x % 32;
+        sh->start[to] = start[g], sh->igate[to] = i[g], sh->fgate[to] = f[g];
+    }
+    __syncwarp();
+}
+
+// Suffix sums of <q, dq> - <k, dk>, each within its document, into path; into last the last token of each document, at
+// its first one in the span. behind: what reaches the span's last document from the tokens behind
+__device__ __forceinline__ void narrow_sum_span(const NarrowSpan &span, NarrowShared *sh, float behind, int begin,
+                                                int end) {
+    const int lane = threadIdx.x % 32;
+    int next_start = sh->start[MLSTM_SPAN - 1];  // of the token behind the group
+#pragma unroll 1
+    for (int g = NARROW_GROUPS - 1; g >= 0; g--) {
+        const int i = 32 * g + lane, l = begin + i, start = sh->start[i];
+        float sum = l < end ? span.q_dq[i] - span.k_dk[i] : 0;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const float add = __shfl_down_sync(0xffffffffu, sum, d);
+            const int start_behind = __shfl_down_sync(0xffffffffu, start, d);
+            if (lane + d < 32 && start_behind <= l) sum += add;
+        }
+        if (next_start <= l) sum += behind;
+        const int start_behind = __shfl_down_sync(0xffffffffu, start, 1);
+        const bool ends = l + 1 == end || (lane < 31 ? start_behind : next_start) == l + 1;
+        if (l < end) sh->path[i] = sum;
+        if (l < end && ends) sh->last[max(start - begin, 0)] = i;
+        behind = __shfl_sync(0xffffffffu, sum, 0);
+        next_start = __shfl_sync(0xffffffffu, start, 0);
+    }
+    __syncwarp();
+}
+
+// anchor: what reaches the tokens before the span; empty: the forget gate of the sequence's first token has no effect
+__device__ __forceinline__ void narrow_finish_span(const NarrowSpan &span, const NarrowArgs &p, const NarrowPlace &at,
+                                                   NarrowShared *sh, float anchor, bool empty, int begin,
+                                                   float (&part)[NUM_BIAS_SUMS]) {
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < MLSTM_SPAN && begin + i < p.s.T; i += 32) {
+        const int l = begin + i, start = sh->start[i], first = max(start - begin, 0), last = sh->last[first];
+        const float missing = (start < begin ? anchor : 0) - sh->path[first], k_dk = span.k_dk[i];
+        const float d_log_f = sh->path[i] + missing * __fdividef(last + 1 - i, last + 1 - first);
+        const float igate = mlstm_cap_gate(p.gate_input, sh->igate[i], at.head),
+                    fgate = mlstm_cap_gate(p.gate_input, sh->fgate[i], p.s.NH + at.head);
+        const bool no_effect = start == l || (empty && l == 0);
+        const float2 d = mlstm_gate_gradients(p.s, p.gate_input.cap, igate, fgate, k_dk, no_effect ? 0 : d_log_f);
+        mlstm_add_bias_sums(part, d, k_dk, p.q_dq_exact, (size_t)at.bh * p.s.T + l);
+        const size_t to = ((size_t)at.b * p.s.T + l) * p.ld_dgates + at.head;
+        if (p.dgates_bf16) {
+            ((bf16 *)p.dgates)[to] = from_float<bf16>(d.x), ((bf16 *)p.dgates)[to + p.s.NH] = from_float<bf16>(d.y);
+        } else {
+            ((float *)p.dgates)[to] = d.x, ((float *)p.dgates)[to + p.s.NH] = d.y;
+        }
+    }
+}
+
+// Whether no state enters the sequence
+__device__ __forceinline__ bool narrow_is_empty(const NarrowArgs &p, const NarrowPlace &at) {
+    const int lane = threadIdx.x % 32;
+    const float *n = p.initial.n + at.b * p.initial.row + (size_t)at.head * p.s.dk;
+    bool empty = true;
+    for (int a = lane; p.initial.C && a < p.s.dk; a += 32) empty &= n[a] == 0;
+    return __all_sync(0xffffffffu, empty);
+}
+
+__device__ __forceinline__ void narrow_gates(const NarrowArgs &p, const NarrowPlace &at, NarrowShared *sh) {
+    const int lane = threadIdx.x % 32, spans = (at.chunks + 1) / 2;
+    const bool empty = narrow_is_empty(p, at);
+    float behind = p.tail ? p.tail[at.bh] : 0, part[NUM_BIAS_SUMS] = {};
+    part[BIAS_SURPLUS] = lane == 0 ? behind : 0;
+    for (int k = 0; k < spans; k++) {
+        const int begin = (spans - 1 - k) * MLSTM_SPAN, end = min(begin + MLSTM_SPAN, p.s.T);
+        const NarrowSpan &span = sh->spans[k % 2];
+        narrow_load_gates(p, at, sh, begin);
+        scan_wait_full<2>(sh->span_full, k);
+        const float anchor = (span.anchor[0] + span.anchor[1]) + (span.anchor[2] + span.anchor[3]);
+        narrow_sum_span(span, sh, behind, begin, end);
+        narrow_finish_span(span, p, at, sh, anchor, empty, begin, part);
+        behind = anchor;
+        scan_warp_arrive<2>(sh->span_empty, k);
+    }
+    part[BIAS_SURPLUS] -= lane == 0 ? behind : 0;
+#pragma unroll
+    for (int k = 0; k < NUM_BIAS_SUMS; k++) {
+        const float sum = warp_sum(part[k]);
+        if (lane == 0) p.bias_sums[((size_t)k * p.s.NH + at.head) * p.s.B + at.b] = sum;
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -539,6 +662,8 @@ __device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
     }
     barrier_init(shared_address(sh->dn_full), 4), barrier_init(shared_address(sh->dn_full + 1), 4);
     barrier_init(shared_address(&sh->before_full), 4);
+    for (int k = 0; k < 2; k++)
+        barrier_init(shared_address(sh->span_full + k), 8), barrier_init(shared_address(sh->span_empty + k), 1);
     barrier_init_done();
 }
 
@@ -576,22 +701,27 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 1)
     } else {
         registers_shrink<NARROW_AUX_REGISTERS>();
         if (threadIdx.x == 384) narrow_copy(p, at, base, sh);
+        if (warp == 13) narrow_gates(p, at, sh);
         if (warp >= 14) narrow_scalars(p, at, scan_memory, sh);
     }
 #endif
 }
 
-// dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_scan_backward. Only where scan_narrow(). Of the scratch
-// the factors of the rows are not read.
-static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState dfinal, const bf16 *dh,
-                                  bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad, const MlstmGates &gates,
-                                  const ScanSaved &saved, const ScanScratch &scratch, cudaStream_t stream) {
+// dq, dk, dv: rows ld_grad apart; dh [B, T, NH, dv]; see mlstm_scan_backward. Only where scan_narrow(). initial,
+// dfinal: as there; tail, exact, dgates to partial: see mlstm_gates_backward
+template <typename Gates>
+static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &in, MlstmState initial,
+                                  MlstmState dfinal, const bf16 *dh, bf16 *dq, bf16 *dk, bf16 *dv, size_t ld_grad,
+                                  const MlstmGates &gates, const ScanSaved &saved, const float *tail,
+                                  const float *exact, Gates *dgates, size_t ld_dgates, float *dbias, float *partial,
+                                  cudaStream_t stream) {
     NarrowArgs p;
     memset((void *)&p, 0, sizeof p);
-    p.s = s, p.gates = gates, p.doc_start = in.doc_start, p.dfinal = dfinal;
+    p.s = s, p.gates = gates, p.doc_start = in.doc_start, p.initial = initial, p.dfinal = dfinal;
     p.C = (const char *)saved.snapshots, p.n = saved.n_snapshots;
-    p.anchor = scratch.anchor, p.anchor_start = scratch.anchor_start;
-    p.q_dq = scratch.q_dq, p.k_dk = scratch.k_dk;
+    p.gate_input = {in.gates, in.ld_gates, in.bias, in.cap, in.doc_start};
+    p.tail = tail, p.q_dq_exact = exact, p.bias_sums = partial;
+    p.dgates = dgates, p.ld_dgates = ld_dgates, p.dgates_bf16 = sizeof(Gates) == sizeof(bf16);
     p.q = head_tensor_map(in.q, s.B, s.T, s.NH, s.dk, in.ld);
     p.k = head_tensor_map(in.k, s.B, s.T, s.NH, s.dk, in.ld);
     p.v = head_tensor_map(in.v, s.B, s.T, s.NH, s.dv, in.ld);
@@ -602,6 +732,7 @@ static void mlstm_narrow_backward(const MlstmShape &s, const MlstmInput<bf16> &i
     CUDA_CHECK(cudaFuncSetAttribute(mlstm_bwd_narrow_scan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)NARROW_SHARED_BYTES));
     launch_early(mlstm_bwd_narrow_scan_kernel, s.B * s.NH, NARROW_THREADS, NARROW_SHARED_BYTES, stream, p);
+    launch_early(mlstm_bwd_gate_bias_kernel, s.NH, 256, 0, stream, dbias, partial, s.B, exact != NULL);
 }
 
 #endif

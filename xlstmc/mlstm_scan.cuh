@@ -136,8 +136,7 @@ struct ScanArgs {
 
 struct alignas(16) ScanRows {  // of the 64 tokens of a chunk
     // The weight of query l and key j is exp2f(u_j - r_l) times X Y^T, plus add_l for dQ and dK: the logarithms of s
-    // and 1 / den are in r. A bf16 result does without the low halves of u and r: 1e-4 of the weight where gates are at
-    // their caps for a whole chunk, else 1e-6.
+    // and 1 / den are in r.
     float u[64], r[64];
     float factor[64];  // of the row's part from the state
     float scale[64];   // of the row in the update of M; SPREADS: see scan_spread_rows
@@ -350,11 +349,11 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
         const unsigned gate = (unsigned)at.bh * p.s.T + t;  // [B, NH, T] has less than 2^32 elements
         ScanRows *rows = &sh->rows[it % 2];
         const float decay = p.gates.decay[(unsigned)at.bh * scan_chunks(p) + c];
-        float2 u = {-1e30f, 0}, r = {1e30f, 0};   // beyond the end: no weight with any other token
+        float u = -1e30f, r = 1e30f;              // beyond the end: no weight with any other token
         float q = 0, k = 0, ds = 0, inv_den = 1;  // H: floor in inv_den
         int start = 0;
         if (t < p.s.T) {
-            u = p.gates.u[gate], r = p.gates.r[gate], q = p.gates.qscale[gate], k = p.gates.kscale[gate];
+            u = p.gates.u_high[gate], r = p.gates.r_high[gate], q = p.gates.qscale[gate], k = p.gates.kscale[gate];
             if (S::MAKES_DOTS && p.h) {
                 const float2 factor = mlstm_row_factor(p.s, p.gates.sig, p.gates.floor, gate);
                 inv_den = factor.x, ds = factor.y;
@@ -366,8 +365,8 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
         }
         scan_wait_empty<2>(sh->rows_empty, it);
         const float by = S::MODE == SCAN_H ? 1 : inv_den;
-        rows->u[i] = u.x + u.y;
-        rows->r[i] = r.x + r.y - log2_s - __log2f(by);
+        rows->u[i] = u;
+        rows->r[i] = r - log2_s - __log2f(by);
         rows->factor[i] = S::REVERSE ? k : q * by;
         if (S::SPREADS) scan_split_scale(rows->scale, i, k);
         else rows->scale[i] = S::REVERSE ? q * by : k;
@@ -1456,9 +1455,7 @@ static size_t scan_snapshot_words(const MlstmShape *s) {
     const int A = scan_pad(s->dk, false);
     return (size_t)s->B * s->NH * scan_snapshots(s) * scan_slices(s, false) * A * scan_columns(A, false) / 2;
 }
-static int scan_anchor_tiles(const MlstmShape *s) {  // narrow: a warp each
-    return scan_narrow(s) ? 4 : scan_slices(s, false) + scan_slices(s, true);
-}
+static int scan_anchor_tiles(const MlstmShape *s) { return scan_slices(s, false) + scan_slices(s, true); }
 
 constexpr bool scan_transposed(int mode) { return mode == SCAN_DQ || mode == SCAN_DK; }
 template <int MODE, int A, bool PATHS = false>
