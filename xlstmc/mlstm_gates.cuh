@@ -36,13 +36,13 @@ typedef struct {  // [B] rows of stride row: C [NH, dk, dv], n [NH, dk], m [NH].
 
 typedef struct {    // [B, NH, T] unless said
     float2 *u, *r;  // (hi, lo) in units of log 2: D_lj = exp2f((u.x - r.x) + (u.y - r.y)), u of j, r of l
-    // Chunks of SCAN_CHUNK: hi alone. A bf16 result does without lo: 1e-4 of the weight where gates are at their caps
-    // for a whole chunk, else 1e-6
-    float *u_high, *r_high;
     float *floor, *qscale, *kscale, *sig;  // e^{-M_l}; s exp(m_c - r_l) or 0; exp(u_j - r_L) or 0; s q_l . n_l
     float *decay;                          // [B, NH, NC] exp(m_c - r_L) or 0
     float *m;                              // [B, NH, NC + 1] m entering chunk c; m[NC] leaves the last
     float2 *summary;                       // [B, NH, NC] scratch of the forward pass
+    // Chunks of SCAN_CHUNK: hi alone. A bf16 result does without lo: 1e-4 of the weight where gates are at their caps
+    // for a whole chunk, else 1e-6
+    float *u_high, *r_high;
 } MlstmGates;
 
 MAYBE_UNUSED
