@@ -37,8 +37,8 @@ enum { NARROW_THREADS = 512, NARROW_STAGES = 2 };
 enum {
     NARROW_STATES_REGISTERS = 160,
     NARROW_VALUES_REGISTERS = 160,
-    NARROW_KEYS_REGISTERS = 152,
-    NARROW_AUX_REGISTERS = 40
+    NARROW_KEYS_REGISTERS = 144,
+    NARROW_AUX_REGISTERS = 48
 };
 // Shared memory: a stage of the ring, then what is there twice or once
 enum {
@@ -75,7 +75,7 @@ struct NarrowArgs {
 
 // What the gates' gradients need of a span of MLSTM_SPAN tokens: row sums, before dq and dk are rounded, and a share of
 // each warp of <C, dC> + <n, dn> where the span begins
-struct NarrowSpan {
+struct alignas(16) NarrowSpan {
     float q_dq[MLSTM_SPAN], k_dk[MLSTM_SPAN], anchor[4];
 };
 
@@ -84,10 +84,10 @@ struct alignas(16) NarrowShared {
     ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
     NarrowSpan spans[2];
-    // Of the gates' warp, for the tokens of a span: raw values, the sums, and for a document's first token in the span
-    // its last one, counted from the span's start
-    float igate[MLSTM_SPAN], fgate[MLSTM_SPAN], path[MLSTM_SPAN];
-    int start[MLSTM_SPAN], last[MLSTM_SPAN];
+    // Of the gates' warp, for the tokens of a span: the sums, and for a document's first token in the span its last
+    // one, counted from the span's start
+    alignas(16) float path[MLSTM_SPAN], igate[MLSTM_SPAN], fgate[MLSTM_SPAN];
+    int last[MLSTM_SPAN], start[MLSTM_SPAN];
     float inside[4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
     uint64_t qk_full[NARROW_STAGES], v_full[NARROW_STAGES], C_full[NARROW_STAGES], rows_full[NARROW_STAGES],
         ds_full[NARROW_STAGES], empty[NARROW_STAGES];  // v: and dH; all places of a stage are empty together
@@ -541,53 +541,57 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
 
 // ----------------------------------------------------------------------------------------------------------------
 // The gates' gradients, by one warp, a span behind the others: as mlstm_bwd_gates_kernel, whose comment says what they
-// are; in float, since the sums are of bf16 products. Group g of a span: its tokens 32g to 32g + 31, a lane each.
+// are; in float, since the sums are of bf16 products. A shuffle takes some 190 cycles beside the products, so a lane
+// has four tokens side by side, 4 lane to 4 lane + 3 of the span.
 
-enum { NARROW_GROUPS = MLSTM_SPAN / 32 };
+enum { NARROW_LANE_TOKENS = MLSTM_SPAN / 32 };
 
-// Of the span whose tokens begin at `begin`: all loads before the first use
-__device__ __forceinline__ void narrow_load_gates(const NarrowArgs &p, const NarrowPlace &at, NarrowShared *sh,
+struct NarrowGates {  // of a lane's tokens
+    int start[NARROW_LANE_TOKENS];
+    float i[NARROW_LANE_TOKENS], f[NARROW_LANE_TOKENS];  // before bias and cap
+};
+__device__ __forceinline__ void narrow_load_gates(NarrowGates *x, const NarrowArgs &p, const NarrowPlace &at,
                                                   int begin) {
-    int start[NARROW_GROUPS];
-    float i[NARROW_GROUPS], f[NARROW_GROUPS];
 #pragma unroll
-    for (int g = 0; g < NARROW_GROUPS; g++) {
-        const size_t token = (size_t)at.b * p.s.T + min(begin + 32 * g + (int)threadIdx.x % 32, p.s.T - 1);
+    for (int e = 0; e < NARROW_LANE_TOKENS; e++) {
+        const int l = min(begin + NARROW_LANE_TOKENS * ((int)threadIdx.x % 32) + e, p.s.T - 1);
+        const size_t token = (size_t)at.b * p.s.T + l;
         const float *gates = p.gate_input.gates + token * p.gate_input.ld + at.head;
-        start[g] = p.gate_input.doc_start[token], i[g] = gates[0], f[g] = gates[p.s.NH];
+        x->start[e] = p.gate_input.doc_start[token], x->i[e] = gates[0], x->f[e] = gates[p.s.NH];
     }
-#pragma unroll
-    for (int g = 0; g < NARROW_GROUPS; g++) {
-        const int to = 32 * g + threadIdx.x % 32;
-        sh->start[to] = start[g], sh->igate[to] = i[g], sh->fgate[to] = f[g];
-    }
-    __syncwarp();
 }
 
-// Suffix sums of <q, dq> - <k, dk>, each within its document, into path; into last the last token of each document, at
-// its first one in the span. behind: what reaches the span's last document from the tokens behind
-__device__ __forceinline__ void narrow_sum_span(const NarrowSpan &span, NarrowShared *sh, float behind, int begin,
-                                                int end) {
-    const int lane = threadIdx.x % 32;
-    int next_start = sh->start[MLSTM_SPAN - 1];  // of the token behind the group
-#pragma unroll 1
-    for (int g = NARROW_GROUPS - 1; g >= 0; g--) {
-        const int i = 32 * g + lane, l = begin + i, start = sh->start[i];
-        float sum = l < end ? span.q_dq[i] - span.k_dk[i] : 0;
+// Suffix sums of <q, dq> - <k, dk>, each within its document, into path; into last the last token of each
+// document, at its first one in the span. behind: what reaches the span's last document from the tokens behind
+__device__ __forceinline__ void narrow_sum_span(const NarrowGates &x, const NarrowSpan &span, NarrowShared *sh,
+                                                float behind, int begin, int end) {
+    float sum[NARROW_LANE_TOKENS];
+    const int lane = threadIdx.x % 32, first = NARROW_LANE_TOKENS * lane, tokens = end - begin;
+    const float4 q = *(const float4 *)&span.q_dq[first], k = *(const float4 *)&span.k_dk[first];
+    const int next_start = __shfl_down_sync(0xffffffffu, x.start[0], 1),  // of the next lane's first token
+        last_start = __shfl_sync(0xffffffffu, x.start[3], 31);
+    sum[0] = q.x - k.x, sum[1] = q.y - k.y, sum[2] = q.z - k.z, sum[3] = q.w - k.w;
 #pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const float add = __shfl_down_sync(0xffffffffu, sum, d);
-            const int start_behind = __shfl_down_sync(0xffffffffu, start, d);
-            if (lane + d < 32 && start_behind <= l) sum += add;
-        }
-        if (next_start <= l) sum += behind;
-        const int start_behind = __shfl_down_sync(0xffffffffu, start, 1);
-        const bool ends = l + 1 == end || (lane < 31 ? start_behind : next_start) == l + 1;
-        if (l < end) sh->path[i] = sum;
-        if (l < end && ends) sh->last[max(start - begin, 0)] = i;
-        behind = __shfl_sync(0xffffffffu, sum, 0);
-        next_start = __shfl_sync(0xffffffffu, start, 0);
+    for (int e = NARROW_LANE_TOKENS - 1; e >= 0; e--) {
+        if (first + e >= tokens) sum[e] = 0;
+        if (e < 3 && x.start[e + 1] <= begin + first + e) sum[e] += sum[e + 1];
     }
+    float all = sum[0];  // then of the lanes behind, too
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const float add = __shfl_down_sync(0xffffffffu, all, d);
+        const int start = __shfl_down_sync(0xffffffffu, x.start[0], d);
+        if (lane + d < 32 && start <= begin + first) all += add;
+    }
+    const float next = __shfl_down_sync(0xffffffffu, all, 1);
+#pragma unroll
+    for (int e = 0; e < NARROW_LANE_TOKENS; e++) {
+        const int l = begin + first + e, start_behind = e < 3 ? x.start[e + 1] : next_start;
+        if (lane < 31 && next_start <= l) sum[e] += next;
+        if (last_start <= l) sum[e] += behind;
+        if (l < end && (l + 1 == end || start_behind == l + 1)) sh->last[max(x.start[e] - begin, 0)] = first + e;
+    }
+    *(float4 *)&sh->path[first] = make_float4(sum[0], sum[1], sum[2], sum[3]);
     __syncwarp();
 }
 
@@ -596,8 +600,10 @@ __device__ __forceinline__ void narrow_finish_span(const NarrowSpan &span, const
                                                    NarrowShared *sh, float anchor, bool empty, int begin,
                                                    float (&part)[NUM_BIAS_SUMS]) {
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < MLSTM_SPAN && begin + i < p.s.T; i += 32) {
-        const int l = begin + i, start = sh->start[i], first = max(start - begin, 0), last = sh->last[first];
+    for (int e = 0; e < NARROW_LANE_TOKENS; e++) {
+        const int i = NARROW_LANE_TOKENS * (threadIdx.x % 32) + e, l = begin + i, start = sh->start[i];
+        if (l >= p.s.T) break;
+        const int first = max(start - begin, 0), last = sh->last[first];
         const float missing = (start < begin ? anchor : 0) - sh->path[first], k_dk = span.k_dk[i];
         const float d_log_f = sh->path[i] + missing * __fdividef(last + 1 - i, last + 1 - first);
         const float igate = mlstm_cap_gate(p.gate_input, sh->igate[i], at.head),
@@ -631,10 +637,15 @@ __device__ __forceinline__ void narrow_gates(const NarrowArgs &p, const NarrowPl
     for (int k = 0; k < spans; k++) {
         const int begin = (spans - 1 - k) * MLSTM_SPAN, end = min(begin + MLSTM_SPAN, p.s.T);
         const NarrowSpan &span = sh->spans[k % 2];
-        narrow_load_gates(p, at, sh, begin);
+        NarrowGates x;
+        narrow_load_gates(&x, p, at, begin);
+        const int first = NARROW_LANE_TOKENS * lane;
+        *(float4 *)&sh->igate[first] = make_float4(x.i[0], x.i[1], x.i[2], x.i[3]);
+        *(float4 *)&sh->fgate[first] = make_float4(x.f[0], x.f[1], x.f[2], x.f[3]);
+        *(int4 *)&sh->start[first] = make_int4(x.start[0], x.start[1], x.start[2], x.start[3]);
         scan_wait_full<2>(sh->span_full, k);
         const float anchor = (span.anchor[0] + span.anchor[1]) + (span.anchor[2] + span.anchor[3]);
-        narrow_sum_span(span, sh, behind, begin, end);
+        narrow_sum_span(x, span, sh, behind, begin, end);
         narrow_finish_span(span, p, at, sh, anchor, empty, begin, part);
         behind = anchor;
         scan_warp_arrive<2>(sh->span_empty, k);
