@@ -33,7 +33,7 @@
 
 #include "mlstm_scan.cuh"
 
-enum { NARROW_THREADS = 512, NARROW_STAGES = 2 };
+enum { NARROW_THREADS = 512, NARROW_STAGES = 2, NARROW_SPANS = 4 };
 enum {
     NARROW_STATES_REGISTERS = 160,
     NARROW_VALUES_REGISTERS = 160,
@@ -83,7 +83,7 @@ struct alignas(16) NarrowShared {
     // factor: of the queries, scale: of the keys; add and border: as for dQ, both once ds_full says so
     ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
-    NarrowSpan spans[2];
+    NarrowSpan spans[NARROW_SPANS];
     // Of the gates' warp, for the tokens of a span: the sums, and for a document's first token in the span its last
     // one, counted from the span's start
     alignas(16) float path[MLSTM_SPAN], igate[MLSTM_SPAN], fgate[MLSTM_SPAN];
@@ -91,7 +91,8 @@ struct alignas(16) NarrowShared {
     float inside[4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
     uint64_t qk_full[NARROW_STAGES], v_full[NARROW_STAGES], C_full[NARROW_STAGES], rows_full[NARROW_STAGES],
         ds_full[NARROW_STAGES], empty[NARROW_STAGES];  // v: and dH; all places of a stage are empty together
-    uint64_t dC_full[2], dC_empty[2], dn_full[2], dS_full[2], dS_empty[2], before_full, span_full[2], span_empty[2];
+    uint64_t dC_full[2], dC_empty[2], dn_full[2], dS_full[2], dS_empty[2], before_full, span_full[NARROW_SPANS],
+        span_empty[NARROW_SPANS];
 };
 enum { NARROW_SHARED_BYTES = NARROW_AT_SHARED + sizeof(NarrowShared) };
 static_assert(NARROW_SHARED_BYTES <= 227 * 1024, "shared memory of a block");
@@ -331,6 +332,7 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
     for (int it = 0; it < at.chunks; it++) {
         const unsigned stage = narrow_stage(base, it), v = stage + NARROW_AT_V, dh = stage + NARROW_AT_DH,
                        dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
+        const int c = narrow_chunk(at, it), span = narrow_span(at, c);
         const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
         float w[32], D[32], dk[32];  // D: the weights of pairs alone, made while ds is not there
         unsigned a[4][4];
@@ -344,6 +346,7 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
             wgmma_ss<0, 0>(w, wgmma_operand(v, at_k), wgmma_operand(dh, at_k), true);
         }
         wgmma_commit();
+        if (it == 0 || c % 2) scan_wait_empty<NARROW_SPANS>(sh->span_empty, span);
         scan_wait_full<2>(sh->dC_full, it);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -385,10 +388,8 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
         fence_async_proxy();  // K has been read before TMA writes to its place
         scan_warp_arrive<NARROW_STAGES>(sh->empty, it);
         narrow_output<1>(at, &p.dk, dk, base + NARROW_AT_OUT_K, narrow_chunk(at, it));
-        const int c = narrow_chunk(at, it), span = narrow_span(at, c);
-        if (it == 0 || c % 2) scan_wait_empty<2>(sh->span_empty, span);
-        narrow_store_dots(sh->spans[span % 2].k_dk, dots, c);
-        if (c % 2 == 0) scan_warp_arrive<2>(sh->span_full, span);
+        narrow_store_dots(sh->spans[span % NARROW_SPANS].k_dk, dots, c);
+        if (c % 2 == 0) scan_warp_arrive<NARROW_SPANS>(sh->span_full, span);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -460,7 +461,7 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
     narrow_publish(base, sh, dC, 0);
     narrow_publish_n(sh, N, 0);
     for (int it = 0; it < at.chunks; it++) {
-        const int c = narrow_chunk(at, it), row = narrow_row();
+        const int c = narrow_chunk(at, it), row = narrow_row(), span = narrow_span(at, c);
         const unsigned stage = narrow_stage(base, it), dh = stage + NARROW_AT_DH, C = stage + NARROW_AT_C;
         const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
 #pragma unroll
@@ -472,6 +473,7 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         for (int i = 0; i < 8; i++)
             wgmma_ss<0, 1>(dq, wgmma_operand(dh, i / 4 * PANEL_BYTES + i % 4 * 32), wgmma_operand(C, 2048 * i), true);
         wgmma_commit();
+        if (it == 0 || c % 2) scan_wait_empty<NARROW_SPANS>(sh->span_empty, span);
         scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
         scan_wait_full<NARROW_STAGES>(sh->qk_full, it);
         const float decay = rows->decay, factor[2] = {rows->factor[row], rows->factor[row + 8]};
@@ -515,11 +517,9 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         }
         wgmma_wait<0>();
         if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
-        const int span = narrow_span(at, c);
-        if (it == 0 || c % 2) scan_wait_empty<2>(sh->span_empty, span);
         if (c % 2 == 0) {
             const float share = narrow_dot_state(dC, N, C, sh->n[it % NARROW_STAGES]);
-            if (threadIdx.x % 32 == 0) sh->spans[span % 2].anchor[threadIdx.x / 32] = share;
+            if (threadIdx.x % 32 == 0) sh->spans[span % NARROW_SPANS].anchor[threadIdx.x / 32] = share;
         }
         scan_wait_full<2>(sh->dS_full, it);
         wgmma_fence();
@@ -533,8 +533,8 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
         fence_async_proxy();
         scan_warp_arrive<NARROW_STAGES>(sh->empty, it);
         narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_DS + it % 2 * PANEL_BYTES, c);
-        narrow_store_dots(sh->spans[span % 2].q_dq, dots, c);
-        if (c % 2 == 0) scan_warp_arrive<2>(sh->span_full, span);
+        narrow_store_dots(sh->spans[span % NARROW_SPANS].q_dq, dots, c);
+        if (c % 2 == 0) scan_warp_arrive<NARROW_SPANS>(sh->span_full, span);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -636,19 +636,19 @@ __device__ __forceinline__ void narrow_gates(const NarrowArgs &p, const NarrowPl
     part[BIAS_SURPLUS] = lane == 0 ? behind : 0;
     for (int k = 0; k < spans; k++) {
         const int begin = (spans - 1 - k) * MLSTM_SPAN, end = min(begin + MLSTM_SPAN, p.s.T);
-        const NarrowSpan &span = sh->spans[k % 2];
+        const NarrowSpan &span = sh->spans[k % NARROW_SPANS];
         NarrowGates x;
         narrow_load_gates(&x, p, at, begin);
         const int first = NARROW_LANE_TOKENS * lane;
         *(float4 *)&sh->igate[first] = make_float4(x.i[0], x.i[1], x.i[2], x.i[3]);
         *(float4 *)&sh->fgate[first] = make_float4(x.f[0], x.f[1], x.f[2], x.f[3]);
         *(int4 *)&sh->start[first] = make_int4(x.start[0], x.start[1], x.start[2], x.start[3]);
-        scan_wait_full<2>(sh->span_full, k);
+        scan_wait_full<NARROW_SPANS>(sh->span_full, k);
         const float anchor = (span.anchor[0] + span.anchor[1]) + (span.anchor[2] + span.anchor[3]);
         narrow_sum_span(x, span, sh, behind, begin, end);
         narrow_finish_span(span, p, at, sh, anchor, empty, begin, part);
         behind = anchor;
-        scan_warp_arrive<2>(sh->span_empty, k);
+        scan_warp_arrive<NARROW_SPANS>(sh->span_empty, k);
     }
     part[BIAS_SURPLUS] -= lane == 0 ? behind : 0;
 #pragma unroll
@@ -673,7 +673,7 @@ __device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
     }
     barrier_init(shared_address(sh->dn_full), 4), barrier_init(shared_address(sh->dn_full + 1), 4);
     barrier_init(shared_address(&sh->before_full), 4);
-    for (int k = 0; k < 2; k++)
+    for (int k = 0; k < NARROW_SPANS; k++)
         barrier_init(shared_address(sh->span_full + k), 8), barrier_init(shared_address(sh->span_empty + k), 1);
     barrier_init_done();
 }
