@@ -68,9 +68,10 @@ struct Scan {
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
-    // H gives back with a later row what rounding took from a scaled row of Z (scan_spread_rows). Not for narrow heads:
-    // where keys have nothing in common it makes C less exact, and all gradients of these start from C.
-    static constexpr bool SPREADS = MODE == SCAN_H && A > 64;
+    // M takes in scaled rows of Z in two parts, x and what rounding x lost; or, H of wider heads, that is given back with
+    // a later row (scan_spread_rows): no more products, but a less exact C where keys have nothing in common, and all
+    // gradients of narrow heads start from C.
+    static constexpr bool BOTH_PARTS = PATHS || (MODE == SCAN_H && A == 64), SPREADS = MODE == SCAN_H && A > 64;
     // Products on their way in scan_ask_state
     static constexpr int AHEAD = BLOCKS == 2 || PATHS || (MODE == SCAN_DQ && AW > 192) ? 1 : AW > 192 ? 2 : 3;
     static constexpr bool DECAYS_EARLY = BLOCKS == 1 && MODE != SCAN_DV;  // dV still wants M for its snapshots
@@ -1192,7 +1193,7 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     if (at_border) border += scan_dot_snapshot<S>(M, smem, sh, k0 + 2 + block);
     scan_wait_full<S::Z_STAGES>(sh->z_full, it);
     __nv_bfloat162 lost[2] = {}, spread = __float2bfloat162_rn(p.s.sigmoid_gate ? 0 : 1);
-    if (S::PATHS) scan_scale_rows_both(a[0], z, rows->scale);
+    if (S::BOTH_PARTS) scan_scale_rows_both(a[0], z, rows->scale);
     else if (S::SPREADS) scan_spread_rows(a[0], lost, spread, z, rows->scale);
     else scan_scale_rows(a[0], z, rows->scale);
 #pragma unroll
@@ -1207,21 +1208,21 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     scan_wait_full<S::TILES>(sh->tile_full, k0 + 1);
 #pragma unroll
     for (int k = 0; k < 4; k++) {  // what follows the first ones is made while these are multiplied
-        if (k > 0 && S::PATHS) {
+        if (k > 0 && S::BOTH_PARTS) {
             if (k > 1) wgmma_wait<1>();
             scan_scale_rows_both(a[k % 2], z + k * 2048, rows->scale + 16 * k);
         } else if (k == 2) {
             if (S::SPREADS) scan_spread_rows(a[1], lost, spread, z + 2 * 2048, rows->scale + 32);
             else scan_scale_rows(a[1], z + 2 * 2048, rows->scale + 32);
         }
-        if (k % 2 == 0 || S::PATHS) wgmma_fence();
+        if (k % 2 == 0 || S::BOTH_PARTS) wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < (S::PATHS ? 2 : 1); part++) {
-            const unsigned(&of)[4] = S::PATHS ? a[k % 2][part] : a[k / 2][k % 2];
+        for (int part = 0; part < (S::BOTH_PARTS ? 2 : 1); part++) {
+            const unsigned(&of)[4] = S::BOTH_PARTS ? a[k % 2][part] : a[k / 2][k % 2];
             scan_add_product<S>(M, of, y, k);
             if (S::TRANSPOSED) wgmma_rs<1>(N, of, wgmma_narrow_operand(base + scan_at_weights<S>(it), 256 * k), true);
         }
-        if (k % 2 || S::PATHS) wgmma_commit();
+        if (k % 2 || S::BOTH_PARTS) wgmma_commit();
     }
     if (S::MAKES_DOTS) scan_wait_full<1>(&sh->p_full, it);  // and what scan_make_dots has left
     if (S::TRANSPOSED && !(S::SPLIT && wg)) scan_add_n(out, rows->factor, rows->border, n0, n1);

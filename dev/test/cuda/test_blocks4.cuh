@@ -50,7 +50,7 @@ static void test_blocks4_case(int rows, int I, int ld) {
     check("dca", to_host(d_dca, n), dca, n, rounded);
     check("dbranch", to_host(d_dbranch, wide), dbranch, wide, rounded);
     check("dwq", to_host(d_dw[0], all), dw[0], all, 6e-7);
-    check("dwk", to_host(d_dw[1], all), dw[1], all, 6e-7);
+    check("dwk", to_host(d_dw[1], all), dw[1], all, 5.8e-7);
     check("dwv", to_host(d_dw[2], all), dw[2], all, 6e-7);
 }
 

@@ -53,7 +53,7 @@ static void test_conv_case(ConvCase s) {
         snprintf(what, sizeof what, "%s: %s", name, part);
         check_close(what, got, want, count, limit);
     };
-    double rounded = tolerance<F>(2e-7, 4e-3);
+    double rounded = tolerance<F>(1.8e-7, 4e-3);
     check("pre", to_host(d_pre, n), pre, n, rounded);
     check("out", to_host(d_out, n), out, n, rounded);
     check("window", to_host(d_final, B * state_row), final, B * state_row, 0);

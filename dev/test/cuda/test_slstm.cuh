@@ -152,9 +152,9 @@ static void test_slstm_choice(const SlstmCase *c, const SlstmHost *h, int choice
     for (int k = 0; k < 4; k++) check_slstm<F>(names[k], c, kernels, out[k], h->final[k], h->state, 3e-7, 8e-4);
     const char *const gradients[4] = {"initial dy", "initial dc", "initial dn", "initial dm"};
     for (int k = 0; k < 4 && c->carried; k++)
-        check_slstm<F>(gradients[k], c, kernels, din[k], h->dinitial[k], h->state, 3e-6, 1e-2);
+        check_slstm<F>(gradients[k], c, kernels, din[k], h->dinitial[k], h->state, k ? 7.5e-7 : 3e-6, k ? 8e-3 : 1e-2);
     check_slstm<F>("dx", c, kernels, dx, h->dx, 4 * h->cells, 7e-7, 1e-2);
-    check_slstm<F>("dbias", c, kernels, dbias, h->dbias, 4 * D, 5e-6, 9e-3);
+    check_slstm<F>("dbias", c, kernels, dbias, h->dbias, 4 * D, 5e-6, 7.7e-3);
 
     void *device[] = {arena.base, x, R, dy, y, dx, bias, dbias, partial, doc_start};
     for (size_t k = 0; k < sizeof device / sizeof *device; k++) CUDA_CHECK(cudaFree(device[k]));
