@@ -210,6 +210,7 @@ static void add_tensor_errors(TensorErrors *e, const Pair *p, int kind) {
 // arithmetic, as the gradient of a weight that only an earlier token would use, must be no more than `zero` of all
 // tensors together. gate_limit: of the parameters of gates, whose gradients are sums in which most cancels: the norm of
 // each head takes back what scaling h does, so what a gate does to the scale of h is in every term and not in the sum.
+// In bf16 its rounding is left.
 static void check_tensor_errors(const TensorErrors *e, const char *what, double zero, double limit, double gate_limit) {
     double all = 0, worst = -1, error = 0, error_limit = limit;
     const char *name = "";
@@ -343,7 +344,7 @@ static void test_gradients_case(const ModelCase *c, int in_bf16, int calm) {
         }
     }
     case_label(c, in_bf16, calm, label, sizeof label);
-    const double limit = in_bf16 ? 3e-2 : 1e-4, gate_limit = in_bf16 ? 6e-2 : calm ? limit : 5e-4;
+    const double limit = in_bf16 ? 3e-2 : 1e-4, gate_limit = in_bf16 ? 6e-2 : limit;
     for (int step = 0; step <= c->states; step++) {
         format_into(line, sizeof line, "%s: gradients of %d draws%s", label, DRAWS, step ? ", carried on" : "");
         check_tensor_errors(&errors[step], line, in_bf16 ? 1e-4 : 1e-8, limit, gate_limit);

@@ -555,8 +555,9 @@ class Child:
         self.command = [sys.executable, os.path.abspath(__file__), "--library", options.library, "--shape", shape]
         self.command += [f"--{flag}" for flag in ("errors", "quick", "theirs") if getattr(options, flag)]
         B, NH, T, dk, dv = map(int, shape.split(","))
-        # of GPU memory at most, roughly: the states of the authors' kernels in fp32, and the tensors of one contender
-        self.gib = B * NH * T * (dk * dv // 13 + 24 * (dk + dv)) / 2 ** 30
+        # of GPU memory at most, roughly: the states of the authors' kernels in fp32, and the tensors of one contender,
+        # here and in the sibling that compiles
+        self.gib = 2 * B * NH * T * (dk * dv // 13 + 24 * (dk + dv)) / 2 ** 30
 
     def start(self):
         environment = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1")   # the children are parallel enough
