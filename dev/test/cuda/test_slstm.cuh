@@ -151,8 +151,9 @@ static void test_slstm_choice(const SlstmCase *c, const SlstmHost *h, int choice
     check_slstm<F>("y_prev", c, kernels, saved.y_prev, h->y_prev, h->cells, 4e-7, 5e-3);
     for (int k = 0; k < 4; k++) check_slstm<F>(names[k], c, kernels, out[k], h->final[k], h->state, 3e-7, 8e-4);
     const char *const gradients[4] = {"initial dy", "initial dc", "initial dn", "initial dm"};
+    const double limits[4][2] = {{3e-6, 1e-2}, {5.9e-7, 6.5e-3}, {7.6e-7, 8.5e-3}, {7.2e-7, 8.1e-3}};  // fp32, bf16
     for (int k = 0; k < 4 && c->carried; k++)
-        check_slstm<F>(gradients[k], c, kernels, din[k], h->dinitial[k], h->state, k ? 7.5e-7 : 3e-6, k ? 8e-3 : 1e-2);
+        check_slstm<F>(gradients[k], c, kernels, din[k], h->dinitial[k], h->state, limits[k][0], limits[k][1]);
     check_slstm<F>("dx", c, kernels, dx, h->dx, 4 * h->cells, 7e-7, 1e-2);
     check_slstm<F>("dbias", c, kernels, dbias, h->dbias, 4 * D, 5e-6, 7.7e-3);
 
