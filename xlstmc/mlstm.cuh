@@ -923,7 +923,7 @@ static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved
     if (s->chunk == SCAN_CHUNK) {
         if (!backward || scan_snapshots(s) == 0) return;
         saved->scan.snapshots = take<uint32_t>(a, scan_snapshot_words(s));
-        saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * scan_snapshots(s) * s->dk);
+        saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * scan_n_snapshots(s) * s->dk);
         return;
     }
     saved->C = take<F>(a, mlstm_states_elements(s));
@@ -1119,7 +1119,7 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
             if (scan_narrow(&s))
-                mlstm_narrow_backward(s, in, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
+                mlstm_narrow_backward(s, in, initial, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
                                       mlstm_scan_scratch(scratch), stream);
             else
                 mlstm_scan_backward(s, in, initial, dfinal, segment, dh, h, dq, dk, dv, ld_grad, saved->gates,
