@@ -68,8 +68,8 @@ struct Scan {
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
     static constexpr int BLOCKS = SPLIT ? 1 : W / 128;                      // of 64 rows of M^T a warpgroup
     static constexpr int AW = SPLIT ? A / 2 : A;                            // columns of M^T a warpgroup
-    // M takes in scaled rows of Z in two parts, x and what rounding x lost; or, H of wider heads, that is given back with
-    // a later row (scan_spread_rows): no more products, but a less exact C where keys have nothing in common, and all
+    // M takes in scaled rows of Z in two parts, x and what rounding x lost. In H of wider heads a later row gives that
+    // back (scan_spread_rows): no more products, but a less exact C where keys have nothing in common, and all
     // gradients of narrow heads start from C.
     static constexpr bool BOTH_PARTS = PATHS || (MODE == SCAN_H && A == 64), SPREADS = MODE == SCAN_H && A > 64;
     // Products on their way in scan_ask_state
