@@ -923,7 +923,7 @@ static void mlstm_take_saved(Arena *a, const MlstmShape *s, MlstmSaved<F> *saved
     if (s->chunk == SCAN_CHUNK) {
         if (!backward || scan_snapshots(s) == 0) return;
         saved->scan.snapshots = take<uint32_t>(a, scan_snapshot_words(s));
-        saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * scan_snapshots(s) * s->dk);
+        saved->scan.n_snapshots = take<float>(a, (size_t)s->B * s->NH * scan_n_snapshots(s) * s->dk);
         return;
     }
     saved->C = take<F>(a, mlstm_states_elements(s));

@@ -57,8 +57,9 @@ static void mlstm_take_gates(Arena *a, const MlstmShape *s, MlstmGates *g) {
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Gate values and their running sums in a chunk. A warp takes one chunk of one head, of GROUPS * 32 tokens: group g is
-// t0 + 32g + lane. Sums are in double, as on the CPU: what matters later are small differences of long sums.
+// Gate values and their running sums in a chunk. A warp takes one chunk of one head, of GROUPS * 32 tokens: a lane has
+// GROUPS neighbours, from t0 + GROUPS * lane on, sums those and then takes part in a scan of all lanes. Sums are in
+// double, as on the CPU: what matters later are small differences of long sums.
 
 enum { MLSTM_GATE_WARPS = 4 };
 
@@ -119,45 +120,60 @@ __device__ inline void mlstm_load_chunk(MlstmChunkGates<GROUPS> *x, const MlstmS
                                         const MlstmWarpChunk &w) {
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
-        const size_t token = (size_t)w.b * s.T + min(w.t0 + 32 * g + (int)threadIdx.x % 32, s.T - 1);
+        const int l = w.t0 + GROUPS * (int)(threadIdx.x % 32) + g;
+        const size_t token = (size_t)w.b * s.T + min(l, s.T - 1);
         x->start[g] = in.doc_start[token];
         x->i[g] = in.gates[token * in.ld + w.head];
         x->f[g] = in.gates[token * in.ld + s.NH + w.head];
     }
 }
 
-// A token beyond T counts as one of the last document that adds nothing, so that lane 31 of the last group always
-// holds the values of the chunk's end.
+// Of the tokens of the lanes before this one, from the start of the document that the lane's first token may belong
+// to: `all` of each lane combined, nothing for the first lane. all: over the lane's last tokens, from where their
+// document starts; start: of that document; l: the lane's last token
+template <int GROUPS, typename Combine>
+__device__ inline double mlstm_scan_lanes(double all, int start, int l, double nothing, Combine combine) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const double before = __shfl_up_sync(0xffffffffu, all, d);
+        if (lane >= d && l - GROUPS * d >= start) all = combine(all, before);
+    }
+    const double before = __shfl_up_sync(0xffffffffu, all, 1);
+    return lane ? before : nothing;
+}
+
+// A token beyond T counts as one of the last document that adds nothing, so that lane 31 always holds the values of
+// the chunk's end.
 template <int GROUPS>
 __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShape &s, const MlstmGateInput &in,
                                         const MlstmWarpChunk &w, const MlstmChunkGates<GROUPS> &x) {
-    const int lane = threadIdx.x % 32;
-    double b_carry = 0, top_carry = -INFINITY;  // of the last token of the group before
+    const int first = w.t0 + GROUPS * (int)(threadIdx.x % 32), last = first + GROUPS - 1;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
-        const int first = w.t0 + 32 * g, l = first + lane, inside = l < s.T, start = x.start[g];
-        const float i = mlstm_cap_gate(in, x.i[g], w.head), f = mlstm_cap_gate(in, x.f[g], s.NH + w.head);
-        double b = inside ? mlstm_log_sigmoid(f) : 0;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            double before = __shfl_up_sync(0xffffffffu, b, d);
-            if (lane >= d && l - d >= start) b += before;
-        }
-        if (first > start) b += b_carry;  // the document of the group before goes on
-        double u = inside ? (s.sigmoid_gate ? mlstm_log_sigmoid(i) : i) - b : -INFINITY, top = u;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            double before = __shfl_up_sync(0xffffffffu, top, d);
-            if (lane >= d && l - d >= start) top = fmax(top, before);
-        }
-        if (first > start) top = fmax(top, top_carry);
-        b_carry = __shfl_sync(0xffffffffu, b, 31);
-        top_carry = __shfl_sync(0xffffffffu, top, 31);
-        scan->start[g] = start, scan->b[g] = b, scan->u[g] = u, scan->top[g] = top;
+        scan->start[g] = x.start[g];
+        scan->b[g] = first + g < s.T ? mlstm_log_sigmoid(mlstm_cap_gate(in, x.f[g], s.NH + w.head)) : 0;
+        if (g > 0 && x.start[g] < first + g) scan->b[g] += scan->b[g - 1];
     }
+    const auto add = [](double x, double y) { return x + y; };
+    const double b = mlstm_scan_lanes<GROUPS>(scan->b[GROUPS - 1], x.start[GROUPS - 1], last, 0, add);
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        if (x.start[g] < first) scan->b[g] += b;
+        const float i = mlstm_cap_gate(in, x.i[g], w.head);
+        const double log_i = s.sigmoid_gate ? mlstm_log_sigmoid(i) : i;
+        scan->top[g] = scan->u[g] = first + g < s.T ? log_i - scan->b[g] : -INFINITY;
+        if (g > 0 && x.start[g] < first + g) scan->top[g] = fmax(scan->top[g], scan->top[g - 1]);
+    }
+    const auto larger = [](double x, double y) { return fmax(x, y); };
+    const double top =
+        mlstm_scan_lanes<GROUPS>(scan->top[GROUPS - 1], x.start[GROUPS - 1], last, -INFINITY, larger);
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++)
+        if (x.start[g] < first) scan->top[g] = fmax(scan->top[g], top);
     scan->start_last = __shfl_sync(0xffffffffu, scan->start[GROUPS - 1], 31);
-    scan->b_last = b_carry;
-    scan->top_last = top_carry;
+    scan->b_last = __shfl_sync(0xffffffffu, scan->b[GROUPS - 1], 31);
+    scan->top_last = __shfl_sync(0xffffffffu, scan->top[GROUPS - 1], 31);
 }
 template <int GROUPS>
 __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShape &s, const MlstmGateInput &in,
@@ -248,26 +264,59 @@ __device__ inline float2 mlstm_split_log2(double x) {
     return make_float2(high, (float)(x - high));
 }
 
+// Values of a lane's tokens to [.., T], from token l on; those beyond T are left out. whole: T is a multiple of GROUPS
+template <int GROUPS>
+__device__ inline void mlstm_store_tokens(float *to, const float (&x)[GROUPS], int l, int T, bool whole) {
+    if (l >= T) return;
+    if (whole) {
+#pragma unroll
+        for (int g = 0; g < GROUPS; g += 2) *(float2 *)(to + g) = make_float2(x[g], x[g + 1]);
+    } else {
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+            if (l + g < T) to[g] = x[g];
+    }
+}
+template <int GROUPS>
+__device__ inline void mlstm_store_tokens(float2 *to, const float2 (&x)[GROUPS], int l, int T, bool whole) {
+    if (l >= T) return;
+    if (whole) {
+#pragma unroll
+        for (int g = 0; g < GROUPS; g += 2) *(float4 *)(to + g) = make_float4(x[g].x, x[g].y, x[g + 1].x, x[g + 1].y);
+    } else {
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+            if (l + g < T) to[g] = x[g];
+    }
+}
+
 // The values of a chunk's tokens; m enters it, m_next enters the next one
 template <int GROUPS>
 __device__ inline void mlstm_store_gates(const MlstmScan<GROUPS> &scan, const MlstmShape &s, const MlstmWarpChunk &w,
                                          const MlstmGates &out, int chunks, double m, double m_next) {
-    const int lane = threadIdx.x % 32, fresh_end = scan.start_last >= w.t0;
+    const int lane = threadIdx.x % 32, fresh_end = scan.start_last >= w.t0, first = w.t0 + GROUPS * lane;
     const double r_next = m_next - scan.b_last;
     const float scale = 1 / sqrtf((float)s.dk);
+    const size_t at = w.bh * s.T + first;
+    const bool whole = s.T % GROUPS == 0;
+    float2 u[GROUPS], r[GROUPS];
+    float floor[GROUPS], qscale[GROUPS], kscale[GROUPS];
     if (lane == 0) out.decay[w.bh * chunks + w.c] = fresh_end ? 0 : expf((float)(m - r_next));
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
-        const int l = w.t0 + 32 * g + lane, fresh = scan.start[g] >= w.t0;
-        if (l >= s.T) break;
-        const size_t at = w.bh * s.T + l;
-        const double r = s.sigmoid_gate ? -scan.b[g] : fmax(fresh ? 0 : m, scan.top[g]);
-        out.u[at] = mlstm_split_log2(scan.u[g]);
-        out.r[at] = mlstm_split_log2(r);
-        out.floor[at] = expf((float)-(scan.b[g] + r));
-        out.qscale[at] = fresh ? 0 : scale * expf((float)(m - r));
-        out.kscale[at] = l < scan.start_last ? 0 : expf((float)(scan.u[g] - r_next));
+        const int fresh = scan.start[g] >= w.t0;
+        const double row = s.sigmoid_gate ? -scan.b[g] : fmax(fresh ? 0 : m, scan.top[g]);
+        u[g] = mlstm_split_log2(scan.u[g]);
+        r[g] = mlstm_split_log2(row);
+        floor[g] = expf((float)-(scan.b[g] + row));
+        qscale[g] = fresh ? 0 : scale * expf((float)(m - row));
+        kscale[g] = first + g < scan.start_last ? 0 : expf((float)(scan.u[g] - r_next));
     }
+    mlstm_store_tokens(out.u + at, u, first, s.T, whole);
+    mlstm_store_tokens(out.r + at, r, first, s.T, whole);
+    mlstm_store_tokens(out.floor + at, floor, first, s.T, whole);
+    mlstm_store_tokens(out.qscale + at, qscale, first, s.T, whole);
+    mlstm_store_tokens(out.kscale + at, kscale, first, s.T, whole);
 }
 
 template <int GROUPS>
@@ -491,35 +540,40 @@ __device__ inline void mlstm_anchors(const MlstmGateSums &sums, const MlstmShape
     if (lane % 16 == 0) ends[before] = sum;
 }
 
-// Suffix sums of <q, dq> - <k, dk> over the warp's tokens, each within its document; k_dk for di
-__device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums &sums, size_t bh, int t0,
+// Of the lane's two tokens, l and l + 1, 0 beyond T; pairs: T is even, so that they lie at a multiple of 8 bytes
+__device__ inline float2 mlstm_load_two(const float *row, int l, int T, bool pairs) {
+    if (pairs) return l < T ? *(const float2 *)(row + l) : make_float2(0, 0);
+    return make_float2(l < T ? row[l] : 0, l + 1 < T ? row[l + 1] : 0);
+}
+
+// Suffix sums of <q, dq> - <k, dk> over the warp's tokens, each within its document; k_dk for di. l: the lane's first
+// token
+__device__ inline void mlstm_warp_sums(const MlstmShape &s, const MlstmGateSums &sums, size_t bh, int l,
                                        const int (&start)[2], double (&sum)[2], float (&k_dk)[2]) {
     const int lane = threadIdx.x % 32;
     const size_t tile = (size_t)s.B * s.NH * s.T;
+    const bool pairs = s.T % 2 == 0;
     float q_dq[2] = {0, 0};
     k_dk[0] = k_dk[1] = 0;
 #pragma unroll 2
-    for (int p = 0; p < sums.tiles; p++)
-#pragma unroll
-        for (int g = 0; g < 2; g++) {
-            const int l = t0 + 32 * g + lane;
-            const size_t at = p * tile + bh * s.T + min(l, s.T - 1);
-            const float q = sums.q_dq[at], k = sums.k_dk[at];
-            if (l < s.T) q_dq[g] += q, k_dk[g] += k;
-        }
-#pragma unroll
-    for (int g = 1; g >= 0; g--) {
-        const int l = t0 + 32 * g + lane;
-        sum[g] = (double)q_dq[g] - k_dk[g];
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            double behind = __shfl_down_sync(0xffffffffu, sum[g], d);
-            int start_behind = __shfl_down_sync(0xffffffffu, start[g], d);
-            if (lane + d < 32 && start_behind <= l) sum[g] += behind;
-        }
+    for (int p = 0; p < sums.tiles; p++) {
+        const float2 q = mlstm_load_two(sums.q_dq + p * tile + bh * s.T, l, s.T, pairs),
+                     k = mlstm_load_two(sums.k_dk + p * tile + bh * s.T, l, s.T, pairs);
+        q_dq[0] += q.x, q_dq[1] += q.y, k_dk[0] += k.x, k_dk[1] += k.y;
     }
-    const double behind = __shfl_sync(0xffffffffu, sum[1], 0);
-    if (__shfl_sync(0xffffffffu, start[1], 0) <= t0 + lane) sum[0] += behind;
+    sum[1] = (double)q_dq[1] - k_dk[1];
+    sum[0] = (double)q_dq[0] - k_dk[0] + (start[1] <= l ? sum[1] : 0);
+    double all = sum[0];  // from the lane's first token on
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const double behind = __shfl_down_sync(0xffffffffu, all, d);
+        const int start_behind = __shfl_down_sync(0xffffffffu, start[0], d);
+        if (lane + d < 32 && start_behind <= l) all += behind;
+    }
+    const double behind = __shfl_down_sync(0xffffffffu, all, 1);
+    const int start_behind = __shfl_down_sync(0xffffffffu, start[0], 1);
+    for (int g = 0; g < 2; g++)
+        if (lane < 31 && start_behind <= l + g) sum[g] += behind;
 }
 
 // Where no states were kept for anchors: what they are by the row sums alone, with what the sum over a document misses
@@ -601,36 +655,35 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
     __shared__ double paths[GATE_HEADS][MLSTM_SPAN];  // the sums of all tokens
     __shared__ int lasts[GATE_HEADS][MLSTM_SPAN];  // of a document whose first token in the span this is: its last one
     __shared__ float gates[MLSTM_SPAN * (2 * GATE_HEADS + 1)];  // [tokens][2 heads], then their gradients
-    enum { LOADS = 4 };  // of a thread: 2 * heads * MLSTM_SPAN values by 64 * heads threads
+    enum { LOADS = 4, EVERY = MLSTM_SPAN / LOADS };  // a thread has a column of 2 * heads and every so many-th token
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % GATE_WARPS, mine = threadIdx.x / 32 / GATE_WARPS,
               NH = s.NH, groups = (NH + heads - 1) / heads, head0 = blockIdx.x % groups * heads,
               head = min(head0 + mine, NH - 1), c = blockIdx.x / groups % spans, b = blockIdx.x / groups / spans,
               begin = c * MLSTM_SPAN, end = min(begin + MLSTM_SPAN, s.T), pitch = 2 * heads + 1;
     const bool present = head0 + mine < NH;  // else its warps do what those of the last head do, for nothing
     const size_t bh = (size_t)b * NH + head;
-    const int t0 = begin + warp * GATE_WARP_TOKENS;
+    const int first = begin + warp * GATE_WARP_TOKENS + 2 * lane;  // of the lane's two tokens
     double *first_sum = first_sums[mine], *path = paths[mine], sum[2];
     int *first_start = first_starts[mine], *last = lasts[mine];
     int start[2], ends[2];  // of the token's document; the document ends here
     float raw[LOADS], k_dk[2];
     const int *doc_start = in.doc_start + (size_t)b * s.T;
+    const int row = threadIdx.x / (2 * heads), column = threadIdx.x % (2 * heads),
+              its_head = head0 + (column < heads ? column : column - heads),
+              gate = min(its_head, NH - 1) + (column < heads ? 0 : NH),
+              rows = its_head < NH ? min(MLSTM_SPAN, s.T - begin) : 0;
+    const size_t token = (size_t)b * s.T + begin + row;
 #pragma unroll
-    for (int k = 0; k < LOADS; k++) {
-        const int i = threadIdx.x + k * blockDim.x, l = begin + i / (2 * heads), column = i % (2 * heads);
-        const int h = head0 + column % heads;
-        raw[k] = l < s.T && h < NH ? in.gates[((size_t)b * s.T + l) * in.ld + (column < heads ? h : NH + h)] : 0;
-    }
+    for (int k = 0; k < LOADS; k++)
+        raw[k] = row + k * EVERY < rows ? in.gates[(token + k * EVERY) * in.ld + gate] : 0;
     for (int g = 0; g < 2; g++) {
-        const int l = min(t0 + 32 * g + lane, s.T - 1);
+        const int l = min(first + g, s.T - 1);
         start[g] = doc_start[l], ends[g] = l + 1 == end || doc_start[l + 1] == l + 1;
     }
-    mlstm_warp_sums(s, sums, bh, t0, start, sum, k_dk);
+    mlstm_warp_sums(s, sums, bh, first, start, sum, k_dk);
     if (lane == 0) first_sum[warp] = sum[0], first_start[warp] = start[0];
 #pragma unroll
-    for (int k = 0; k < LOADS; k++) {
-        const int i = threadIdx.x + k * blockDim.x, column = i % (2 * heads), h = min(head0 + column % heads, NH - 1);
-        gates[i / (2 * heads) * pitch + column] = mlstm_cap_gate(in, raw[k], column < heads ? h : NH + h);
-    }
+    for (int k = 0; k < LOADS; k++) gates[(row + k * EVERY) * pitch + column] = mlstm_cap_gate(in, raw[k], gate);
     if (warp == 0) mlstm_anchors(sums, s, bh, c, spans, anchors[mine]);
     const int last_start = doc_start[end - 1];
     int empty = c == 0;  // no state enters: the first forget gate has no effect, as at a reset
@@ -642,12 +695,12 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
     int carry_start = last_start;     // carry_start
     for (int w = GATE_WARPS - 1; w >= 0; w--) {
         for (int g = 0; g < 2 && w == warp; g++)
-            if (carry_start <= t0 + 32 * g + lane) sum[g] += carry;
+            if (carry_start <= first + g) sum[g] += carry;
         carry = first_sum[w] + (carry_start <= begin + w * GATE_WARP_TOKENS ? carry : 0);
         carry_start = first_start[w];
     }
     for (int g = 0; g < 2; g++) {
-        const int l = t0 + 32 * g + lane;
+        const int l = first + g;
         if (l >= end) continue;
         path[l - begin] = sum[g];
         if (ends[g]) last[max(start[g] - begin, 0)] = l;
@@ -655,13 +708,13 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
     __syncthreads();
     float part[NUM_BIAS_SUMS] = {};
     for (int g = 0; g < 2; g++) {
-        const int l = t0 + 32 * g + lane;
+        const int l = first + g;
         if (l >= s.T) continue;
         float *igate = gates + (l - begin) * pitch + mine, *fgate = igate + heads;
         const float i = *igate, f = *fgate;
-        const int first = max(start[g], begin), tokens = last[first - begin] - first + 1;
-        const double missing = (start[g] < begin ? anchors[mine][1] : 0) - path[first - begin];
-        const float d_log_f = (float)(sum[g] + missing * (first + tokens - l) / tokens);
+        const int from = max(start[g], begin), tokens = last[from - begin] - from + 1;
+        const double missing = (start[g] < begin ? anchors[mine][1] : 0) - path[from - begin];
+        const float d_log_f = (float)(sum[g] + missing * (from + tokens - l) / tokens);
         float di = s.sigmoid_gate ? k_dk[g] / (1 + expf(i)) : k_dk[g];
         float df = start[g] == l || (empty && l == 0) ? 0 : d_log_f / (1 + expf(f));
         if (in.cap > 0) {
@@ -681,13 +734,9 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
         bias_sums[((size_t)k * NH + head) * parts + place] = part[k];
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < LOADS; k++) {
-        const int i = threadIdx.x + k * blockDim.x, l = begin + i / (2 * heads), column = i % (2 * heads);
-        const int h = head0 + column % heads;
-        if (l < s.T && h < NH)
-            dgates[((size_t)b * s.T + l) * ld_dgates + (column < heads ? h : NH + h)] =
-                from_float<F>(gates[(l - begin) * pitch + column]);
-    }
+    for (int k = 0; k < LOADS; k++)
+        if (row + k * EVERY < rows)
+            dgates[(token + k * EVERY) * ld_dgates + gate] = from_float<F>(gates[(row + k * EVERY) * pitch + column]);
 }
 
 // dbias [2NH] += the sums of bias_sums [NUM_BIAS_SUMS][NH][parts]; a block a head. exact: <q, dq> was known

@@ -3,52 +3,61 @@
 //
 // The scan (mlstm_scan.cuh) makes dv, dk and dq by three walks, each with a state of its own. A state of 64 x 128 fits
 // one warpgroup, so here a block has a whole head and does all at once. For each chunk of 64 tokens, with the state C,
-// n that enters it (kept by the forward scan) and the gradient dC, dn of the state that leaves it:
+// n that enters it and the gradient dC, dn of the state that leaves it:
 //
 //     P^T  = weights * (K Q^T)            dv = scale (K dC) + P^T dH                 values
 //     dS^T = weights * (V dH^T + ds)      dk = scale (V dC^T + dn) + dS^T Q          keys
 //     dq   = factor (dH C^T) + factor ds n + dS K                                    states
 //     dC   = decay dC + (factor Q)^T dH,  dn = decay dn + Q^T (factor ds)            states
 //
+// The forward scan keeps n at every chunk, but C at even ones alone. An odd chunk asks that of the even chunk before
+// it, C', and its keys and values K', V' themselves, for C = decay' C' + K'^T (scale' V'):
+//
+//     dH C^T = decay' (dH C'^T) + ((dH V'^T) scale') K'                              states
+//
+// The walk comes to K', V' next, so they only have to be there a chunk early, in a ring of three places.
 // factor = qscale / den, of a query; scale = kscale, of a key; ds from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> +
 // factor_l <C^T q_l, dh_l>, so that nobody need give that or h. A block has four warpgroups:
 //
 //   states    dC [dk, dv] in 64 accumulators a thread, published in bf16 for the others as soon as it is made; dq, for
 //             which dS comes back from shared memory; between spans <C, dC> + <n, dn>, a share from each warp
-//   values    both scores, the weights of P, which stays in registers as operand; ds for the others; dv
+//   values    both scores, the weights of P, which stays in registers as operand; ds and the chunk's part of <k, dk>
+//             for the others; dv
 //   keys      V dH^T once more, the weights of dS; dk
-//   aux       a thread starts the copies of Q, K, V, dH, C and n by TMA, two chunks in a ring; two warps make the rows'
-//             scalars from the gates
+//   aux       a thread starts the copies by TMA, of Q, dH and n to a ring of two places, of K and V to one of three, of
+//             C to a place of its own; two warps make the rows' scalars from the gates
 //
 // What ordinary instructions have read from a place of the ring is fenced off before the place is given back: ldmatrix
 // may still be on its way when the signal and then TMA have overtaken it.
 //
 // Cost of a chunk in cycles of the tensor cores (2,048 multiply-adds): 128 + 2 x 256 for the scores, 256 for each of
-// K dC, V dC^T, dH C^T, P^T dH, dC, 128 for each of dS^T Q, dS K: 2,176. Bytes a token and head of 64/128: 768 of q, k,
-// v, dh, 256 of C, 4 of n, 512 of dq, dk, dv, 44 of scalars: 1,584, which take 0.22 ms for 393,216 of them at 2.8 TB/s,
-// or 4.8 us a chunk on each of 132 multiprocessors. Registers of a thread: states 160 (dC 64, dq 32, operand 16),
-// values 160 (dv 64, scores 32 + 32), keys 152 (dk 32, scores 32, weights 32), aux 40. Shared memory: 208 KB.
+// K dC, V dC^T, dH C^T, P^T dH, dC, 128 for each of dS^T Q, dS K; of an odd one 256 for dH V'^T and 128 for its product
+// with K': 2,176 and 2,560. Bytes a token and head of 64/128: 768 of q, k, v, dh, 128 of C, 4 of n, 512 of dq, dk, dv,
+// 44 of scalars: 1,456 (and 940 of H), which take 0.20 ms for 393,216 of them at 2.8 TB/s, or 4.4 us a chunk on each of
+// 132 multiprocessors. Registers of a thread: states 160 (dC 64, dq 32, dH V'^T 32, or operand 16), values 160 (dv 64,
+// scores 32 + 32), keys 152 (dk 32, scores 32, weights 32), aux 40. Shared memory: 217 KB.
 #ifndef XLSTMC_MLSTM_NARROW_CUH
 #define XLSTMC_MLSTM_NARROW_CUH
 
 #include "mlstm_scan.cuh"
 
-enum { NARROW_THREADS = 512, NARROW_STAGES = 2 };
+// Places of two rings: of Q, dH, n and the rows' scalars, and of K and V
+enum { NARROW_THREADS = 512, NARROW_STAGES = 2, NARROW_KV_STAGES = 3, NARROW_PAIRS = 4 };
 enum {
     NARROW_STATES_REGISTERS = 160,
     NARROW_VALUES_REGISTERS = 160,
     NARROW_KEYS_REGISTERS = 152,
     NARROW_AUX_REGISTERS = 40
 };
-// Shared memory: a stage of the ring, then what is there twice or once
+// Shared memory: the rings, then what is there twice or once
 enum {
-    NARROW_AT_Q = 0,
-    NARROW_AT_K = PANEL_BYTES,
-    NARROW_AT_V = 2 * PANEL_BYTES,
-    NARROW_AT_DH = 4 * PANEL_BYTES,
-    NARROW_AT_C = 6 * PANEL_BYTES,
-    NARROW_STAGE = 8 * PANEL_BYTES,
-    NARROW_AT_DC = NARROW_STAGES * NARROW_STAGE,       // [2][64, 128]
+    NARROW_AT_DH = PANEL_BYTES,  // behind Q
+    NARROW_STAGE = 3 * PANEL_BYTES,
+    NARROW_AT_KV = NARROW_STAGES * NARROW_STAGE,
+    NARROW_AT_V = PANEL_BYTES,  // behind K
+    NARROW_KV_STAGE = 3 * PANEL_BYTES,
+    NARROW_AT_C = NARROW_AT_KV + NARROW_KV_STAGES * NARROW_KV_STAGE,
+    NARROW_AT_DC = NARROW_AT_C + 2 * PANEL_BYTES,      // [2][64, 128]
     NARROW_AT_DS = NARROW_AT_DC + 4 * PANEL_BYTES,     // [2] dS^T, and then dq on its way to memory
     NARROW_AT_OUT_V = NARROW_AT_DS + 2 * PANEL_BYTES,  // dv on its way
     NARROW_AT_OUT_K = NARROW_AT_OUT_V + 2 * PANEL_BYTES,
@@ -62,11 +71,12 @@ struct NarrowArgs {
     MlstmGates gates;
     const int *doc_start;  // [B, T]
     MlstmState dfinal;     // gradient of the states that leave; C == NULL: zeros
-    const char *C;         // [B, NH, NC] the state that enters each chunk, [128 dv, 64 dk] in two panels
+    const char *C;         // [B, NH, (NC + 1) / 2] what enters every even chunk, [128 dv, 64 dk] in two panels
     const float *n;        // [B, NH, NC, dk]
     float *anchor;         // [4 warps][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     float *anchor_start;   // [4 warps][B, NH] the same where the sequence begins
-    float *q_dq, *k_dk;    // [B, NH, T] row sums, before dq and dk are rounded
+    float *q_dq;           // [B, NH, T] <q, dq>, known from <dh, h> alone
+    float *k_dk;           // [B, NH, T] <k, dk>, before dS and dk are rounded
 };
 
 struct alignas(16) NarrowShared {
@@ -74,8 +84,11 @@ struct alignas(16) NarrowShared {
     ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
     float inside[4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
-    uint64_t qk_full[NARROW_STAGES], v_full[NARROW_STAGES], C_full[NARROW_STAGES], rows_full[NARROW_STAGES],
-        ds_full[NARROW_STAGES], empty[NARROW_STAGES];  // v: and dH; all places of a stage are empty together
+    float pairs[NARROW_PAIRS][64];    // the chunk's part of <k, dk>
+    uint64_t q_full[NARROW_STAGES], dh_full[NARROW_STAGES], rows_full[NARROW_STAGES], ds_full[NARROW_STAGES],
+        empty[NARROW_STAGES];  // dh: and n; all of a place is empty at once
+    uint64_t k_full[NARROW_KV_STAGES], v_full[NARROW_KV_STAGES], kv_empty[NARROW_KV_STAGES], C_full, C_empty;
+    uint64_t pairs_full[NARROW_PAIRS];  // two chunks ahead of keys values wait for the places of Q, so none is missed
     uint64_t dC_full[2], dC_empty[2], dn_full[2], dS_full[2], dS_empty[2], before_full;
 };
 enum { NARROW_SHARED_BYTES = NARROW_AT_SHARED + sizeof(NarrowShared) };
@@ -85,37 +98,73 @@ struct NarrowPlace {  // what a block does
     int b, head, bh, chunks;
 };
 __device__ __forceinline__ int narrow_chunk(const NarrowPlace &at, int it) { return at.chunks - 1 - it; }
+// C of an even chunk serves it and the odd one behind it, with which the walk comes to both: as the j-th pair
+__device__ __forceinline__ int narrow_pair(const NarrowPlace &at, int it) {
+    return (at.chunks - 1) / 2 - narrow_chunk(at, it) / 2;
+}
+// Where Q, dH and K, V of a chunk are
 __device__ __forceinline__ unsigned narrow_stage(unsigned base, int it) {
     return base + it % NARROW_STAGES * NARROW_STAGE;
+}
+__device__ __forceinline__ unsigned narrow_kv_stage(unsigned base, int it) {
+    return base + NARROW_AT_KV + it % NARROW_KV_STAGES * NARROW_KV_STAGE;
+}
+// By all lanes of a warp that is done with a chunk's place in both rings
+__device__ __forceinline__ void narrow_leave(NarrowShared *sh, int it) {
+    __syncwarp();
+    if (threadIdx.x % 32) return;
+    scan_arrive<NARROW_STAGES>(sh->empty, it);
+    scan_arrive<NARROW_KV_STAGES>(sh->kv_empty, it);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // The aux warpgroup
 
+__device__ __forceinline__ void narrow_copy_kv(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
+                                               NarrowShared *sh, int it) {
+    const int t0 = narrow_chunk(at, it) * SCAN_CHUNK, place = it % NARROW_KV_STAGES;
+    const unsigned stage = narrow_kv_stage(base, it), k = shared_address(sh->k_full + place),
+                   v = shared_address(sh->v_full + place);
+    scan_wait_empty<NARROW_KV_STAGES>(sh->kv_empty, it);
+    barrier_arrive_expect(k, PANEL_BYTES);
+    tma_load(stage, &p.k, k, 0, at.head, t0, at.b);
+    barrier_arrive_expect(v, 2 * PANEL_BYTES);
+    for (int i = 0; i < 2; i++) tma_load(stage + NARROW_AT_V + i * PANEL_BYTES, &p.v, v, 64 * i, at.head, t0, at.b);
+}
+__device__ __forceinline__ void narrow_copy_q(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
+                                              NarrowShared *sh, int it) {
+    const int c = narrow_chunk(at, it), t0 = c * SCAN_CHUNK, place = it % NARROW_STAGES;
+    const unsigned stage = narrow_stage(base, it), q = shared_address(sh->q_full + place),
+                   dh = shared_address(sh->dh_full + place), n_bytes = p.s.dk * (int)sizeof(float);
+    scan_wait_empty<NARROW_STAGES>(sh->empty, it);
+    barrier_arrive_expect(q, PANEL_BYTES);
+    tma_load(stage, &p.q, q, 0, at.head, t0, at.b);
+    barrier_arrive_expect(dh, 2 * PANEL_BYTES + n_bytes);
+    for (int i = 0; i < 2; i++) tma_load(stage + NARROW_AT_DH + i * PANEL_BYTES, &p.dh, dh, 64 * i, at.head, t0, at.b);
+    bulk_load(shared_address(sh->n[place]), p.n + ((size_t)at.bh * at.chunks + c) * p.s.dk, n_bytes, dh);
+}
+
+// One thread may wait for all places, since it does so in the order in which they are given back: Q's and K's at the
+// end of chunk it - 2, that of C within chunk it - 1. K and V go a chunk ahead, since an odd chunk does not end without
+// those of the next one.
 __device__ __forceinline__ void narrow_copy(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
                                             NarrowShared *sh) {
+    narrow_copy_kv(p, at, base, sh, 0);
     for (int it = 0; it < at.chunks; it++) {
-        const int c = narrow_chunk(at, it), t0 = c * SCAN_CHUNK, place = it % NARROW_STAGES;
-        const unsigned stage = narrow_stage(base, it), qk = shared_address(sh->qk_full + place),
-                       v = shared_address(sh->v_full + place), C = shared_address(sh->C_full + place);
-        const size_t state = (size_t)at.bh * at.chunks + c;
-        scan_wait_empty<NARROW_STAGES>(sh->empty, it);
-        barrier_arrive_expect(qk, 2 * PANEL_BYTES);
-        tma_load(stage + NARROW_AT_K, &p.k, qk, 0, at.head, t0, at.b);
-        tma_load(stage + NARROW_AT_Q, &p.q, qk, 0, at.head, t0, at.b);
-        barrier_arrive_expect(v, 4 * PANEL_BYTES);
-        for (int i = 0; i < 2; i++) {
-            tma_load(stage + NARROW_AT_V + i * PANEL_BYTES, &p.v, v, 64 * i, at.head, t0, at.b);
-            tma_load(stage + NARROW_AT_DH + i * PANEL_BYTES, &p.dh, v, 64 * i, at.head, t0, at.b);
-        }
-        barrier_arrive_expect(C, 2 * PANEL_BYTES + p.s.dk * (int)sizeof(float));
-        bulk_load(stage + NARROW_AT_C, p.C + state * (2 * PANEL_BYTES), 2 * PANEL_BYTES, C);
-        bulk_load(shared_address(sh->n[place]), p.n + state * p.s.dk, p.s.dk * sizeof(float), C);
+        const int c = narrow_chunk(at, it);
+        narrow_copy_q(p, at, base, sh, it);
+        if (it + 1 < at.chunks) narrow_copy_kv(p, at, base, sh, it + 1);
+        if (it > 0 && c % 2 == 0) continue;  // C is there for the odd chunk
+        const size_t state = (size_t)at.bh * ((at.chunks + 1) / 2) + c / 2;
+        const unsigned C = shared_address(&sh->C_full);
+        scan_wait_empty<1>(&sh->C_empty, narrow_pair(at, it));
+        barrier_arrive_expect(C, 2 * PANEL_BYTES);
+        bulk_load(base + NARROW_AT_C, p.C + state * (2 * PANEL_BYTES), 2 * PANEL_BYTES, C);
     }
 }
 
-// Two warps, a lane a row; the next chunk's values are loaded while the others work. add: for the time being, its part
-// for each unit of <dh, h>, 1, 0 or -1
+// Two warps, a lane a row; the next chunk's values are loaded while the others work. For the time being, add and
+// border are for each unit of <dh, h>: of ds den, 1, 0 or -1; of <q, dq> = <dh, h> + ds sig, 1 or eps / den
 __device__ __forceinline__ void narrow_scalars(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
                                                NarrowShared *sh) {
     const float log2_s = -0.5f * __log2f((float)p.s.dk);
@@ -138,7 +187,7 @@ __device__ __forceinline__ void narrow_scalars(const NarrowArgs &p, const Narrow
         rows->u[i] = u.x + u.y;
         rows->r[i] = r.x + r.y - log2_s - __log2f(inv_den);
         rows->factor[i] = q * inv_den, rows->scale[i] = k;
-        rows->add[i] = add;
+        rows->add[i] = add, rows->border[i] = add == 0 ? 1 : p.s.eps * inv_den;
         rows->start[i] = max(start - c * SCAN_CHUNK, 0);
         if (i == 0) rows->decay = decay;
         scan_warp_arrive<NARROW_STAGES>(sh->rows_full, it);
@@ -153,7 +202,7 @@ __device__ __forceinline__ int narrow_row(void) { return threadIdx.x / 32 % 4 * 
 
 // 64 x 64 in bf16 into a panel
 __device__ __forceinline__ void narrow_store_panel(const float *x, unsigned panel) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    const int thread = not_hoisted(threadIdx.x), lane = thread % 32, row = thread / 32 % 4 * 16 + lane % 16;
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
         matrices_store(panel + panel_piece(row, j + lane / 16), pack_two(x[4 * j], x[4 * j + 1]),
@@ -161,7 +210,7 @@ __device__ __forceinline__ void narrow_store_panel(const float *x, unsigned pane
                        pack_two(x[4 * j + 6], x[4 * j + 7]));
 }
 
-// Sums of x times what lies in a panel, of the two rows of a thread
+// Sums of x times what lies in a panel, of the two rows of a thread; <k, dk> of them to memory
 __device__ __forceinline__ float2 narrow_row_dots(const float (&x)[32], unsigned panel) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     float2 sum = {0, 0};
@@ -182,10 +231,9 @@ __device__ __forceinline__ float2 narrow_row_dots(const float (&x)[32], unsigned
     }
     return sum;
 }
-__device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const NarrowPlace &at, float *to, float2 sum,
-                                                  int c) {
+__device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const NarrowPlace &at, float2 sum, int c) {
     const int time = c * SCAN_CHUNK + narrow_row();
-    to += (size_t)at.bh * p.s.T + time;
+    float *to = p.k_dk + (size_t)at.bh * p.s.T + time;
     if (threadIdx.x % 4) return;
     if (time < p.s.T) to[0] = sum.x;
     if (time + 8 < p.s.T) to[8] = sum.y;
@@ -238,33 +286,66 @@ __device__ __forceinline__ void narrow_sum_keys(const float (&P)[32], const floa
     *(float2 *)&to[8 * j + 2 * (lane % 4)] = sum[0];
 }
 
-// ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>
-__device__ __forceinline__ void narrow_make_ds(unsigned char *smem, NarrowShared *sh, int it) {
+// Sums over the chunk's queries of <q, k> dS = P (dP + ds den), of the two keys of a thread: their part of <k, dk>.
+// Made of the same numbers as <dh, h>, so that <q, dq> - <k, dk> keeps nothing of the pairs within a chunk; with dS as
+// it is rounded for dk and dq it would keep their errors. First P dP, then the rest.
+__device__ __forceinline__ float2 narrow_sum_queries(const float (&P)[32], const float (&dP)[32]) {
+    float2 sum = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        sum.x += P[4 * j] * dP[4 * j] + P[4 * j + 1] * dP[4 * j + 1];
+        sum.y += P[4 * j + 2] * dP[4 * j + 2] + P[4 * j + 3] * dP[4 * j + 3];
+    }
+    return sum;
+}
+__device__ __forceinline__ void narrow_store_pairs(const float (&P)[32], float2 sum, NarrowShared *sh, int it) {
+    const float *add = sh->rows[it % NARROW_STAGES].add + threadIdx.x % 4 * 2;
+    float *to = sh->pairs[it % NARROW_PAIRS] + narrow_row();
+    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 by = *(const float2 *)&add[8 * j];
+        sum.x += P[4 * j] * by.x + P[4 * j + 1] * by.y;
+        sum.y += P[4 * j + 2] * by.x + P[4 * j + 3] * by.y;
+    }
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2) {
+        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
+        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
+    }
+    if (threadIdx.x % 4 == 0) to[0] = sum.x, to[8] = sum.y;
+    scan_warp_arrive<NARROW_PAIRS>(sh->pairs_full, it);
+}
+
+// ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>;
+// <q, dq> for it to store
+__device__ __forceinline__ float narrow_make_ds(unsigned char *smem, NarrowShared *sh, int it) {
     const int i = threadIdx.x % 128;
     named_barrier_sync(1 + threadIdx.x / 128, 128);
-    if (i >= 64) return;
+    if (i >= 64) return 0;
     ScanRows *rows = &sh->rows[it % NARROW_STAGES];
     scan_wait_full<1>(&sh->before_full, it);
     const float dot = (sh->inside[0][i] + sh->inside[1][i]) + (sh->inside[2][i] + sh->inside[3][i]) + sh->before[i];
-    const float add = rows->add[i] * dot;  // ds den
+    const float add = rows->add[i] * dot, q_dq = rows->border[i] * dot;  // add: ds den
     const unsigned words = pack_two(add, add - to_float(from_float<bf16>(add)));
     rows->add[i] = add, rows->border[i] = rows->factor[i] * add;
     ((uint4 *)(smem + NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024))[i] = make_uint4(words, words, words, words);
     fence_async_proxy();
     scan_warp_arrive<NARROW_STAGES>(sh->ds_full, it);
+    return q_dq;
 }
 
 __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
                                               NarrowShared *sh) {
     const unsigned base = shared_address(smem);
     for (int it = 0; it < at.chunks; it++) {
-        const unsigned stage = narrow_stage(base, it), q = stage + NARROW_AT_Q, k = stage + NARROW_AT_K,
-                       v = stage + NARROW_AT_V, dh = stage + NARROW_AT_DH,
-                       dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
+        const unsigned q = narrow_stage(base, it), dh = q + NARROW_AT_DH, k = narrow_kv_stage(base, it),
+                       v = k + NARROW_AT_V, dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
         const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
         float w[32], dP[32], dv[64];
         unsigned a[4][4];
-        scan_wait_full<NARROW_STAGES>(sh->qk_full, it);
+        scan_wait_full<NARROW_STAGES>(sh->q_full, it);
+        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
 #pragma unroll
         for (int i = 0; i < 32; i++) w[i] = dP[i] = 0;
 #pragma unroll
@@ -273,7 +354,8 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_ss<0, 0>(w, wgmma_operand(k, 32 * i), wgmma_operand(q, 32 * i), true);
         wgmma_commit();
-        scan_wait_full<NARROW_STAGES>(sh->v_full, it);
+        scan_wait_full<NARROW_STAGES>(sh->dh_full, it);
+        scan_wait_full<NARROW_KV_STAGES>(sh->v_full, it);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int at_k = i / 4 * PANEL_BYTES + i % 4 * 32;
@@ -286,13 +368,14 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         scan_weights<Scan<SCAN_DV, 64, 128>>(w, rows, not_hoisted(threadIdx.x % 128));
         wgmma_wait<0>();
         narrow_sum_keys(w, dP, sh->inside[threadIdx.x / 32 % 4]);
+        const float2 pairs = narrow_sum_queries(w, dP);
         narrow_pack(a, w);
         scan_wait_full<2>(sh->dC_full, it);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_ss<0, 1>(dv, wgmma_operand(k, 32 * i), wgmma_operand(dC, 2048 * i), true);
         wgmma_commit();
-        narrow_make_ds(smem, sh, it);
+        const float q_dq = narrow_make_ds(smem, sh, it);
         __syncwarp();
         wgmma_wait<0>();
         scan_warp_arrive<2>(sh->dC_empty, it);
@@ -302,9 +385,13 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_rs<1>(dv, a[i], wgmma_operand(dh, 2048 * i), true);
         wgmma_commit();
+        narrow_store_pairs(w, pairs, sh, it);
+        __syncwarp();
         wgmma_wait<0>();
-        scan_warp_arrive<NARROW_STAGES>(sh->empty, it);
+        narrow_leave(sh, it);
         narrow_output<2>(at, &p.dv, dv, base + NARROW_AT_OUT_V, narrow_chunk(at, it));
+        const int i = threadIdx.x % 128, t = narrow_chunk(at, it) * SCAN_CHUNK + i;
+        if (i < 64 && t < p.s.T) p.q_dq[(size_t)at.bh * p.s.T + t] = q_dq;  // behind the fence, which would wait for it
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -315,12 +402,13 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
 __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
                                             NarrowShared *sh) {
     for (int it = 0; it < at.chunks; it++) {
-        const unsigned stage = narrow_stage(base, it), v = stage + NARROW_AT_V, dh = stage + NARROW_AT_DH,
-                       dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
+        const unsigned q = narrow_stage(base, it), dh = q + NARROW_AT_DH, k = narrow_kv_stage(base, it),
+                       v = k + NARROW_AT_V, dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
         const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
         float w[32], D[32], dk[32];  // D: the weights of pairs alone, made while ds is not there
         unsigned a[4][4];
-        scan_wait_full<NARROW_STAGES>(sh->v_full, it);
+        scan_wait_full<NARROW_STAGES>(sh->dh_full, it);
+        scan_wait_full<NARROW_KV_STAGES>(sh->v_full, it);
 #pragma unroll
         for (int i = 0; i < 32; i++) w[i] = dk[i] = 0, D[i] = 1;
         wgmma_fence();
@@ -361,17 +449,21 @@ __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPla
 #pragma unroll
         for (int i = 0; i < 32; i++) dk[i] = scale[i / 2 % 2] * (dk[i] + (i % 2 ? dn[i / 4].y : dn[i / 4].x));
         scan_warp_arrive<2>(sh->dC_empty, it);
-        scan_wait_full<NARROW_STAGES>(sh->qk_full, it);
+        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
+        float2 dots = narrow_row_dots(dk, k);
+        scan_wait_full<NARROW_STAGES>(sh->q_full, it);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; i++) wgmma_rs<1>(dk, a[i], wgmma_operand(stage, NARROW_AT_Q + 2048 * i), true);
+        for (int i = 0; i < 4; i++) wgmma_rs<1>(dk, a[i], wgmma_operand(q, 2048 * i), true);
         wgmma_commit();
-        wgmma_wait<0>();
-        const float2 dots = narrow_row_dots(dk, stage + NARROW_AT_K);
         fence_async_proxy();  // K has been read before TMA writes to its place
-        scan_warp_arrive<NARROW_STAGES>(sh->empty, it);
+        wgmma_wait<0>();
+        narrow_leave(sh, it);
         narrow_output<1>(at, &p.dk, dk, base + NARROW_AT_OUT_K, narrow_chunk(at, it));
-        narrow_store_dots(p, at, p.k_dk, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
+        scan_wait_full<NARROW_PAIRS>(sh->pairs_full, it);
+        const float *pairs = sh->pairs[it % NARROW_PAIRS] + narrow_row();
+        dots.x += pairs[0], dots.y += pairs[8];
+        narrow_store_dots(p, at, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -415,10 +507,9 @@ __device__ __forceinline__ void narrow_publish_n(NarrowShared *sh, const float (
     scan_warp_arrive<2>(sh->dn_full, it);
 }
 
-// A warp's share of <C, dC> + <n, dn>, for C as it lies in its panels
-__device__ __forceinline__ float narrow_dot_state(const float (&dC)[64], const float (&N)[4], unsigned C,
-                                                  const float *n) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row = narrow_row();
+// A thread's share of <C, dC>, for C as it lies in its panels
+__device__ __forceinline__ float narrow_dot_state(const float (&dC)[64], unsigned C) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const unsigned from = C + panel_piece(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
     float sum[2] = {0, 0};
 #pragma unroll
@@ -431,95 +522,158 @@ __device__ __forceinline__ float narrow_dot_state(const float (&dC)[64], const f
             sum[k % 2] += dC[4 * j + 2 * k] * two.x + dC[4 * j + 2 * k + 1] * two.y;
         }
     }
-    if (lane % 4 == 0) sum[0] += n[row] * (N[0] + N[1]), sum[1] += n[row + 8] * (N[2] + N[3]);
-    return warp_sum(sum[0] + sum[1]);
+    return sum[0] + sum[1];
+}
+// And of <n, dn>
+__device__ __forceinline__ float narrow_dot_n(const float (&N)[4], const float *n) {
+    const int row = narrow_row();
+    return threadIdx.x % 4 ? 0 : n[row] * (N[0] + N[1]) + n[row + 8] * (N[2] + N[3]);
 }
 // Where a span ends before chunk c, or the sequence begins with it
-__device__ __forceinline__ void narrow_store_anchor(const NarrowArgs &p, const NarrowPlace &at, float sum, int c) {
-    const size_t tile = (size_t)(threadIdx.x / 32) * gridDim.x + at.bh;
+__device__ __forceinline__ void narrow_store_anchor(const NarrowArgs &p, const NarrowPlace &at, float share, int c) {
+    const float sum = warp_sum(share);
+    const unsigned thread = not_hoisted(threadIdx.x);
+    const size_t tile = (size_t)(thread / 32) * gridDim.x + at.bh;
     const int spans = (at.chunks + 1) / 2;
-    if (threadIdx.x % 32) return;
+    if (thread % 32) return;
     if (c == 0) p.anchor_start[tile] = sum;
     else p.anchor[tile * spans + c / 2 - 1] = sum;
 }
 
+// dq = dH C^T, on its way. The C that enters an odd chunk is decay C + K^T (scale V) of the chunk before it, whose C is
+// at hand: weights dH V^T between chunks, which the gates of that chunk alone make (the walk comes to it next).
+template <bool ODD>
+__device__ __forceinline__ void narrow_ask_state(const NarrowPlace &at, unsigned base, const NarrowShared *sh,
+                                                 float (&dq)[32], int it) {
+    const unsigned dh = narrow_stage(base, it) + NARROW_AT_DH, C = base + NARROW_AT_C;
+    const unsigned k = narrow_kv_stage(base, it + 1), v = k + NARROW_AT_V;
+    const ScanRows *rows = &sh->rows[(it + 1) % NARROW_STAGES];
+    float w[32];
+#pragma unroll
+    for (int i = 0; i < 32; i++) dq[i] = w[i] = 0;
+    scan_wait_full<NARROW_STAGES>(sh->dh_full, it);
+    if constexpr (ODD) {
+        scan_wait_full<NARROW_KV_STAGES>(sh->v_full, it + 1);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int at_k = i / 4 * PANEL_BYTES + i % 4 * 32;
+            wgmma_ss<0, 0>(w, wgmma_operand(dh, at_k), wgmma_operand(v, at_k), true);
+        }
+        wgmma_commit();
+    }
+    scan_wait_full<1>(&sh->C_full, narrow_pair(at, it));
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        wgmma_ss<0, 1>(dq, wgmma_operand(dh, i / 4 * PANEL_BYTES + i % 4 * 32), wgmma_operand(C, 2048 * i), true);
+    wgmma_commit();
+    if constexpr (ODD) {
+        unsigned a[4][4];
+        scan_wait_full<NARROW_STAGES>(sh->rows_full, it + 1);
+        const float decay = rows->decay;
+        wgmma_wait<1>();
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 scale = *(const float2 *)&rows->scale[8 * j + threadIdx.x % 4 * 2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) w[4 * j + i] *= i % 2 ? scale.y : scale.x;
+        }
+        narrow_pack(a, w);
+        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it + 1);
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < 32; i++) dq[i] *= decay;
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; i++) wgmma_rs<1>(dq, a[i], wgmma_operand(k, 2048 * i), true);
+        wgmma_commit();
+    }
+}
+
+template <bool ODD>
+__device__ __forceinline__ void narrow_states_chunk(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
+                                                    NarrowShared *sh, float (&dC)[64], float (&N)[4], int it) {
+    const int c = narrow_chunk(at, it), row = narrow_row();
+    const unsigned q = narrow_stage(base, it), dh = q + NARROW_AT_DH, k = narrow_kv_stage(base, it),
+                   C = base + NARROW_AT_C;
+    const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
+    float dq[32], share = 0;
+    unsigned a[2][2][4];  // of 32 tokens each
+    narrow_ask_state<ODD>(at, base, sh, dq, it);
+    scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
+    scan_wait_full<NARROW_STAGES>(sh->q_full, it);
+    const float decay = rows->decay, factor[2] = {rows->factor[row], rows->factor[row + 8]};
+    scan_scale_rows(a[0], q, rows->factor);
+    scan_scale_rows(a[1], q + 2 * 2048, rows->factor + 32);
+#pragma unroll
+    for (int i = 0; i < 64; i++) dC[i] *= decay;
+#pragma unroll
+    for (int i = 0; i < 4; i++) N[i] *= decay;
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; i++) wgmma_rs<1>(dC, a[i / 2][i % 2], wgmma_operand(dh, 2048 * i), true);
+    wgmma_commit();
+    wgmma_wait<1>();
+    const float2 before = narrow_row_dots(dq, q);
+    if (threadIdx.x % 4 == 0) sh->before[row] = factor[0] * before.x, sh->before[row + 8] = factor[1] * before.y;
+    scan_warp_arrive<1>(&sh->before_full, it);
+    wgmma_wait<0>();
+    if (it + 1 < at.chunks) narrow_publish(base, sh, dC, it + 1);
+    if (it > 0 && threadIdx.x % 128 == 0) {
+        tma_store_wait_read<0>();  // the last chunk's dq has left
+        scan_arrive<2>(sh->dS_empty, it - 1);
+    }
+    __syncwarp();
+    if constexpr (!ODD) {  // early, since the next C needs the place
+        share = narrow_dot_state(dC, C);
+        fence_async_proxy();
+        scan_warp_arrive<1>(&sh->C_empty, narrow_pair(at, it));
+    }
+    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        wgmma_rs<1>(N, a[i / 2][i % 2],
+                    wgmma_narrow_operand(base, NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024 + 256 * i), true);
+    wgmma_commit();
+    const float border[2] = {rows->border[row], rows->border[row + 8]};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 n = *(const float2 *)&sh->n[it % NARROW_STAGES][8 * j + threadIdx.x % 4 * 2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            dq[4 * j + 2 * h] = factor[h] * dq[4 * j + 2 * h] + border[h] * n.x;
+            dq[4 * j + 2 * h + 1] = factor[h] * dq[4 * j + 2 * h + 1] + border[h] * n.y;
+        }
+    }
+    wgmma_wait<0>();
+    if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
+    if constexpr (!ODD) share += narrow_dot_n(N, sh->n[it % NARROW_STAGES]);
+    fence_async_proxy();  // Q and n have been read before TMA writes to their places; here nobody waits for it
+    scan_wait_full<2>(sh->dS_full, it);
+    scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        wgmma_ss<1, 1>(dq, wgmma_operand(base, NARROW_AT_DS + it % 2 * PANEL_BYTES + 2048 * i),
+                       wgmma_operand(k, 2048 * i), true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    narrow_leave(sh, it);
+    narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_DS + it % 2 * PANEL_BYTES, c);
+    if constexpr (!ODD) narrow_store_anchor(p, at, share, c);
+}
+
 __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
                                               NarrowShared *sh) {
-    float dC[64], N[4], dq[32];
-    unsigned a[2][2][4];  // of 32 tokens each
+    float dC[64], N[4];
     narrow_load_state(p, at, dC, N);
     narrow_publish(base, sh, dC, 0);
     narrow_publish_n(sh, N, 0);
     for (int it = 0; it < at.chunks; it++) {
-        const int c = narrow_chunk(at, it), row = narrow_row();
-        const unsigned stage = narrow_stage(base, it), dh = stage + NARROW_AT_DH, C = stage + NARROW_AT_C;
-        const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
-#pragma unroll
-        for (int i = 0; i < 32; i++) dq[i] = 0;
-        scan_wait_full<NARROW_STAGES>(sh->v_full, it);
-        scan_wait_full<NARROW_STAGES>(sh->C_full, it);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            wgmma_ss<0, 1>(dq, wgmma_operand(dh, i / 4 * PANEL_BYTES + i % 4 * 32), wgmma_operand(C, 2048 * i), true);
-        wgmma_commit();
-        scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
-        scan_wait_full<NARROW_STAGES>(sh->qk_full, it);
-        const float decay = rows->decay, factor[2] = {rows->factor[row], rows->factor[row + 8]};
-        scan_scale_rows(a[0], stage + NARROW_AT_Q, rows->factor);
-        scan_scale_rows(a[1], stage + NARROW_AT_Q + 2 * 2048, rows->factor + 32);
-#pragma unroll
-        for (int i = 0; i < 64; i++) dC[i] *= decay;
-#pragma unroll
-        for (int i = 0; i < 4; i++) N[i] *= decay;
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; i++) wgmma_rs<1>(dC, a[i / 2][i % 2], wgmma_operand(dh, 2048 * i), true);
-        wgmma_commit();
-        wgmma_wait<1>();
-        const float2 before = narrow_row_dots(dq, stage + NARROW_AT_Q);
-        if (threadIdx.x % 4 == 0) sh->before[row] = factor[0] * before.x, sh->before[row + 8] = factor[1] * before.y;
-        scan_warp_arrive<1>(&sh->before_full, it);
-        wgmma_wait<0>();
-        if (it + 1 < at.chunks) narrow_publish(base, sh, dC, it + 1);
-        if (it > 0 && threadIdx.x % 128 == 0) {
-            tma_store_wait_read<0>();  // the last chunk's dq has left
-            scan_arrive<2>(sh->dS_empty, it - 1);
-        }
-        __syncwarp();
-        scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            wgmma_rs<1>(N, a[i / 2][i % 2],
-                        wgmma_narrow_operand(base, NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024 + 256 * i), true);
-        wgmma_commit();
-        const float border[2] = {rows->border[row], rows->border[row + 8]};
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 n = *(const float2 *)&sh->n[it % NARROW_STAGES][8 * j + threadIdx.x % 4 * 2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                dq[4 * j + 2 * h] = factor[h] * dq[4 * j + 2 * h] + border[h] * n.x;
-                dq[4 * j + 2 * h + 1] = factor[h] * dq[4 * j + 2 * h + 1] + border[h] * n.y;
-            }
-        }
-        wgmma_wait<0>();
-        if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
-        if (c % 2 == 0) narrow_store_anchor(p, at, narrow_dot_state(dC, N, C, sh->n[it % NARROW_STAGES]), c);
-        scan_wait_full<2>(sh->dS_full, it);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            wgmma_ss<1, 1>(dq, wgmma_operand(base, NARROW_AT_DS + it % 2 * PANEL_BYTES + 2048 * i),
-                           wgmma_operand(stage, NARROW_AT_K + 2048 * i), true);
-        wgmma_commit();
-        wgmma_wait<0>();
-        const float2 dots = narrow_row_dots(dq, stage + NARROW_AT_Q);
-        fence_async_proxy();
-        scan_warp_arrive<NARROW_STAGES>(sh->empty, it);
-        narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_DS + it % 2 * PANEL_BYTES, c);
-        narrow_store_dots(p, at, p.q_dq, dots, c);
+        if (narrow_chunk(at, it) % 2) narrow_states_chunk<true>(p, at, base, sh, dC, N, it);
+        else narrow_states_chunk<false>(p, at, base, sh, dC, N, it);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -529,10 +683,16 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
 
 __device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
     for (int k = 0; k < NARROW_STAGES; k++) {
-        barrier_init(shared_address(sh->qk_full + k), 1), barrier_init(shared_address(sh->v_full + k), 1);
-        barrier_init(shared_address(sh->C_full + k), 1), barrier_init(shared_address(sh->rows_full + k), 2);
-        barrier_init(shared_address(sh->ds_full + k), 2), barrier_init(shared_address(sh->empty + k), 12);
+        barrier_init(shared_address(sh->q_full + k), 1), barrier_init(shared_address(sh->dh_full + k), 1);
+        barrier_init(shared_address(sh->rows_full + k), 2), barrier_init(shared_address(sh->ds_full + k), 2);
+        barrier_init(shared_address(sh->empty + k), 12);
     }
+    for (int k = 0; k < NARROW_PAIRS; k++) barrier_init(shared_address(sh->pairs_full + k), 4);
+    for (int k = 0; k < NARROW_KV_STAGES; k++) {
+        barrier_init(shared_address(sh->k_full + k), 1), barrier_init(shared_address(sh->v_full + k), 1);
+        barrier_init(shared_address(sh->kv_empty + k), 12);
+    }
+    barrier_init(shared_address(&sh->C_full), 1), barrier_init(shared_address(&sh->C_empty), 4);
     for (int k = 0; k < 2; k++) {
         barrier_init(shared_address(sh->dC_full + k), 4), barrier_init(shared_address(sh->dC_empty + k), 8);
         barrier_init(shared_address(sh->dS_full + k), 4), barrier_init(shared_address(sh->dS_empty + k), 1);

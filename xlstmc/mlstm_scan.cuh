@@ -126,7 +126,7 @@ struct ScanArgs {
     int segment_chunks, slices;  // chunks a segment, slices a head
     uint32_t *snapshots;  // C where a span begins, in the order of H's registers: H writes, dV and dQ read; NULL: no
     float *n_snapshots;   // [B, NH, borders, dk] n there: H writes, dK and dQ read
-    bool panels;          // H for narrow heads: snapshots of every chunk, in panels (scan_keep_panel)
+    bool panels;          // H for narrow heads: n of every chunk, C of every even one in panels (scan_keep_panel)
     float *anchor;        // [tiles][B, NH, spans] shares of <C, dC> + <n, dn> where a span ends
     int anchor_tile;      // the first one of this kernel
     MlstmState entering;  // dV and dK: the state that entered the sequence in the forward pass, and
@@ -843,13 +843,14 @@ __device__ __forceinline__ void scan_store_state(const ScanArgs &p, const ScanPl
             scan_four_elements<S>(p, at, wg, C, M[b] + 4 * j, b, j, [](float &c, float &x) { c = x; });
 }
 
-// For narrow heads H keeps what enters every chunk, M^T in bf16 in panels [64 dv, 64 dk] as mlstm_narrow.cuh wants it.
-// The last snapshot has left its place: scan_step waits for that.
+// For narrow heads H keeps what enters every even chunk, M^T in bf16 in panels [64 dv, 64 dk] as mlstm_narrow.cuh wants
+// it. The last snapshot has left its place: scan_step waits for that.
 template <class S>
 __device__ __forceinline__ void scan_keep_panel(const ScanArgs &p, const ScanPlace &at, unsigned base, int wg,
                                                 const float *m, int c) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-    const unsigned panel = base + S::AT_KEPT + wg * PANEL_BYTES;
+    const unsigned panel = base + S::AT_KEPT + wg * PANEL_BYTES, kept = (scan_all_chunks(p) + 1) / 2;  // of a head
+    if (c % 2) return;
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
         matrices_store(panel + panel_piece(row, j + lane / 16), pack_two(m[4 * j], m[4 * j + 1]),
@@ -858,8 +859,7 @@ __device__ __forceinline__ void scan_keep_panel(const ScanArgs &p, const ScanPla
     fence_async_proxy();
     named_barrier_sync(2 + wg, 128);
     if (threadIdx.x % 128 == 0)
-        bulk_store((char *)p.snapshots + (((size_t)at.bh * scan_all_chunks(p) + c) * 2 + wg) * PANEL_BYTES, panel,
-                   PANEL_BYTES);
+        bulk_store((char *)p.snapshots + (((size_t)at.bh * kept + c / 2) * 2 + wg) * PANEL_BYTES, panel, PANEL_BYTES);
     __syncwarp();
 }
 
@@ -1449,10 +1449,11 @@ static bool scan_has_paths(const MlstmShape *s) {
     return scan_pad(s->dk, false) == 128 && scan_pad(s->dv, true) == 256 && s->T <= GATE_PATH_SPANS * MLSTM_SPAN &&
            scan_segment_chunks(s) >= mlstm_chunks(s) && scan_dq_segment_chunks(s) >= mlstm_chunks(s);
 }
-// Snapshots of a head: no fewer than there are borders
+// Snapshots of a head, of C and of n: no fewer than there are borders
 static int scan_snapshots(const MlstmShape *s) {
-    return scan_narrow(s) ? mlstm_chunks(s) : scan_has_paths(s) ? 0 : mlstm_chunks(s) / SCAN_BORDER;
+    return scan_narrow(s) ? ceil_div(mlstm_chunks(s), 2) : scan_has_paths(s) ? 0 : mlstm_chunks(s) / SCAN_BORDER;
 }
+static int scan_n_snapshots(const MlstmShape *s) { return scan_narrow(s) ? mlstm_chunks(s) : scan_snapshots(s); }
 static size_t scan_snapshot_words(const MlstmShape *s) {
     const int A = scan_pad(s->dk, false);
     return (size_t)s->B * s->NH * scan_snapshots(s) * scan_slices(s, false) * A * scan_columns(A, false) / 2;
@@ -1576,7 +1577,7 @@ static void scan_segments(ScanArgs *p, float *segments, bool walked, const float
 
 typedef struct {          // what H leaves for the backward pass; NULL: there will be none
     uint32_t *snapshots;  // [scan_snapshot_words]
-    float *n_snapshots;   // [B, NH, scan_snapshots, dk]
+    float *n_snapshots;   // [B, NH, scan_n_snapshots, dk]
 } ScanSaved;
 
 static ScanArgs scan_args(const MlstmShape &s, const MlstmInput<bf16> &in, const MlstmGates &gates,
