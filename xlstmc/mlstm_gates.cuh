@@ -166,8 +166,7 @@ __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShap
         if (g > 0 && x.start[g] < first + g) scan->top[g] = fmax(scan->top[g], scan->top[g - 1]);
     }
     const auto larger = [](double x, double y) { return fmax(x, y); };
-    const double top =
-        mlstm_scan_lanes<GROUPS>(scan->top[GROUPS - 1], x.start[GROUPS - 1], last, -INFINITY, larger);
+    const double top = mlstm_scan_lanes<GROUPS>(scan->top[GROUPS - 1], x.start[GROUPS - 1], last, -INFINITY, larger);
 #pragma unroll
     for (int g = 0; g < GROUPS; g++)
         if (x.start[g] < first) scan->top[g] = fmax(scan->top[g], top);
@@ -674,8 +673,7 @@ static __global__ void __launch_bounds__(32 * GATE_WARPS * GATE_HEADS, 2)
               rows = its_head < NH ? min(MLSTM_SPAN, s.T - begin) : 0;
     const size_t token = (size_t)b * s.T + begin + row;
 #pragma unroll
-    for (int k = 0; k < LOADS; k++)
-        raw[k] = row + k * EVERY < rows ? in.gates[(token + k * EVERY) * in.ld + gate] : 0;
+    for (int k = 0; k < LOADS; k++) raw[k] = row + k * EVERY < rows ? in.gates[(token + k * EVERY) * in.ld + gate] : 0;
     for (int g = 0; g < 2; g++) {
         const int l = min(first + g, s.T - 1);
         start[g] = doc_start[l], ends[g] = l + 1 == end || doc_start[l + 1] == l + 1;

@@ -6,46 +6,48 @@
 // n that enters it and the gradient dC, dn of the state that leaves it:
 //
 //     P^T  = weights * (K Q^T)            dv = scale (K dC) + P^T dH                 values
-//     dS^T = weights * (V dH^T + ds)      dk = scale (V dC^T + dn) + dS^T Q          keys
-//     dq   = factor (dH C^T) + factor ds n + dS K                                    states
+//     dS^T = weights * (V dH^T + ds)                                                 values
+//     dk   = scale (V dC^T + dn) + dS^T Q                                            keys
+//     dq   = factor (dH C^T) + factor ds n + dS K                                    keys
 //     dC   = decay dC + (factor Q)^T dH,  dn = decay dn + Q^T (factor ds)            states
 //
 // The forward scan keeps n at every chunk, but C at even ones alone. An odd chunk asks that of the even chunk before
 // it, C', and its keys and values K', V' themselves, for C = decay' C' + K'^T (scale' V'):
 //
-//     dH C^T = decay' (dH C'^T) + ((dH V'^T) scale') K'                              states
+//     dH C^T = decay' (dH C'^T) + ((dH V'^T) scale') K'                              keys
 //
 // The walk comes to K', V' next, so they only have to be there a chunk early, in a ring of three places.
 // factor = qscale / den, of a query; scale = kscale, of a key; ds from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> +
 // factor_l <C^T q_l, dh_l>, so that nobody need give that or h. A block has four warpgroups:
 //
-//   states    dC [dk, dv] in 64 accumulators a thread, published in bf16 for the others as soon as it is made; dq, for
-//             which dS comes back from shared memory; between spans <C, dC> + <n, dn>, a share from each warp
-//   values    both scores, the weights of P, which stays in registers as operand; ds and the chunk's part of <k, dk>
-//             for the others; dv
-//   keys      V dH^T once more, the weights of dS; dk
+//   states    dC [dk, dv] in 64 accumulators a thread, published in bf16 for the others as soon as it is made; dn;
+//             between spans <C, dC> + <n, dn>, a share from each warp
+//   values    both scores and their weights; P stays in registers as operand, dS goes to keys; ds and the chunk's part
+//             of <k, dk> for the others; dv
+//   keys      what C and dC answer, with it the states' part of <dh, h> for values; dk, dq
 //   aux       a thread starts the copies by TMA, of Q, dH and n to a ring of two places, of K and V to one of three, of
 //             C to a place of its own; two warps make the rows' scalars from the gates
 //
+// In every chunk values wait for keys (before_full), then keys for values (ds, dS); states only keep ahead of them.
 // What ordinary instructions have read from a place of the ring is fenced off before the place is given back: ldmatrix
 // may still be on its way when the signal and then TMA have overtaken it.
 //
-// Cost of a chunk in cycles of the tensor cores (2,048 multiply-adds): 128 + 2 x 256 for the scores, 256 for each of
-// K dC, V dC^T, dH C^T, P^T dH, dC, 128 for each of dS^T Q, dS K; of an odd one 256 for dH V'^T and 128 for its product
-// with K': 2,176 and 2,560. Bytes a token and head of 64/128: 768 of q, k, v, dh, 128 of C, 4 of n, 512 of dq, dk, dv,
-// 44 of scalars: 1,456 (and 940 of H), which take 0.20 ms for 393,216 of them at 2.8 TB/s, or 4.4 us a chunk on each of
-// 132 multiprocessors. Registers of a thread: states 160 (dC 64, dq 32, dH V'^T 32, or operand 16), values 160 (dv 64,
-// scores 32 + 32), keys 152 (dk 32, scores 32, weights 32), aux 40. Shared memory: 217 KB.
+// Cost of a chunk in cycles of the tensor cores (2,048 multiply-adds): 128 + 256 for the scores, 256 for each of K dC,
+// V dC^T, dH C^T, P^T dH, dC, 128 for each of dS^T Q, dS K; of an odd one 256 for dH V'^T and 128 for its product with
+// K': 1,920 and 2,304 (sigmoid gate: dC in two parts, 256 more). Bytes a token and head of 64/128: 768 of q, k, v, dh,
+// 128 of C, 4 of n, 512 of dq, dk, dv, 44 of scalars: 1,456 (and 940 of H), which take 0.20 ms for 393,216 of them at
+// 2.8 TB/s, or 4.4 us a chunk on each of 132 multiprocessors. Registers of a thread: states 128 (dC 64, operand 16),
+// values 192 (dv 64, P, dP, weights 32 each), keys 152 (dq, dk, dH V'^T 32 each), aux 40. Shared memory: 217 KB.
 #ifndef XLSTMC_MLSTM_NARROW_CUH
 #define XLSTMC_MLSTM_NARROW_CUH
 
 #include "mlstm_scan.cuh"
 
 // Places of two rings: of Q, dH, n and the rows' scalars, and of K and V
-enum { NARROW_THREADS = 512, NARROW_STAGES = 2, NARROW_KV_STAGES = 3, NARROW_PAIRS = 4 };
+enum { NARROW_THREADS = 512, NARROW_STAGES = 2, NARROW_KV_STAGES = 3 };
 enum {
-    NARROW_STATES_REGISTERS = 160,
-    NARROW_VALUES_REGISTERS = 160,
+    NARROW_STATES_REGISTERS = 128,
+    NARROW_VALUES_REGISTERS = 192,
     NARROW_KEYS_REGISTERS = 152,
     NARROW_AUX_REGISTERS = 40
 };
@@ -84,11 +86,10 @@ struct alignas(16) NarrowShared {
     ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
     float inside[4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
-    float pairs[NARROW_PAIRS][64];    // the chunk's part of <k, dk>
+    float pairs[2][64];               // the chunk's part of <k, dk>
     uint64_t q_full[NARROW_STAGES], dh_full[NARROW_STAGES], rows_full[NARROW_STAGES], ds_full[NARROW_STAGES],
         empty[NARROW_STAGES];  // dh: and n; all of a place is empty at once
     uint64_t k_full[NARROW_KV_STAGES], v_full[NARROW_KV_STAGES], kv_empty[NARROW_KV_STAGES], C_full, C_empty;
-    uint64_t pairs_full[NARROW_PAIRS];  // two chunks ahead of keys values wait for the places of Q, so none is missed
     uint64_t dC_full[2], dC_empty[2], dn_full[2], dS_full[2], dS_empty[2], before_full;
 };
 enum { NARROW_SHARED_BYTES = NARROW_AT_SHARED + sizeof(NarrowShared) };
@@ -239,20 +240,20 @@ __device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const Nar
     if (time + 8 < p.s.T) to[8] = sum.y;
 }
 
-// x [64 tokens, 64 PANELS] leaves for memory through panels of shared memory, which the warpgroup alone uses by now
-template <int PANELS>
-__device__ __forceinline__ void narrow_output(const NarrowPlace &at, const CUtensorMap *map,
-                                              const float (&x)[32 * PANELS], unsigned panels, int c) {
+// x and y, of 64 tokens and 64 columns each, leave for memory through panels of shared memory that only this warpgroup
+// uses by now. What left before has been read: tma_store_wait_read by the warpgroup's first thread
+__device__ __forceinline__ void narrow_output(const NarrowPlace &at, const CUtensorMap *x_map, const float *x,
+                                              unsigned x_panel, const CUtensorMap *y_map, const float *y,
+                                              unsigned y_panel, int y_column, int c) {
     const int wg = threadIdx.x / 128;
-    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();  // of the chunk before
     named_barrier_sync(1 + wg, 128);
-#pragma unroll
-    for (int i = 0; i < PANELS; i++) narrow_store_panel(x + 32 * i, panels + i * PANEL_BYTES);
+    narrow_store_panel(x, x_panel), narrow_store_panel(y, y_panel);
     fence_async_proxy();
     named_barrier_sync(1 + wg, 128);
-    if (threadIdx.x % 128 == 0)
-        for (int i = 0; i < PANELS; i++)
-            tma_store(map, panels + i * PANEL_BYTES, 64 * i, at.head, c * SCAN_CHUNK, at.b);
+    if (threadIdx.x % 128 == 0) {
+        tma_store(x_map, x_panel, 0, at.head, c * SCAN_CHUNK, at.b);
+        tma_store(y_map, y_panel, y_column, at.head, c * SCAN_CHUNK, at.b);
+    }
     __syncwarp();
 }
 
@@ -263,7 +264,7 @@ __device__ __forceinline__ void narrow_pack(unsigned (&a)[4][4], const float (&w
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Values: ds and dv
+// Values: ds, dS and dv
 
 // Sums of P dP over a warp's 16 keys, of the 64 queries: a lane keeps one half of the columns and gives the other,
 // until two are left
@@ -298,23 +299,30 @@ __device__ __forceinline__ float2 narrow_sum_queries(const float (&P)[32], const
     }
     return sum;
 }
-__device__ __forceinline__ void narrow_store_pairs(const float (&P)[32], float2 sum, NarrowShared *sh, int it) {
+// dS^T = D (dP + ds den) for the others, D the weights, and the sums above, of which the first part is there
+__device__ __forceinline__ void narrow_make_pairs(unsigned base, NarrowShared *sh, const float (&P)[32],
+                                                  const float (&D)[32], float (&dP)[32], float2 sum, int it) {
     const float *add = sh->rows[it % NARROW_STAGES].add + threadIdx.x % 4 * 2;
-    float *to = sh->pairs[it % NARROW_PAIRS] + narrow_row();
+    float *to = sh->pairs[it % 2] + narrow_row();
+    scan_wait_empty<2>(sh->dS_empty, it);
     scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         const float2 by = *(const float2 *)&add[8 * j];
         sum.x += P[4 * j] * by.x + P[4 * j + 1] * by.y;
         sum.y += P[4 * j + 2] * by.x + P[4 * j + 3] * by.y;
+#pragma unroll
+        for (int i = 0; i < 4; i++) dP[4 * j + i] = D[4 * j + i] * (dP[4 * j + i] + (i % 2 ? by.y : by.x));
     }
+    narrow_store_panel(dP, base + NARROW_AT_DS + it % 2 * PANEL_BYTES);
 #pragma unroll
     for (int d = 1; d < 4; d *= 2) {
         sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
         sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
     }
     if (threadIdx.x % 4 == 0) to[0] = sum.x, to[8] = sum.y;
-    scan_warp_arrive<NARROW_PAIRS>(sh->pairs_full, it);
+    fence_async_proxy();
+    scan_warp_arrive<2>(sh->dS_full, it);
 }
 
 // ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>;
@@ -342,17 +350,17 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         const unsigned q = narrow_stage(base, it), dh = q + NARROW_AT_DH, k = narrow_kv_stage(base, it),
                        v = k + NARROW_AT_V, dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
         const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
-        float w[32], dP[32], dv[64];
+        float P[32], dP[32], D[32], dv[64];
         unsigned a[4][4];
         scan_wait_full<NARROW_STAGES>(sh->q_full, it);
         scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
 #pragma unroll
-        for (int i = 0; i < 32; i++) w[i] = dP[i] = 0;
+        for (int i = 0; i < 32; i++) P[i] = dP[i] = 0, D[i] = 1;
 #pragma unroll
         for (int i = 0; i < 64; i++) dv[i] = 0;
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; i++) wgmma_ss<0, 0>(w, wgmma_operand(k, 32 * i), wgmma_operand(q, 32 * i), true);
+        for (int i = 0; i < 4; i++) wgmma_ss<0, 0>(P, wgmma_operand(k, 32 * i), wgmma_operand(q, 32 * i), true);
         wgmma_commit();
         scan_wait_full<NARROW_STAGES>(sh->dh_full, it);
         scan_wait_full<NARROW_KV_STAGES>(sh->v_full, it);
@@ -364,19 +372,20 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         wgmma_commit();
         scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
         const float scale[2] = {rows->scale[narrow_row()], rows->scale[narrow_row() + 8]};
-        wgmma_wait<1>();
-        scan_weights<Scan<SCAN_DV, 64, 128>>(w, rows, not_hoisted(threadIdx.x % 128));
-        wgmma_wait<0>();
-        narrow_sum_keys(w, dP, sh->inside[threadIdx.x / 32 % 4]);
-        const float2 pairs = narrow_sum_queries(w, dP);
-        narrow_pack(a, w);
+        scan_weights<Scan<SCAN_DV, 64, 128>>(D, rows, not_hoisted(threadIdx.x % 128));
         scan_wait_full<2>(sh->dC_full, it);
-        wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_ss<0, 1>(dv, wgmma_operand(k, 32 * i), wgmma_operand(dC, 2048 * i), true);
         wgmma_commit();
+        wgmma_wait<1>();
+#pragma unroll
+        for (int i = 0; i < 32; i++) P[i] *= D[i];
+        narrow_sum_keys(P, dP, sh->inside[threadIdx.x / 32 % 4]);
+        const float2 pairs = narrow_sum_queries(P, dP);
         const float q_dq = narrow_make_ds(smem, sh, it);
         __syncwarp();
+        narrow_make_pairs(base, sh, P, D, dP, pairs, it);
+        narrow_pack(a, P);
         wgmma_wait<0>();
         scan_warp_arrive<2>(sh->dC_empty, it);
 #pragma unroll
@@ -385,11 +394,12 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
 #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_rs<1>(dv, a[i], wgmma_operand(dh, 2048 * i), true);
         wgmma_commit();
-        narrow_store_pairs(w, pairs, sh, it);
+        if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();  // the last chunk's dv has left
         __syncwarp();
         wgmma_wait<0>();
         narrow_leave(sh, it);
-        narrow_output<2>(at, &p.dv, dv, base + NARROW_AT_OUT_V, narrow_chunk(at, it));
+        const unsigned out = base + NARROW_AT_OUT_V;
+        narrow_output(at, &p.dv, dv, out, &p.dv, dv + 32, out + PANEL_BYTES, 64, narrow_chunk(at, it));
         const int i = threadIdx.x % 128, t = narrow_chunk(at, it) * SCAN_CHUNK + i;
         if (i < 64 && t < p.s.T) p.q_dq[(size_t)at.bh * p.s.T + t] = q_dq;  // behind the fence, which would wait for it
     }
@@ -397,79 +407,140 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// Keys: dS and dk
+// Keys: dk and dq
+
+// dq = dH C^T and, behind it, dk = V dC^T, on their way. The C that enters an odd chunk is decay C + K^T (scale V) of
+// the chunk before it, whose C is at hand: weights dH V^T between chunks, which the gates of that chunk alone make (the
+// walk comes to it next). What makes dq is done when this returns.
+template <bool ODD>
+__device__ __forceinline__ void narrow_ask_states(const NarrowPlace &at, unsigned base, const NarrowShared *sh,
+                                                  float (&dq)[32], float (&dk)[32], int it) {
+    const unsigned dh = narrow_stage(base, it) + NARROW_AT_DH, C = base + NARROW_AT_C,
+                   dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES), v = narrow_kv_stage(base, it) + NARROW_AT_V,
+                   k_next = narrow_kv_stage(base, it + 1), v_next = k_next + NARROW_AT_V;
+    const ScanRows *rows = &sh->rows[(it + 1) % NARROW_STAGES];
+    float w[32];
+#pragma unroll
+    for (int i = 0; i < 32; i++) dq[i] = dk[i] = w[i] = 0;
+    scan_wait_full<NARROW_STAGES>(sh->dh_full, it);
+    if constexpr (ODD) scan_wait_full<NARROW_KV_STAGES>(sh->v_full, it + 1);
+    scan_wait_full<1>(&sh->C_full, narrow_pair(at, it));
+    wgmma_fence();
+    if constexpr (ODD) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int at_k = i / 4 * PANEL_BYTES + i % 4 * 32;
+            wgmma_ss<0, 0>(w, wgmma_operand(dh, at_k), wgmma_operand(v_next, at_k), true);
+        }
+        wgmma_commit();
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        wgmma_ss<0, 1>(dq, wgmma_operand(dh, i / 4 * PANEL_BYTES + i % 4 * 32), wgmma_operand(C, 2048 * i), true);
+    wgmma_commit();
+    if constexpr (ODD) {
+        unsigned a[4][4];
+        scan_wait_full<NARROW_STAGES>(sh->rows_full, it + 1);
+        const float decay = rows->decay;
+        wgmma_wait<1>();
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 scale = *(const float2 *)&rows->scale[8 * j + threadIdx.x % 4 * 2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) w[4 * j + i] *= i % 2 ? scale.y : scale.x;
+        }
+        narrow_pack(a, w);
+        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it + 1);
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < 32; i++) dq[i] *= decay;
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; i++) wgmma_rs<1>(dq, a[i], wgmma_operand(k_next, 2048 * i), true);
+        wgmma_commit();
+    }
+    scan_wait_full<NARROW_KV_STAGES>(sh->v_full, it);
+    scan_wait_full<2>(sh->dC_full, it);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int at_k = i / 4 * PANEL_BYTES + i % 4 * 32;
+        wgmma_ss<0, 0>(dk, wgmma_operand(v, at_k), wgmma_operand(dC, at_k), true);
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+}
+
+template <bool ODD>
+__device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
+                                                  NarrowShared *sh, int it) {
+    const int row = narrow_row();
+    const unsigned q = narrow_stage(base, it), k = narrow_kv_stage(base, it),
+                   dS = base + NARROW_AT_DS + it % 2 * PANEL_BYTES;
+    const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
+    float dq[32], dk[32];
+    narrow_ask_states<ODD>(at, base, sh, dq, dk, it);
+    scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
+    scan_wait_full<NARROW_STAGES>(sh->q_full, it);
+    const float factor[2] = {rows->factor[row], rows->factor[row + 8]},
+                scale[2] = {rows->scale[row], rows->scale[row + 8]};
+#pragma unroll
+    for (int i = 0; i < 32; i++) dq[i] *= factor[i / 2 % 2];
+    const float2 before = narrow_row_dots(dq, q);
+    if (threadIdx.x % 4 == 0) sh->before[row] = before.x, sh->before[row + 8] = before.y;
+    scan_warp_arrive<1>(&sh->before_full, it);
+    if (!ODD) scan_warp_arrive<1>(&sh->C_empty, narrow_pair(at, it));
+    if (threadIdx.x % 128 == 0) {
+        tma_store_wait_read<0>();  // the last chunk's dq and dk have left
+        if (it > 0) scan_arrive<2>(sh->dS_empty, it - 1);
+    }
+    __syncwarp();
+    scan_wait_full<2>(sh->dn_full, it);
+    scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
+    wgmma_wait<0>();
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 dn = *(const float2 *)&sh->dn[it % 2][8 * j + threadIdx.x % 4 * 2];
+#pragma unroll
+        for (int i = 0; i < 4; i++) dk[4 * j + i] = scale[i / 2] * (dk[4 * j + i] + (i % 2 ? dn.y : dn.x));
+    }
+    scan_warp_arrive<2>(sh->dC_empty, it);
+    float2 dots = narrow_row_dots(dk, k);
+    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+    const float border[2] = {rows->border[row], rows->border[row + 8]};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 n = *(const float2 *)&sh->n[it % NARROW_STAGES][8 * j + threadIdx.x % 4 * 2];
+#pragma unroll
+        for (int i = 0; i < 4; i++) dq[4 * j + i] += border[i / 2] * (i % 2 ? n.y : n.x);
+    }
+    fence_async_proxy();  // Q, K and n have been read before TMA writes to their places; here nobody waits for it
+    scan_wait_full<2>(sh->dS_full, it);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        wgmma_ss<0, 1>(dk, wgmma_operand(dS, 32 * i), wgmma_operand(q, 2048 * i), true);
+        wgmma_ss<1, 1>(dq, wgmma_operand(dS, 2048 * i), wgmma_operand(k, 2048 * i), true);
+    }
+    wgmma_commit();
+    const float *pairs = sh->pairs[it % 2] + row;
+    dots.x += pairs[0], dots.y += pairs[8];
+    wgmma_wait<0>();
+    narrow_leave(sh, it);
+    narrow_output(at, &p.dk, dk, base + NARROW_AT_OUT_K, &p.dq, dq, dS, 0, narrow_chunk(at, it));
+    narrow_store_dots(p, at, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
+}
 
 __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
                                             NarrowShared *sh) {
     for (int it = 0; it < at.chunks; it++) {
-        const unsigned q = narrow_stage(base, it), dh = q + NARROW_AT_DH, k = narrow_kv_stage(base, it),
-                       v = k + NARROW_AT_V, dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
-        const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
-        float w[32], D[32], dk[32];  // D: the weights of pairs alone, made while ds is not there
-        unsigned a[4][4];
-        scan_wait_full<NARROW_STAGES>(sh->dh_full, it);
-        scan_wait_full<NARROW_KV_STAGES>(sh->v_full, it);
-#pragma unroll
-        for (int i = 0; i < 32; i++) w[i] = dk[i] = 0, D[i] = 1;
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int at_k = i / 4 * PANEL_BYTES + i % 4 * 32;
-            wgmma_ss<0, 0>(w, wgmma_operand(v, at_k), wgmma_operand(dh, at_k), true);
-        }
-        wgmma_commit();
-        scan_wait_full<2>(sh->dC_full, it);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int at_k = i / 4 * PANEL_BYTES + i % 4 * 32;
-            wgmma_ss<0, 0>(dk, wgmma_operand(v, at_k), wgmma_operand(dC, at_k), true);
-        }
-        wgmma_commit();
-        scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
-        const float scale[2] = {rows->scale[narrow_row()], rows->scale[narrow_row() + 8]};
-        scan_weights<Scan<SCAN_DV, 64, 128>>(D, rows, not_hoisted(threadIdx.x % 128));
-        scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
-        wgmma_wait<1>();
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 add = *(const float2 *)&rows->add[8 * j + threadIdx.x % 4 * 2];
-#pragma unroll
-            for (int i = 0; i < 4; i++) w[4 * j + i] = D[4 * j + i] * (w[4 * j + i] + (i % 2 ? add.y : add.x));
-        }
-        scan_wait_empty<2>(sh->dS_empty, it);
-        narrow_store_panel(w, base + NARROW_AT_DS + it % 2 * PANEL_BYTES);
-        fence_async_proxy();
-        scan_warp_arrive<2>(sh->dS_full, it);
-        narrow_pack(a, w);
-        scan_wait_full<2>(sh->dn_full, it);
-        float2 dn[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) dn[j] = *(const float2 *)&sh->dn[it % 2][8 * j + threadIdx.x % 4 * 2];
-        wgmma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < 32; i++) dk[i] = scale[i / 2 % 2] * (dk[i] + (i % 2 ? dn[i / 4].y : dn[i / 4].x));
-        scan_warp_arrive<2>(sh->dC_empty, it);
-        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
-        float2 dots = narrow_row_dots(dk, k);
-        scan_wait_full<NARROW_STAGES>(sh->q_full, it);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; i++) wgmma_rs<1>(dk, a[i], wgmma_operand(q, 2048 * i), true);
-        wgmma_commit();
-        fence_async_proxy();  // K has been read before TMA writes to its place
-        wgmma_wait<0>();
-        narrow_leave(sh, it);
-        narrow_output<1>(at, &p.dk, dk, base + NARROW_AT_OUT_K, narrow_chunk(at, it));
-        scan_wait_full<NARROW_PAIRS>(sh->pairs_full, it);
-        const float *pairs = sh->pairs[it % NARROW_PAIRS] + narrow_row();
-        dots.x += pairs[0], dots.y += pairs[8];
-        narrow_store_dots(p, at, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
+        if (narrow_chunk(at, it) % 2) narrow_keys_chunk<true>(p, at, base, sh, it);
+        else narrow_keys_chunk<false>(p, at, base, sh, it);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// States: dC, dn and dq. N[0] + N[1] is dn of row narrow_row(), N[2] + N[3] of 8 rows further on.
+// States: dC and dn. N[0] + N[1] is dn of row narrow_row(), N[2] + N[3] of 8 rows further on.
 
 __device__ __forceinline__ void narrow_load_state(const NarrowArgs &p, const NarrowPlace &at, float (&dC)[64],
                                                   float (&N)[4]) {
@@ -540,142 +611,84 @@ __device__ __forceinline__ void narrow_store_anchor(const NarrowArgs &p, const N
     else p.anchor[tile * spans + c / 2 - 1] = sum;
 }
 
-// dq = dH C^T, on its way. The C that enters an odd chunk is decay C + K^T (scale V) of the chunk before it, whose C is
-// at hand: weights dH V^T between chunks, which the gates of that chunk alone make (the walk comes to it next).
-template <bool ODD>
-__device__ __forceinline__ void narrow_ask_state(const NarrowPlace &at, unsigned base, const NarrowShared *sh,
-                                                 float (&dq)[32], int it) {
-    const unsigned dh = narrow_stage(base, it) + NARROW_AT_DH, C = base + NARROW_AT_C;
-    const unsigned k = narrow_kv_stage(base, it + 1), v = k + NARROW_AT_V;
-    const ScanRows *rows = &sh->rows[(it + 1) % NARROW_STAGES];
-    float w[32];
-#pragma unroll
-    for (int i = 0; i < 32; i++) dq[i] = w[i] = 0;
-    scan_wait_full<NARROW_STAGES>(sh->dh_full, it);
-    if constexpr (ODD) {
-        scan_wait_full<NARROW_KV_STAGES>(sh->v_full, it + 1);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int at_k = i / 4 * PANEL_BYTES + i % 4 * 32;
-            wgmma_ss<0, 0>(w, wgmma_operand(dh, at_k), wgmma_operand(v, at_k), true);
-        }
-        wgmma_commit();
-    }
-    scan_wait_full<1>(&sh->C_full, narrow_pair(at, it));
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        wgmma_ss<0, 1>(dq, wgmma_operand(dh, i / 4 * PANEL_BYTES + i % 4 * 32), wgmma_operand(C, 2048 * i), true);
-    wgmma_commit();
-    if constexpr (ODD) {
-        unsigned a[4][4];
-        scan_wait_full<NARROW_STAGES>(sh->rows_full, it + 1);
-        const float decay = rows->decay;
-        wgmma_wait<1>();
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 scale = *(const float2 *)&rows->scale[8 * j + threadIdx.x % 4 * 2];
-#pragma unroll
-            for (int i = 0; i < 4; i++) w[4 * j + i] *= i % 2 ? scale.y : scale.x;
-        }
-        narrow_pack(a, w);
-        scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it + 1);
-        wgmma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < 32; i++) dq[i] *= decay;
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; i++) wgmma_rs<1>(dq, a[i], wgmma_operand(k, 2048 * i), true);
-        wgmma_commit();
-    }
-}
-
-template <bool ODD>
-__device__ __forceinline__ void narrow_states_chunk(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
-                                                    NarrowShared *sh, float (&dC)[64], float (&N)[4], int it) {
-    const int c = narrow_chunk(at, it), row = narrow_row();
-    const unsigned q = narrow_stage(base, it), dh = q + NARROW_AT_DH, k = narrow_kv_stage(base, it),
-                   C = base + NARROW_AT_C;
-    const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
-    float dq[32], share = 0;
-    unsigned a[2][2][4];  // of 32 tokens each
-    narrow_ask_state<ODD>(at, base, sh, dq, it);
-    scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
-    scan_wait_full<NARROW_STAGES>(sh->q_full, it);
-    const float decay = rows->decay, factor[2] = {rows->factor[row], rows->factor[row + 8]};
+// dC = decay dC + (factor Q)^T dH. a: (factor Q)^T of 32 tokens each, then dn is made of it, too
+__device__ __forceinline__ void narrow_add_queries(float (&dC)[64], unsigned (&a)[2][2][4], unsigned q, unsigned dh,
+                                                   const ScanRows *rows) {
+    const float decay = rows->decay;
     scan_scale_rows(a[0], q, rows->factor);
     scan_scale_rows(a[1], q + 2 * 2048, rows->factor + 32);
 #pragma unroll
     for (int i = 0; i < 64; i++) dC[i] *= decay;
-#pragma unroll
-    for (int i = 0; i < 4; i++) N[i] *= decay;
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; i++) wgmma_rs<1>(dC, a[i / 2][i % 2], wgmma_operand(dh, 2048 * i), true);
     wgmma_commit();
-    wgmma_wait<1>();
-    const float2 before = narrow_row_dots(dq, q);
-    if (threadIdx.x % 4 == 0) sh->before[row] = factor[0] * before.x, sh->before[row + 8] = factor[1] * before.y;
-    scan_warp_arrive<1>(&sh->before_full, it);
     wgmma_wait<0>();
-    if (it + 1 < at.chunks) narrow_publish(base, sh, dC, it + 1);
-    if (it > 0 && threadIdx.x % 128 == 0) {
-        tma_store_wait_read<0>();  // the last chunk's dq has left
-        scan_arrive<2>(sh->dS_empty, it - 1);
+}
+// The same with factor Q in two parts, for the sigmoid gate: without a normaliser dk errs most by what rounding loses
+// here, and no dn has to be made
+__device__ __forceinline__ void narrow_add_queries_both(float (&dC)[64], unsigned q, unsigned dh,
+                                                        const ScanRows *rows) {
+    const float decay = rows->decay;
+    unsigned a[2][2][4];
+#pragma unroll
+    for (int i = 0; i < 64; i++) dC[i] *= decay;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        scan_scale_rows_both(a[0], q + 2048 * i, rows->factor + 16 * i);
+        scan_scale_rows_both(a[1], q + 2048 * (i + 1), rows->factor + 16 * (i + 1));
+        wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < 4; part++)
+            wgmma_rs<1>(dC, a[part / 2][part % 2], wgmma_operand(dh, 2048 * (i + part / 2)), true);
+        wgmma_commit();
+        wgmma_wait<0>();
     }
-    __syncwarp();
-    if constexpr (!ODD) {  // early, since the next C needs the place
-        share = narrow_dot_state(dC, C);
-        fence_async_proxy();
-        scan_warp_arrive<1>(&sh->C_empty, narrow_pair(at, it));
-    }
-    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        wgmma_rs<1>(N, a[i / 2][i % 2],
-                    wgmma_narrow_operand(base, NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024 + 256 * i), true);
-    wgmma_commit();
-    const float border[2] = {rows->border[row], rows->border[row + 8]};
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const float2 n = *(const float2 *)&sh->n[it % NARROW_STAGES][8 * j + threadIdx.x % 4 * 2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            dq[4 * j + 2 * h] = factor[h] * dq[4 * j + 2 * h] + border[h] * n.x;
-            dq[4 * j + 2 * h + 1] = factor[h] * dq[4 * j + 2 * h + 1] + border[h] * n.y;
-        }
-    }
-    wgmma_wait<0>();
-    if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
-    if constexpr (!ODD) share += narrow_dot_n(N, sh->n[it % NARROW_STAGES]);
-    fence_async_proxy();  // Q and n have been read before TMA writes to their places; here nobody waits for it
-    scan_wait_full<2>(sh->dS_full, it);
-    scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        wgmma_ss<1, 1>(dq, wgmma_operand(base, NARROW_AT_DS + it % 2 * PANEL_BYTES + 2048 * i),
-                       wgmma_operand(k, 2048 * i), true);
-    wgmma_commit();
-    wgmma_wait<0>();
-    narrow_leave(sh, it);
-    narrow_output<1>(at, &p.dq, dq, base + NARROW_AT_DS + it % 2 * PANEL_BYTES, c);
-    if constexpr (!ODD) narrow_store_anchor(p, at, share, c);
 }
 
 __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
                                               NarrowShared *sh) {
+    const bool sigmoid = p.s.sigmoid_gate;
     float dC[64], N[4];
     narrow_load_state(p, at, dC, N);
     narrow_publish(base, sh, dC, 0);
     narrow_publish_n(sh, N, 0);
     for (int it = 0; it < at.chunks; it++) {
-        if (narrow_chunk(at, it) % 2) narrow_states_chunk<true>(p, at, base, sh, dC, N, it);
-        else narrow_states_chunk<false>(p, at, base, sh, dC, N, it);
+        const int c = narrow_chunk(at, it);
+        const unsigned q = narrow_stage(base, it), dh = q + NARROW_AT_DH;
+        const ScanRows *rows = &sh->rows[it % NARROW_STAGES];
+        float share = 0;
+        unsigned a[2][2][4];
+        scan_wait_full<NARROW_STAGES>(sh->rows_full, it);
+        scan_wait_full<NARROW_STAGES>(sh->q_full, it);
+        scan_wait_full<NARROW_STAGES>(sh->dh_full, it);
+        if (sigmoid) narrow_add_queries_both(dC, q, dh, rows);
+        else narrow_add_queries(dC, a, q, dh, rows);
+#pragma unroll
+        for (int i = 0; i < 4; i++) N[i] *= rows->decay;
+        if (it + 1 < at.chunks) narrow_publish(base, sh, dC, it + 1);
+        if (c % 2 == 0) {  // early, since the next C needs the place
+            scan_wait_full<1>(&sh->C_full, narrow_pair(at, it));
+            share = narrow_dot_state(dC, base + NARROW_AT_C);
+            fence_async_proxy();
+            scan_warp_arrive<1>(&sh->C_empty, narrow_pair(at, it));
+        }
+        if (!sigmoid) {
+            scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                wgmma_rs<1>(N, a[i / 2][i % 2],
+                            wgmma_narrow_operand(base, NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024 + 256 * i), true);
+            wgmma_commit();
+            wgmma_wait<0>();
+        }
+        if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
+        if (c % 2 == 0) share += narrow_dot_n(N, sh->n[it % NARROW_STAGES]);
+        fence_async_proxy();  // Q and n have been read before TMA writes to their places
+        narrow_leave(sh, it);
+        if (c % 2 == 0) narrow_store_anchor(p, at, share, c);
     }
-    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -687,12 +700,11 @@ __device__ __forceinline__ void narrow_barriers(NarrowShared *sh) {
         barrier_init(shared_address(sh->rows_full + k), 2), barrier_init(shared_address(sh->ds_full + k), 2);
         barrier_init(shared_address(sh->empty + k), 12);
     }
-    for (int k = 0; k < NARROW_PAIRS; k++) barrier_init(shared_address(sh->pairs_full + k), 4);
     for (int k = 0; k < NARROW_KV_STAGES; k++) {
         barrier_init(shared_address(sh->k_full + k), 1), barrier_init(shared_address(sh->v_full + k), 1);
         barrier_init(shared_address(sh->kv_empty + k), 12);
     }
-    barrier_init(shared_address(&sh->C_full), 1), barrier_init(shared_address(&sh->C_empty), 4);
+    barrier_init(shared_address(&sh->C_full), 1), barrier_init(shared_address(&sh->C_empty), 8);
     for (int k = 0; k < 2; k++) {
         barrier_init(shared_address(sh->dC_full + k), 4), barrier_init(shared_address(sh->dC_empty + k), 8);
         barrier_init(shared_address(sh->dS_full + k), 4), barrier_init(shared_address(sh->dS_empty + k), 1);

@@ -941,25 +941,30 @@ __device__ __forceinline__ unsigned scan_pack_rest(float x, float y) {
     return pack_two(x - two.x, y - two.y);
 }
 
-// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce. BOTH: what
-// is lost by that is multiplied, too. While the products run, M^T decays, if there are registers for that.
-template <class S, bool BOTH>
+// out^T [64, 64 tokens] = M^T X^T; M^T rounded to bf16, a few times 16 columns ahead: registers are scarce. REST: of
+// one in so many times 16 columns (0: of none) what is lost by that is multiplied, too. While the products run, M^T
+// decays, if there are registers for that.
+template <class S, int REST>
 __device__ __forceinline__ void scan_ask_state(float (&out)[32], float (&M)[S::AW / 2], unsigned x, float decay) {
+    constexpr int AHEAD = REST && S::AW > 192 ? 1 : S::AHEAD;
+    int on_their_way = 0;
 #pragma unroll
-    for (int i = 0; i < S::AW / 16 * (BOTH ? 2 : 1); i++) {
-        const int k = BOTH ? i / 2 : i;
-        const bool rest = BOTH && i % 2;
-        unsigned a[4];
+    for (int k = 0; k < S::AW / 16; k++) {
+        const bool both = REST && k % (REST ? REST : 1) == 0;
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            float *m = M + 8 * k + 2 * r;
-            a[r] = rest ? scan_pack_rest(m[0], m[1]) : pack_two(m[0], m[1]);
-            if (S::DECAYS_EARLY && rest == BOTH) m[0] *= decay, m[1] *= decay;
+        for (int part = 0; part < (both ? 2 : 1); part++) {
+            unsigned a[4];
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                float *m = M + 8 * k + 2 * r;
+                a[r] = part ? scan_pack_rest(m[0], m[1]) : pack_two(m[0], m[1]);
+                if (S::DECAYS_EARLY && part == both) m[0] *= decay, m[1] *= decay;
+            }
+            wgmma_fence();
+            wgmma_rs<0>(out, a, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32), k + part > 0);
+            wgmma_commit();
+            if (on_their_way++ >= AHEAD) wgmma_wait<AHEAD>();
         }
-        wgmma_fence();
-        wgmma_rs<0>(out, a, wgmma_operand(x, k / 4 * PANEL_BYTES + k % 4 * 32), i > 0);
-        wgmma_commit();
-        if (i >= S::AHEAD) wgmma_wait<S::AHEAD>();
     }
     wgmma_wait<0>();
 }
@@ -1182,11 +1187,12 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     unsigned a[2][2][4];
     scan_wait_full<S::TILES>(sh->tile_full, k0);
     const unsigned x = base + scan_at_tile<S>(k0) + half;
-    // dQ with the sigmoid gate: C is asked by more of the pairs than with chunks of 128, and each answer is rounded
-    // twice. With the exponential gate dq errs more by ds than by that.
-    if (S::PATHS || (S::MODE == SCAN_DQ && p.s.sigmoid_gate))
-        scan_ask_state<S, S::MODE == SCAN_DQ || S::PATHS>(out, M, not_hoisted(x), rows->decay);
-    else scan_ask_state<S, false>(out, M, not_hoisted(x), rows->decay);
+    // dQ and dK with the sigmoid gate: states are asked by more of the pairs than with chunks of 128, and each answer
+    // is rounded twice; for dk it is enough if half of the states is asked in two parts. With the exponential gate dq
+    // and dk err more by ds than by that.
+    constexpr int REST = S::PATHS || S::MODE == SCAN_DQ ? 1 : S::MODE == SCAN_DK ? 2 : 0;
+    if (S::PATHS || (S::TRANSPOSED && p.s.sigmoid_gate)) scan_ask_state<S, REST>(out, M, not_hoisted(x), rows->decay);
+    else scan_ask_state<S, 0>(out, M, not_hoisted(x), rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
     if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
     __syncwarp();
