@@ -301,14 +301,15 @@ __device__ __forceinline__ float2 narrow_sum_queries(const float (&P)[32], const
 }
 // dS^T = D (dP + ds den) for the others, D the weights, and the sums above, of which the first part is there
 __device__ __forceinline__ void narrow_make_pairs(unsigned base, NarrowShared *sh, const float (&P)[32],
-                                                  const float (&D)[32], float (&dP)[32], float2 sum, int it) {
+                                                  const float (&D)[32], float (&dP)[32], float2 sum, int it,
+                                                  bool sigmoid) {
     const float *add = sh->rows[it % NARROW_STAGES].add + threadIdx.x % 4 * 2;
     float *to = sh->pairs[it % 2] + narrow_row();
     scan_wait_empty<2>(sh->dS_empty, it);
-    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+    if (!sigmoid) scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float2 by = *(const float2 *)&add[8 * j];
+        const float2 by = sigmoid ? make_float2(0, 0) : *(const float2 *)&add[8 * j];
         sum.x += P[4 * j] * by.x + P[4 * j + 1] * by.y;
         sum.y += P[4 * j + 2] * by.x + P[4 * j + 3] * by.y;
 #pragma unroll
@@ -346,6 +347,7 @@ __device__ __forceinline__ float narrow_make_ds(unsigned char *smem, NarrowShare
 __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
                                               NarrowShared *sh) {
     const unsigned base = shared_address(smem);
+    const bool sigmoid = p.s.sigmoid_gate;
     for (int it = 0; it < at.chunks; it++) {
         const unsigned q = narrow_stage(base, it), dh = q + NARROW_AT_DH, k = narrow_kv_stage(base, it),
                        v = k + NARROW_AT_V, dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
@@ -382,9 +384,12 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         for (int i = 0; i < 32; i++) P[i] *= D[i];
         narrow_sum_keys(P, dP, sh->inside[threadIdx.x / 32 % 4]);
         const float2 pairs = narrow_sum_queries(P, dP);
-        const float q_dq = narrow_make_ds(smem, sh, it);
+        float q_dq = 0;
+        if (!sigmoid) q_dq = narrow_make_ds(smem, sh, it);
         __syncwarp();
-        narrow_make_pairs(base, sh, P, D, dP, pairs, it);
+        narrow_make_pairs(base, sh, P, D, dP, pairs, it, sigmoid);
+        if (sigmoid) q_dq = narrow_make_ds(smem, sh, it);  // 0, so dS does not wait for it
+        __syncwarp();
         narrow_pack(a, P);
         wgmma_wait<0>();
         scan_warp_arrive<2>(sh->dC_empty, it);
@@ -505,13 +510,15 @@ __device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const Nar
     }
     scan_warp_arrive<2>(sh->dC_empty, it);
     float2 dots = narrow_row_dots(dk, k);
-    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
-    const float border[2] = {rows->border[row], rows->border[row + 8]};
+    if (!p.s.sigmoid_gate) {
+        scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+        const float border[2] = {rows->border[row], rows->border[row + 8]};
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const float2 n = *(const float2 *)&sh->n[it % NARROW_STAGES][8 * j + threadIdx.x % 4 * 2];
+        for (int j = 0; j < 8; j++) {
+            const float2 n = *(const float2 *)&sh->n[it % NARROW_STAGES][8 * j + threadIdx.x % 4 * 2];
 #pragma unroll
-        for (int i = 0; i < 4; i++) dq[4 * j + i] += border[i / 2] * (i % 2 ? n.y : n.x);
+            for (int i = 0; i < 4; i++) dq[4 * j + i] += border[i / 2] * (i % 2 ? n.y : n.x);
+        }
     }
     fence_async_proxy();  // Q, K and n have been read before TMA writes to their places; here nobody waits for it
     scan_wait_full<2>(sh->dS_full, it);
@@ -524,6 +531,7 @@ __device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const Nar
     wgmma_commit();
     const float *pairs = sh->pairs[it % 2] + row;
     dots.x += pairs[0], dots.y += pairs[8];
+    if (p.s.sigmoid_gate) scan_wait_full<NARROW_STAGES>(sh->ds_full, it);  // `before` has been read, too
     wgmma_wait<0>();
     narrow_leave(sh, it);
     narrow_output(at, &p.dk, dk, base + NARROW_AT_OUT_K, &p.dq, dq, dS, 0, narrow_chunk(at, it));
