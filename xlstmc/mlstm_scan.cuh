@@ -1423,7 +1423,7 @@ static int scan_segment_chunks(const MlstmShape *s) {
     const int segments = imin(SCAN_BLOCKS / blocks, chunks / 8);
     return ceil_div(chunks, segments > 1 ? segments : 1);
 }
-// Narrow heads: the gradients by mlstm_narrow.cuh, for which H keeps what enters every chunk. It has no segments, but
+// Narrow heads: the gradients by mlstm_narrow.cuh, for which H keeps states (scan_keep_panel). It has no segments, but
 // does the work of three walks, so it may leave as many multiprocessors idle as the scan with three segments would.
 static bool scan_narrow(const MlstmShape *s) {
     return s->dk <= 64 && s->dv <= 128 && 3 * scan_segment_chunks(s) >= mlstm_chunks(s);
