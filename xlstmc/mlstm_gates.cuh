@@ -5,6 +5,7 @@
 
 #include "cuda_util.cuh"
 #include "floats.cuh"
+#include "hopper.cuh"
 
 enum { MLSTM_CHUNK = 128, SCAN_CHUNK = 64 };  // tokens a chunk: of the kernels of mlstm.cuh, of mlstm_scan.cuh
 enum { MLSTM_SPAN = 128 };                    // tokens from one exact sum of the forget gates' gradients to the next
@@ -329,44 +330,109 @@ static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput
     mlstm_store_gates(scan, s, w, out, chunks, m[0], m[1]);
 }
 
-// All in one, a block a head of a sequence of at most GATE_HEAD_WARPS * EACH chunks of SCAN_CHUNK tokens. What the
-// warps know of their chunks stays in registers while the maps are composed. m0, m_final, m_row as above
-enum { GATE_HEAD_WARPS = 32, GATE_HEAD_EACH = 2 };
+// All in one, a cluster of blocks a head of a sequence, each of GATE_HEAD_WARPS * EACH chunks of SCAN_CHUNK tokens. What
+// the warps know of their chunks stays in registers while the maps are composed: in each block from its own first chunk
+// on, then, by what the blocks before have composed, from the sequence's. m0, m_final, m_row as above
+enum { GATE_HEAD_WARPS = 32, GATE_HEAD_EACH = 2, GATE_CLUSTER = 16 };
+
+// m -> max(m + add, least); double, since add may be the sum of a long sequence
+struct MlstmMap {
+    double add, least;
+};
+__device__ inline MlstmMap mlstm_after(MlstmMap first, MlstmMap then) {
+    return {first.add + then.add, fmax(first.least + then.add, then.least)};
+}
+// By a warp: this lane's and those of the lanes before, composed
+__device__ inline MlstmMap mlstm_compose_lanes(MlstmMap map) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const MlstmMap before = {__shfl_up_sync(0xffffffffu, map.add, d), __shfl_up_sync(0xffffffffu, map.least, d)};
+        if (lane >= d) map = mlstm_after(before, map);
+    }
+    return map;
+}
+__device__ inline MlstmMap mlstm_last_lane(MlstmMap map) {
+    return {__shfl_sync(0xffffffffu, map.add, 31), __shfl_sync(0xffffffffu, map.least, 31)};
+}
+// The maps of all blocks of the cluster before this one, composed; by a warp of each block, once all have theirs
+__device__ inline MlstmMap mlstm_map_before(const MlstmMap *all, int rank) {
+    const int lane = threadIdx.x % 32;
+    MlstmMap map = {0, -INFINITY};  // changes nothing
+#ifdef HOPPER_CODE
+    if (lane < rank) {
+        const unsigned peer = peer_address(shared_address(all), lane);
+        map.add = peer_double(peer), map.least = peer_double(peer + sizeof(double));
+    }
+#endif
+    return mlstm_last_lane(mlstm_compose_lanes(map));
+}
+
 template <int EACH>
 static __global__ void __launch_bounds__(32 * GATE_HEAD_WARPS)
     mlstm_fwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, const float *m0, float *m_final,
-                           size_t m_row, int chunks) {
+                           size_t m_row, int chunks, int blocks) {
     wait_for_earlier();
-    __shared__ float2 maps[GATE_HEAD_WARPS * EACH];
-    __shared__ float m[GATE_HEAD_WARPS * EACH + 1];
-    const int warp = threadIdx.x / 32, b = blockIdx.x / s.NH, head = blockIdx.x % s.NH;
-    const size_t bh = blockIdx.x, at_state = b * m_row + head;
+    enum { CHUNKS = GATE_HEAD_WARPS * EACH };  // of a block
+    __shared__ MlstmMap maps[CHUNKS], all;     // of each chunk, then composed with those before it in the block; of all
+    __shared__ double entering;                // m before the block's first chunk
+    __shared__ float m[CHUNKS + 1];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % blocks, first = rank * CHUNKS;
+    const size_t bh = blockIdx.x / blocks;
+    const int b = (int)(bh / s.NH), head = (int)(bh % s.NH), mine = min(CHUNKS, chunks - first);
+    const size_t at_state = b * m_row + head;
     MlstmScan<SCAN_CHUNK / 32> scan[EACH];
     MlstmChunkGates<SCAN_CHUNK / 32> x[EACH];
     MlstmWarpChunk w[EACH];
 #pragma unroll
     for (int k = 0; k < EACH; k++) {  // all loads first; chunks behind the last token load that
-        const int c = warp + k * GATE_HEAD_WARPS;
+        const int c = first + warp + k * GATE_HEAD_WARPS;
         w[k] = {b, head, c, c * SCAN_CHUNK, bh};
         mlstm_load_chunk(&x[k], s, in, w[k]);
     }
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-        if (w[k].c >= chunks) continue;
-        mlstm_scan_chunk(&scan[k], s, in, w[k], x[k]);
-        if (threadIdx.x % 32 == 0) maps[w[k].c] = mlstm_chunk_map(scan[k], s, w[k].t0);
+        float2 map = {0, -INFINITY};
+        if (w[k].c < chunks) {
+            mlstm_scan_chunk(&scan[k], s, in, w[k], x[k]);
+            map = mlstm_chunk_map(scan[k], s, w[k].t0);
+            if (s.sigmoid_gate) map.x = -INFINITY;
+        }
+        if (lane == 0) maps[warp + k * GATE_HEAD_WARPS] = {map.x, map.y};
     }
     __syncthreads();
     if (warp == 0) {
-        const double last =
-            mlstm_compose_maps<false>(m, maps, m0 ? m0[at_state] : 0, chunks, s.sigmoid_gate, (double *)NULL);
-        if (threadIdx.x == 0 && m_final) m_final[at_state] = (float)last;
+        MlstmMap before = {0, -INFINITY};
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            const MlstmMap map = mlstm_after(before, mlstm_compose_lanes(maps[32 * k + lane]));
+            maps[32 * k + lane] = map;
+            before = mlstm_last_lane(map);
+        }
+        if (lane == 0) all = before;
+    }
+#ifdef HOPPER_CODE
+    if (blocks > 1) cluster_barrier();
+#endif
+    if (warp == 0) {
+        const MlstmMap before = mlstm_map_before(&all, rank);
+        if (lane == 0) entering = fmax((m0 ? m0[at_state] : 0) + before.add, before.least);
     }
     __syncthreads();
-    for (int c = threadIdx.x; c <= chunks; c += blockDim.x) out.m[bh * (chunks + 1) + c] = m[c];
+    for (int c = threadIdx.x; c <= mine; c += blockDim.x) {  // any m serves if all who use it take the same rounded value
+        const double next = c ? fmax(entering + maps[c - 1].add, maps[c - 1].least) : entering;
+        m[c] = (float)next;
+        if (c || rank == 0) out.m[bh * (chunks + 1) + first + c] = m[c];
+        if (m_final && first + c == chunks) m_final[at_state] = m[c];
+    }
+    __syncthreads();
 #pragma unroll
     for (int k = 0; k < EACH; k++)
-        if (w[k].c < chunks) mlstm_store_gates(scan[k], s, w[k], out, chunks, m[w[k].c], m[w[k].c + 1]);
+        if (w[k].c < chunks)
+            mlstm_store_gates(scan[k], s, w[k], out, chunks, m[w[k].c - first], m[w[k].c - first + 1]);
+#ifdef HOPPER_CODE
+    if (blocks > 1) cluster_barrier();  // what others read of a block stays until they have read it
+#endif
 }
 
 static inline int mlstm_gate_blocks(const MlstmShape *s, int chunks) {
@@ -402,10 +468,12 @@ static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t 
                                 const int *doc_start, const float *m0, size_t m0_row, float *m_final,
                                 const MlstmGates *g, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
-    const int chunks = mlstm_chunks(s), each = ceil_div(chunks, GATE_HEAD_WARPS);
-    if (s->chunk == SCAN_CHUNK && each <= GATE_HEAD_EACH) {
+    const int chunks = mlstm_chunks(s), each = ceil_div(chunks, GATE_HEAD_WARPS),
+              blocks = ceil_div(chunks, GATE_HEAD_WARPS * GATE_HEAD_EACH);
+    if (s->chunk == SCAN_CHUNK && blocks <= GATE_CLUSTER) {
         auto kernel = each == 1 ? mlstm_fwd_gates_kernel<1> : mlstm_fwd_gates_kernel<GATE_HEAD_EACH>;
-        launch_early(kernel, s->B * s->NH, 32 * GATE_HEAD_WARPS, 0, stream, *s, in, *g, m0, m_final, m0_row, chunks);
+        launch_early_clusters(kernel, s->B * s->NH * blocks, blocks, 32 * GATE_HEAD_WARPS, 0, stream, *s, in, *g, m0,
+                              m_final, m0_row, chunks, blocks);
         return;
     }
     mlstm_gate_summary(s, in, g, stream);
