@@ -263,25 +263,18 @@ __device__ inline float2 mlstm_split_log2(double x) {
     return make_float2(high, (float)(x - high));
 }
 
-// Values of a lane's tokens to [.., T], from token l on; those beyond T are left out. whole: T is a multiple of GROUPS
-template <int GROUPS>
-__device__ inline void mlstm_store_tokens(float *to, const float (&x)[GROUPS], int l, int T, bool whole) {
+// Values of a lane's tokens to [.., T], from token l on; those beyond T are left out. whole: T is a multiple of GROUPS,
+// so that two of them are aligned and inside together
+template <typename V>
+struct alignas(2 * sizeof(V)) MlstmTwo {
+    V first, second;
+};
+template <int GROUPS, typename V>
+__device__ inline void mlstm_store_tokens(V *to, const V (&x)[GROUPS], int l, int T, bool whole) {
     if (l >= T) return;
     if (whole) {
 #pragma unroll
-        for (int g = 0; g < GROUPS; g += 2) *(float2 *)(to + g) = make_float2(x[g], x[g + 1]);
-    } else {
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++)
-            if (l + g < T) to[g] = x[g];
-    }
-}
-template <int GROUPS>
-__device__ inline void mlstm_store_tokens(float2 *to, const float2 (&x)[GROUPS], int l, int T, bool whole) {
-    if (l >= T) return;
-    if (whole) {
-#pragma unroll
-        for (int g = 0; g < GROUPS; g += 2) *(float4 *)(to + g) = make_float4(x[g].x, x[g].y, x[g + 1].x, x[g + 1].y);
+        for (int g = 0; g < GROUPS; g += 2) *(MlstmTwo<V> *)(to + g) = {x[g], x[g + 1]};
     } else {
 #pragma unroll
         for (int g = 0; g < GROUPS; g++)
