@@ -1805,20 +1805,22 @@ static void mlstm_copy_state(const MlstmShape *s, MlstmState to, MlstmState from
 }
 
 // The states that enter this segment: those before the sequence (`first`), joined with all segments in between. Few
-// ranks gather all segments and join them in order. Many ranks double the distance from step to step (Hillis and
+// ranks get all of these and join them in order. Many ranks double the distance from step to step (Hillis and
 // Steele 1986): `own` then covers 1, 2, 4, ... segments up to this one, `before` the same without this one.
 static void mlstm_enter(const Model *m, const Sequence *s, const MlstmShape *shape, const MlstmInput *in,
                         MlstmState enter, MlstmState first) {
     int P = comm.sp_size, me = comm.sp_rank, joined = 0;
     size_t size = (size_t)s->B * segment_row(shape), bytes = size * sizeof(real);
-    real *own = m->exchange, *got = own + size, *before = got + size, *copy = before + size;
-    mlstm_segment(shape, in, own);
     if (me > 0) mlstm_copy_state(shape, enter, first);
     if (P <= fold_by_gather) {
-        comm.data->all_gather(COMM_SP, own, got, bytes, "all-gather of mLSTM states", NULL);
-        for (int p = 0; p < me; p++) mlstm_join(shape, enter, 0, got + p * size);
+        real *all = m->exchange;
+        mlstm_segment(shape, in, all + me * size);
+        comm.data->pass_on(COMM_SP, all, bytes, 1, "mLSTM states", NULL);
+        for (int p = 0; p < me; p++) mlstm_join(shape, enter, 0, all + p * size);
         return;
     }
+    real *own = m->exchange, *got = own + size, *before = got + size, *copy = before + size;
+    mlstm_segment(shape, in, own);
     for (int away = 1; away < P; away *= 2) {
         int to = me + away < P ? me + away : -1, from = me - away;
         comm.data->send_recv(COMM_SP, own, to, got, from < 0 ? -1 : from, bytes, "scan of mLSTM states", NULL);
@@ -1837,14 +1839,16 @@ static void mlstm_leave(const Model *m, const MlstmShape *shape, const MlstmInpu
                         const BlockActs *a, MlstmState dfinal) {
     int P = comm.sp_size, me = comm.sp_rank, joined = 0;
     size_t size = (size_t)shape->B * segment_row(shape), bytes = size * sizeof(real);
-    real *own = m->exchange, *got = own + size, *behind = got + size, *copy = behind + size;
-    mlstm_segment_backward(shape, in, dh, a->h, a->sig, a->states, own);
     mlstm_copy_state(shape, dfinal, (MlstmState){0});
     if (P <= fold_by_gather) {
-        comm.data->all_gather(COMM_SP, own, got, bytes, "all-gather of mLSTM gradients", NULL);
-        for (int p = P - 1; p > me; p--) mlstm_join_backward(shape, got + p * size, dfinal, 0);
+        real *all = m->exchange;
+        mlstm_segment_backward(shape, in, dh, a->h, a->sig, a->states, all + me * size);
+        comm.data->pass_on(COMM_SP, all, bytes, -1, "mLSTM gradients", NULL);
+        for (int p = P - 1; p > me; p--) mlstm_join_backward(shape, all + p * size, dfinal, 0);
         return;
     }
+    real *own = m->exchange, *got = own + size, *behind = got + size, *copy = behind + size;
+    mlstm_segment_backward(shape, in, dh, a->h, a->sig, a->states, own);
     for (int away = 1; away < P; away *= 2) {
         int from = me + away < P ? me + away : -1, to = me - away;
         comm.data->send_recv(COMM_SP, own, to < 0 ? -1 : to, got, from, bytes, "scan of mLSTM gradients", NULL);
@@ -2625,11 +2629,11 @@ static void scratch_widths(const Model *m, size_t *wide, size_t *mid) {
 }
 
 // Of what the ranks of a sequence exchange: a block's small states both ways, resharded sLSTM pre-activations both ways
-// and its final states twice, and for an mLSTM the pairs (S, G) of all ranks and one's own, or four in a scan.
+// and its final states twice, and for an mLSTM the pairs (S, G) of all ranks, or four in a scan.
 static size_t exchange_size(const Model *m) {
     Sequence s = {m->run.max_batch, m->run.max_len, NULL, NULL, NULL, NULL, 0, 0, 0, NULL, NULL, NULL};
     size_t B = (size_t)s.B, D = dim(m, DIM_D), I = dim(m, DIM_I), size = 0;
-    size_t pairs = comm.sp_size <= fold_by_gather ? (size_t)comm.sp_size + 1 : 4;
+    size_t pairs = comm.sp_size <= fold_by_gather ? (size_t)comm.sp_size : 4;
     for (int type = 0; type < NUM_BLOCK_TYPES; type++) {
         if (!model_has(&m->config, (BlockType)type)) continue;
         MlstmShape shape = mlstm_shape(m, &s, type == BLOCK_MLSTM_V1);

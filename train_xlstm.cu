@@ -168,6 +168,7 @@ struct Model {
     float *params, *grads;  // [shards_padded], which is total with one rank
     bf16 *rounded;          // the same: gradients of PART_EMBEDDING on as they travel, then their sums; NULL: in float
     int fresh, first;       // gradients are those of no micro-step yet; see GraphKey
+    int last_of_step;       // 1: gradients are complete with this micro-step, and their norm is wanted
     int direct;             // 1: what products make is complete with them, and goes to `rounded` at once
     float *m, *v;           // the same, or [shards_owned]
     F *weights;             // params in format F (the same memory if F is float)
@@ -177,6 +178,7 @@ struct Model {
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
     cudaEvent_t worked, exchanged, reduced;
+    int under_way;                       // 1: m->stream has not waited for the end of the last exchange
     size_t unsent;                       // buckets whose gradients have not left, the first ones
     size_t unrounded;                    // elements not yet in `rounded`, the first ones
     float *entering, *leaving, *dstate;  // [max_batch][state_size] of this rank's segments: see Sequence
@@ -190,7 +192,7 @@ struct Model {
     int *inputs, *targets, *doc_start;  // [rows] device
     int *decode_token;                  // [1] device
     float *scale;                       // [1] device
-    double *sums, *norm_partial;        // [2] loss, squared norm; [2][GRAD_NORM_BLOCKS]
+    double *sums, *norm_partial;        // [2] loss, squared norm; [norm_partials]
     void *staging;                      // pinned host memory: inputs, targets, doc_start, scale, sums, logits [V]
     F **x;                              // [N+1][rows, D] host array: input of each block, last one's output
     BlockActs<F> *acts;                 // [N]; with recomputation all share the same memory
@@ -312,18 +314,15 @@ template <typename F>
 static void exchange_begins(Model<F> *m) {
     CUDA_CHECK(cudaEventRecord(m->worked, m->stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->exchange_stream, m->worked, 0));
+    m->under_way = 1;
 }
-// The same before a kernel whose results an all-gather is to take: nobody will have to wait for this rank to be ready.
-template <typename F>
-static void exchange_expected(Model<F> *m, const char *what) {
-    if (!comm.data->expect) return;
-    exchange_begins(m);
-    comm.data->expect(COMM_SP, what, m->exchange_stream);
-}
+// m->stream goes on once the exchange is done, which it may also leave under way: m->exchange is in use until then.
 template <typename F>
 static void exchange_ends(Model<F> *m, const char *what) {
+    if (!m->under_way) return;
     CUDA_CHECK(cudaEventRecord(m->exchanged, m->exchange_stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->exchanged, 0));
+    m->under_way = 0;
     // Launches behind a rank that does not come would soon wait, too, without an end.
     if (!device_captures(m->stream)) device_wait(m->exchange_stream, what);
 }
@@ -337,6 +336,7 @@ static void pass_rows(Model<F> *m, int B, size_t count, const float *from, float
     if (before < 0 || before >= comm.sp_size) before = -1;
     float *sent = (float *)m->exchange, *received = sent + (size_t)B * count;
     size_t width = count * sizeof(float), pitch = m->state_size * sizeof(float);
+    exchange_ends(m, "what came before");
     if (next >= 0)
         CUDA_CHECK(cudaMemcpy2DAsync(sent, width, from, pitch, width, B, cudaMemcpyDeviceToDevice, m->stream));
     exchange_begins(m);
@@ -417,6 +417,12 @@ static MlstmState mlstm_state(const Model<F> *m, int b, const float *base) {
     return s;
 }
 
+// What enters these tokens: known on the first rank of a sequence, put together by the others (mlstm_enter_ends)
+template <typename F>
+static MlstmState mlstm_entering(const Model<F> *m, int b, const Sequence *s) {
+    return mlstm_state(m, b, s->whole && comm.sp_rank == 0 ? s->state_first : s->state_in);
+}
+
 template <typename F>
 static MlstmInput<F> mlstm_input(const Model<F> *m, int b, const BlockActs<F> *a, const Sequence *s) {
     int v1 = m->config.block_types[b] == BLOCK_MLSTM_V1, Dk = dim(m, v1 ? DIM_I : DIM_DK), Dv = dim(m, DIM_DV);
@@ -433,16 +439,17 @@ static MlstmInput<F> mlstm_input(const Model<F> *m, int b, const BlockActs<F> *a
     return in;
 }
 
+// walked: mlstm_pair_forward has been here
 template <typename F>
-static void mlstm_cell(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a) {
+static void mlstm_cell(Model<F> *m, int b, const Sequence *s, bool walked, BlockActs<F> *a) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
     MlstmInput<F> in = mlstm_input(m, b, a, s);
     MlstmState final = mlstm_state(m, b, s->state_out);
     const MlstmScratch<F> *scratch = mlstm_scratch(m, b);
     if (s->decode) mlstm_step(shape, in, final, a->h, m->stream);
-    else if (s->whole)
-        mlstm_segment_forward(shape, in, mlstm_state(m, b, s->state_in), final, a->h, &a->mlstm, scratch, m->stream);
-    else mlstm_forward(shape, in, mlstm_state(m, b, s->state_in), final, a->h, &a->mlstm, scratch, m->stream);
+    else if (walked)
+        mlstm_segment_forward(shape, in, mlstm_entering(m, b, s), final, a->h, &a->mlstm, scratch, m->stream);
+    else mlstm_forward(shape, in, mlstm_entering(m, b, s), final, a->h, &a->mlstm, scratch, m->stream);
 }
 
 // dq, dk, dv [rows, ld] and dgates [rows, ld_gates] from dh
@@ -451,28 +458,41 @@ static void mlstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> 
                             size_t ld, F *dgates, size_t ld_gates, float *dbias) {
     MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
     MlstmInput<F> in = mlstm_input(m, b, a, s);
-    MlstmState initial = mlstm_state(m, b, s->state_in);
+    MlstmState initial = mlstm_entering(m, b, s);
     const MlstmScratch<F> *scratch = mlstm_scratch(m, b);
+    MlstmState dfinal = mlstm_state(m, b, comm.sp_rank + 1 < comm.sp_size ? s->dstate : NULL);
     if (s->whole)
-        mlstm_cell_backward(shape, in, initial, mlstm_state(m, b, s->state_out), mlstm_state(m, b, s->dstate), dh, dq,
-                            dk, dv, ld, dgates, ld_gates, dbias, &a->mlstm, scratch, m->stream);
+        mlstm_cell_backward(shape, in, initial, mlstm_state(m, b, s->state_out), dfinal, true, dh, dq, dk, dv, ld, dgates,
+                               ld_gates, dbias, &a->mlstm, scratch, m->stream);
     else
         mlstm_backward(shape, in, initial, dh, m->dh_dot_h, dq, dk, dv, ld, dgates, ld_gates, dbias, &a->mlstm, scratch,
                        m->stream);
 }
 
-// Segments: the ranks of a sequence tell each other their pairs (mlstm_pairs.cuh), and each folds those before it to
-// the states that enter its segment, in the backward pass those behind it. Between begin and end there is time for
-// other work; a forward pass that is done again begins the same way.
+// Segments: what a rank's tokens do to the states that enter is a pair (mlstm_pairs.cuh). Forward, pairs go to all ranks
+// behind, which fold them to the states that enter theirs; backward, to all before. Between begin and end there is time
+// for other work. Nobody waits for ranks it gets nothing from: those in front of a pass run ahead, by a layer at most,
+// and the others find what they need when they come to it. What enters the first rank's segment is known, so it passes
+// on the states that leave instead of a pair; and forward the last rank, backward the first makes no pair at all.
 
-// Up to as many ranks all gather all pairs. What travels then grows with their number, so more ranks double the
-// distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for tests.
+// Up to as many ranks pass their pairs to all others. What travels then grows with their number, so more ranks double
+// the distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for tests.
 static int fold_by_gather = 8;
+static bool pairs_are_scanned(void) { return comm.sp_size > fold_by_gather; }
+static bool makes_pair(const Sequence *s) {
+    bool between = comm.sp_rank > 0 && comm.sp_rank + 1 < comm.sp_size;
+    return s->whole && !s->again && (pairs_are_scanned() || between);
+}
+
+template <typename F>
+static MlstmShape block_mlstm_shape(const Model<F> *m, int b, const Sequence *s) {
+    return mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+}
 template <typename F>
 static void mlstm_pairs(Model<F> *m, const MlstmShape *shape, float **own, float **all, size_t *size) {
     *size = (size_t)shape->B * mlstm_pair_row(shape);
     *all = (float *)m->exchange;
-    *own = *all + (comm.sp_size > fold_by_gather ? 0 : *size * (size_t)comm.sp_rank);
+    *own = *all + (pairs_are_scanned() ? 0 : *size * (size_t)comm.sp_rank);
 }
 // Doubling distances: `own` covers 1, 2, 4, ... segments up to this one (REVERSE: from this one on), `before` the same
 // without this one, which is what is to be folded. The four pairs change places.
@@ -505,60 +525,95 @@ static void mlstm_scan_pairs(Model<F> *m, const MlstmShape *shape, const char *w
     m->folded = before;
 }
 
+// Early in a block: there is room for what others pass on.
+template <typename F>
+static void mlstm_expect(Model<F> *m, const Sequence *s, int direction) {
+    if (!s->whole || s->again || pairs_are_scanned() || !comm.data->expect) return;
+    exchange_begins(m);
+    comm.data->expect(COMM_SP, direction, m->exchange_stream);
+}
+
 template <typename F>
 static void mlstm_enter_begins(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a) {
-    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    MlstmShape shape = block_mlstm_shape(m, b, s);
     float *own, *all;
     size_t size;
-    if (!s->whole) return;
+    if (!s->whole || s->again) return;
     mlstm_pairs(m, &shape, &own, &all, &size);
-    if (!s->again && comm.sp_size <= fold_by_gather) exchange_expected(m, "all-gather of mLSTM states");
-    mlstm_pair_forward(shape, mlstm_input(m, b, a, s), mlstm_pair_state(shape, own), &a->mlstm, mlstm_scratch(m, b),
-                       m->stream);
-    if (s->again) return;
-    exchange_begins(m);
-    if (comm.sp_size > fold_by_gather) {
-        mlstm_scan_pairs<false>(m, &shape, "scan of mLSTM states");
-        return;
+    if (makes_pair(s)) {
+        exchange_ends(m, "what came before");
+        mlstm_pair_forward(shape, mlstm_input(m, b, a, s), mlstm_pair_state(shape, own), &a->mlstm, mlstm_scratch(m, b),
+                           m->stream);
     }
-    comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM states", m->exchange_stream);
     m->folded = all;
-    m->num_folded = comm.sp_rank;
+    m->num_folded = 0;
+    if (pairs_are_scanned()) {
+        exchange_begins(m);
+        mlstm_scan_pairs<false>(m, &shape, "scan of mLSTM states");
+    } else if (comm.sp_rank > 0) {
+        exchange_begins(m);
+        comm.data->pass_on(COMM_SP, all, size * sizeof(float), 1, "mLSTM states", m->exchange_stream);
+        m->num_folded = comm.sp_rank;
+    }
 }
 template <typename F>
 static void mlstm_enter_ends(Model<F> *m, int b, const Sequence *s) {
-    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    MlstmShape shape = block_mlstm_shape(m, b, s);
+    MlstmState first = mlstm_state(m, b, s->state_first), enters = mlstm_state(m, b, s->state_in);
     if (!s->whole || s->again) return;
-    exchange_ends(m, "all-gather of mLSTM states");
-    mlstm_fold(&shape, mlstm_state(m, b, s->state_in), mlstm_state(m, b, s->state_first), m->folded, m->num_folded,
-               m->stream);
+    if (m->num_folded || pairs_are_scanned()) exchange_ends(m, "mLSTM states");
+    if (!m->num_folded) return;
+    if (!pairs_are_scanned()) {  // what has left the first segment, then pairs
+        first = mlstm_pair_state(shape, m->folded);
+        m->folded += (size_t)s->B * mlstm_pair_row(&shape);
+        m->num_folded--;
+    }
+    mlstm_fold(&shape, enters, first, m->folded, m->num_folded, m->stream);
 }
+// Behind mlstm_cell: what leaves the first rank's segment
+template <typename F>
+static void mlstm_left(Model<F> *m, int b, const Sequence *s) {
+    MlstmShape shape = block_mlstm_shape(m, b, s);
+    float *own, *all;
+    size_t size;
+    if (!s->whole || s->again || comm.sp_rank > 0 || pairs_are_scanned()) return;
+    mlstm_pairs(m, &shape, &own, &all, &size);
+    exchange_begins(m);
+    mlstm_fold(&shape, mlstm_pair_state(shape, own), mlstm_state(m, b, s->state_out), NULL, 0, m->exchange_stream);
+    comm.data->pass_on(COMM_SP, all, size * sizeof(float), 1, "mLSTM states", m->exchange_stream);
+}
+
 template <typename F>
 static void mlstm_leave_begins(Model<F> *m, int b, const Sequence *s, BlockActs<F> *a, const F *dh) {
-    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    MlstmShape shape = block_mlstm_shape(m, b, s);
+    MlstmState pair = {NULL, NULL, NULL, 0};
     float *own, *all;
     size_t size;
     int next = comm.sp_rank + 1;
     if (!s->whole) return;
     mlstm_pairs(m, &shape, &own, &all, &size);
-    if (comm.sp_size <= fold_by_gather) exchange_expected(m, "all-gather of mLSTM gradients");
-    mlstm_pair_backward(shape, mlstm_input(m, b, a, s), dh, m->dh_dot_h, mlstm_pair_state(shape, own), &a->mlstm,
-                        mlstm_scratch(m, b), m->stream);
+    if (comm.sp_rank > 0 || pairs_are_scanned()) {
+        exchange_ends(m, "what came before");
+        pair = mlstm_pair_state(shape, own);
+    }
+    mlstm_pair_backward(shape, mlstm_input(m, b, a, s), dh, m->dh_dot_h, pair, &a->mlstm, mlstm_scratch(m, b),
+                        m->stream);
     exchange_begins(m);
-    if (comm.sp_size > fold_by_gather) {
+    if (pairs_are_scanned()) {
         mlstm_scan_pairs<true>(m, &shape, "scan of mLSTM gradients");
         return;
     }
-    comm.data->all_gather(COMM_SP, own, all, size * sizeof(float), "all-gather of mLSTM gradients", m->exchange_stream);
+    comm.data->pass_on(COMM_SP, all, size * sizeof(float), -1, "mLSTM gradients", m->exchange_stream);
     m->folded = all + (size_t)next * size;
     m->num_folded = comm.sp_size - next;
 }
 template <typename F>
 static void mlstm_leave_ends(Model<F> *m, int b, const Sequence *s) {
-    MlstmShape shape = mlstm_shape(m, s->B, s->T, m->config.block_types[b] == BLOCK_MLSTM_V1);
+    MlstmShape shape = block_mlstm_shape(m, b, s);
     if (!s->whole) return;
-    exchange_ends(m, "all-gather of mLSTM gradients");
-    mlstm_fold_backward(&shape, mlstm_state(m, b, s->dstate), m->folded, m->num_folded, m->stream);
+    if (m->num_folded || pairs_are_scanned()) exchange_ends(m, "mLSTM gradients");
+    if (m->num_folded)
+        mlstm_fold_backward(&shape, mlstm_state(m, b, s->dstate), m->folded, m->num_folded, m->stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -569,9 +624,10 @@ static void mlstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *
     int rows = s->B * s->T, D = dim(m, DIM_D), Dk = dim(m, DIM_DK), Dv = dim(m, DIM_DV), P = 2 * Dk + 2 * Dv;
     int G = gate_rows(m->config.num_heads);
     NormShape norm = rmsnorm(m);
+    mlstm_expect(m, s, 1);
     norm_forward(a->u, a->stats, x, param(m, b, M_NORM), norm, rows, m->stream);
-    // Columns of q k v, and of ogate: in a segment these come later, for other ranks wait for what k and v make.
-    const int first = s->whole ? 2 * Dk + Dv : P;
+    // Columns of q k v, and of ogate: these come later where other ranks wait for what k and v make.
+    const int first = makes_pair(s) ? 2 * Dk + Dv : P;
     const F *w = weight(m, b, M_Q);
     auto project = [&](int from, int to) {
         matmul_forward<F, F>(a->proj + from, P, a->u, D, w + (size_t)from * D, NULL, rows, to - from, D, m->stream);
@@ -582,12 +638,21 @@ static void mlstm_block_forward(Model<F> *m, int b, const Sequence *s, const F *
     mlstm_enter_begins(m, b, s, a);
     if (first < P) project(first, P);
     mlstm_enter_ends(m, b, s);
-    mlstm_cell(m, b, s, a);
+    mlstm_cell(m, b, s, makes_pair(s), a);
+    mlstm_left(m, b, s);
     head_norm_gate_forward(a->y, a->hn_stats, a->h, param(m, b, M_HEAD_NORM), a->proj + 2 * Dk + Dv, (size_t)P,
                            head_norm(m, Dv, 0), rows, m->stream);
     matmul_forward(a->x_mid, D, a->y, Dv, weight(m, b, M_OUT_PROJ), x, rows, D, Dv, m->stream);
     ffn_forward(m, out, a->x_mid, &a->ffn, norm, param(m, b, M_NORM_FFN), weight(m, b, M_FFN_GATE),
                 weight(m, b, M_FFN_DOWN), rows, dim(m, DIM_U), 0);
+}
+
+// The gradient of w_q .. w_fgate may be made later: beside the scan of an sLSTM below, which leaves d_wide alone, but
+// with recomputation not a->u; in the first block beside the exchange of the embedding's gradient.
+template <typename F>
+static bool keeps_product(const Model<F> *m, int b) {
+    if (m->config.block_types[b] != BLOCK_MLSTM) return false;
+    return b == 0 || (m->config.block_types[b - 1] == BLOCK_SLSTM && !m->run.recompute);
 }
 
 template <typename F>
@@ -597,6 +662,7 @@ static void mlstm_block_backward(Model<F> *m, int b, const Sequence *s, const F 
     size_t ld = (size_t)(P + G);  // d_wide: gradients of q k v ogate, and of the gates behind them
     NormShape norm = rmsnorm(m);
     F *dproj = m->d_wide, *dh = m->d_mid2;
+    mlstm_expect(m, s, -1);
     ffn_backward(m, a->x_mid, &a->ffn, norm, param(m, b, M_NORM_FFN), grad(m, b, M_NORM_FFN), weight(m, b, M_FFN_GATE),
                  grad(m, b, M_FFN_GATE), weight(m, b, M_FFN_DOWN), grad(m, b, M_FFN_DOWN), rows, dim(m, DIM_U), 0,
                  m->d_wide);
@@ -611,9 +677,7 @@ static void mlstm_block_backward(Model<F> *m, int b, const Sequence *s, const F 
     mlstm_leave_ends(m, b, s);
     mlstm_cell_back(m, b, s, a, dh, dproj, dproj + Dk, dproj + 2 * Dk, ld, dproj + P, ld, grad(m, b, M_IGATE_BIAS));
     matmul_inputs(m->d_mid, D, 0, dproj, ld, weight(m, b, M_Q), rows, (int)ld, D, m->stream);
-    // An sLSTM below leaves d_wide alone; with recomputation a->u is overwritten.
-    int keep = b > 0 && m->config.block_types[b - 1] == BLOCK_SLSTM && !m->run.recompute;
-    weight_product(m, keep, {grad(m, b, M_Q), dproj, a->u, ld, (size_t)D, rows, (int)ld, D});
+    weight_product(m, keeps_product(m, b), {grad(m, b, M_Q), dproj, a->u, ld, (size_t)D, rows, (int)ld, D});
     norm_backward(m->dx, 1, grad(m, b, M_NORM), m->d_mid, x, a->stats, param(m, b, M_NORM), norm, rows, m->partial,
                   m->stream);
 }
@@ -634,6 +698,7 @@ static void mlstm_v1_block_forward(Model<F> *m, int b, const Sequence *s, const 
     norm_forward(a->u, a->stats, x, param(m, b, V1_NORM), layernorm_v1(m), rows, m->stream);
     matmul_forward<F, F>(a->proj, ld_up, a->u, D, weight(m, b, V1_UP), NULL, rows, 2 * I, D, m->stream);
     conv_enter(m, b, STATE_CONV, s, a->proj, ld_up, I);
+    mlstm_expect(m, s, 1);
     conv_forward(a->conv, a->ca, a->proj, ld_up, param(m, b, V1_CONV), param(m, b, V1_CONV_BIAS), s->doc_start,
                  conv_window(m, b, STATE_CONV, s), state_at(m, b, STATE_CONV, s->state_out), m->state_size, s->B, s->T,
                  I, m->stream);
@@ -643,7 +708,8 @@ static void mlstm_v1_block_forward(Model<F> *m, int b, const Sequence *s, const 
                              m->stream);
     mlstm_enter_begins(m, b, s, a);
     mlstm_enter_ends(m, b, s);
-    mlstm_cell(m, b, s, a);
+    mlstm_cell(m, b, s, makes_pair(s), a);
+    mlstm_left(m, b, s);
     head_norm_skip_forward(a->y, a->hn_stats, a->h, param(m, b, V1_HEAD_NORM), a->ca, param(m, b, V1_SKIP), a->proj + I,
                            ld_up, head_norm(m, I, 1), rows, m->stream);
     matmul_forward(out, D, a->y, I, weight(m, b, V1_DOWN), x, rows, D, I, m->stream);
@@ -656,6 +722,7 @@ static void mlstm_v1_block_backward(Model<F> *m, int b, const Sequence *s, const
     // Scratch: d_wide holds dup [rows, 2I], dqkv [rows, 3I] and dgates [rows, G]; d_mid, d_mid2, d_mid3 are [rows, I].
     F *dup = m->d_wide, *dqkv = dup + (size_t)rows * ld_up, *dgates = dqkv + (size_t)rows * ld_qkv;
     F *dh = m->d_mid2, *dca = m->d_mid3;
+    mlstm_expect(m, s, -1);
     matmul_inputs(m->d_mid, I, 0, m->dx, D, weight(m, b, V1_DOWN), rows, D, I, m->stream);
     head_norm_skip_backward(dh, dup + I, ld_up, dca, grad(m, b, V1_HEAD_NORM), grad(m, b, V1_SKIP), m->dh_dot_h,
                             m->d_mid, a->h, a->hn_stats, param(m, b, V1_HEAD_NORM), a->ca, param(m, b, V1_SKIP),
@@ -710,6 +777,7 @@ static void slstm_exchange(Model<F> *m, const Reshard *share, F *x, int width, b
         sent += send[r];
     }
     char *ours = m->exchange, *theirs = ours + (sent + 255) / 256 * 256;
+    exchange_ends(m, "what came before");
     if (to_heads) reshard<F, true, true>(share, x, ours, width, m->stream);
     else reshard<F, false, true>(share, x, ours, width, m->stream);
     exchange_begins(m);
@@ -732,6 +800,7 @@ static void slstm_gather_final(Model<F> *m, const Reshard *share, SlstmState fin
     size_t run = (size_t)share->heads * d * sizeof(float), most = ceil_div(share->B, share->groups),
            bytes = 4 * most * run, pitch = final.row * sizeof(float);
     char *ours = m->exchange, *all = ours + bytes;
+    exchange_ends(m, "what came before");
     for (int r = -1; r < share->ranks; r++) {  // -1: packs
         Reshard part = reshard_of(share->B, share->NH, share->whole, share->ranks, r < 0 ? share->rank : r);
         SlstmState state = slstm_state_from(final, &part, d);
@@ -913,19 +982,16 @@ static void model_forward(Model<F> *m, const Sequence *s, const int *tokens) {
                  rows, m->stream);
 }
 
+// Sums of squares that make the norm: of several ranks, of each bucket's piece
+template <typename F>
+static int norm_partials(const Model<F> *m) {
+    return comm.size == 1 ? (int)GRAD_NORM_BLOCKS : (int)m->shards.num_buckets * GRAD_NORM_PIECE_BLOCKS;
+}
+
 template <typename F>
 static Gradients gradients(const Model<F> *m) {
     Gradients g = {m->grads, m->rounded, m->begins[PART_EMBEDDING]};
     return g;
-}
-
-// The sum of squares of the gradients of some buckets, of several ranks each its own pieces
-template <typename F>
-static void enqueue_norm_part(Model<F> *m, int part, size_t first, size_t buckets) {
-    const Shards *s = &m->shards;
-    grad_norm_part(m->norm_partial + part * GRAD_NORM_BLOCKS, gradients(m),
-                   first * shards_bucket(s) + s->piece * (size_t)s->rank, s->piece, buckets, shards_bucket(s),
-                   m->stream);
 }
 
 // The gradient stream goes on from where m->stream is, and the other way round.
@@ -940,13 +1006,18 @@ static void send_ends(Model<F> *m) {
     CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
 }
 
-// The buckets that the end of the backward pass completes, the first ones: they hold what is before PART_MATMUL.
+// What the end of the backward pass completes is before this element: the embedding, and what the first block has kept
+// to make it while the embedding travels.
+template <typename F>
+static size_t last_gradients(const Model<F> *m) {
+    return keeps_product(m, 0) ? offset_of(m, 0, M_OUT_PROJ) : m->begins[PART_MATMUL];
+}
 template <typename F>
 static size_t last_buckets(const Model<F> *m) {
-    return (m->begins[PART_MATMUL] + shards_bucket(&m->shards) - 1) / shards_bucket(&m->shards);
+    return (last_gradients(m) + shards_bucket(&m->shards) - 1) / shards_bucket(&m->shards);
 }
 
-// The sums of a bucket's gradients over the world, to the owners of its pieces
+// The sums of a bucket's gradients over the world, to the owners of its pieces, and of this rank's piece the norm
 template <typename F>
 static void reduce_bucket(Model<F> *m, size_t k) {
     const Shards *s = &m->shards;
@@ -954,6 +1025,9 @@ static void reduce_bucket(Model<F> *m, size_t k) {
     char *bucket = (m->rounded ? (char *)m->rounded : (char *)m->grads) + k * shards_bucket(s) * bytes;
     comm.data->reduce_scatter(COMM_WORLD, bucket, bucket + s->piece * (size_t)s->rank * bytes, s->piece,
                               m->rounded ? COMM_BF16 : COMM_F32, "reduce-scatter of gradients", m->gradient_stream);
+    grad_norm_part(m->norm_partial + k * GRAD_NORM_PIECE_BLOCKS, gradients(m),
+                   k * shards_bucket(s) + s->piece * (size_t)s->rank, s->piece, GRAD_NORM_PIECE_BLOCKS,
+                   m->gradient_stream);
 }
 // From the owners to all: buckets first .. end-1, the last one first
 template <typename F>
@@ -999,24 +1073,30 @@ static void send_small_gradients(Model<F> *m) {
                           m->gradient_stream);
 }
 
-// The rest has nothing left to hide behind: one bucket is rounded while another one travels, and beside them the norm
-// of all others is taken. Without --zero model_update gathers them.
+// The rest has little left to hide behind: one bucket is rounded while another one travels. Without --zero model_update
+// gathers them.
 template <typename F>
-static void send_last_gradients(Model<F> *m) {
-    size_t size = shards_bucket(&m->shards), begin = m->begins[PART_EMBEDDING], last = m->unsent;
-    if (!m->unsent) return;
-    CUDA_CHECK(cudaEventRecord(m->reduced, m->gradient_stream));  // all others
-    for (size_t k = last; k-- > 0;) {
-        size_t end = (k + 1) * size;
-        round_gradients(m, k * size > begin ? k * size : begin, end < m->unrounded ? end : m->unrounded, m->stream);
+static void send_last_buckets(Model<F> *m, size_t first, size_t end) {
+    size_t size = shards_bucket(&m->shards), begin = m->begins[PART_EMBEDDING],
+           unrounded = m->direct ? m->begins[PART_MATMUL] : m->unrounded;
+    for (size_t k = end; k-- > first;) {
+        size_t next = (k + 1) * size;
+        round_gradients(m, k * size > begin ? k * size : begin, next < unrounded ? next : unrounded, m->stream);
         send_begins(m);
         reduce_bucket(m, k);
     }
-    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->reduced, 0));
-    enqueue_norm_part(m, 0, last, m->shards.num_buckets - last);
-    send_ends(m);
-    enqueue_norm_part(m, 1, 0, last);
-    grad_norm_squared(m->sums + 1, m->norm_partial, 2, m->stream);
+}
+// Once the embedding's gradient is complete. The norm of all is there when this is done.
+template <typename F>
+static void send_last_gradients(Model<F> *m) {
+    size_t complete = m->unsent ? m->begins[PART_MATMUL] / shards_bucket(&m->shards) : 0;
+    send_last_buckets(m, 0, complete);
+    for (int k = 0; k < m->num_later; k++) run_product(m, &m->later[k], m->stream);
+    m->num_later = 0;
+    send_last_buckets(m, complete, m->unsent);
+    if (m->unsent) send_ends(m);
+    else if (m->last_of_step) grad_norm_part(m->norm_partial, gradients(m), 0, m->total, GRAD_NORM_BLOCKS, m->stream);
+    if (m->last_of_step) grad_norm_squared(m->sums + 1, m->norm_partial, norm_partials(m), m->stream);
 }
 
 // Where a block's weights for matmuls begin; what it has read in float is complete with the embedding.
@@ -1036,7 +1116,8 @@ static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
                   m->partial, m->stream);
     for (int b = last - 1; b >= 0; b--) {
         block_backward(m, b, s);
-        if (!m->num_later) send_gradients(m, block_matmul_begin(m, b), m->direct);
+        if (b == 0) send_gradients(m, last_gradients(m), m->direct);
+        else if (!m->num_later) send_gradients(m, block_matmul_begin(m, b), m->direct);
     }
     send_small_gradients(m);
     embedding_backward(m->grads + m->offsets[m->table.shell[SHELL_EMBEDDING]], m->dx, tokens, rows, dim(m, DIM_D),
@@ -1120,12 +1201,14 @@ static void enqueue_step(Model<F> *m, const GraphKey *k, float *logits_out) {
     m->unsent = k->reduce && comm.size > 1 ? m->shards.num_buckets : 0;
     m->unrounded = m->total;
     m->first = k->first;
+    m->last_of_step = k->reduce;
     m->direct = k->first && k->reduce && m->rounded;
     model_forward(m, &s, m->inputs);
     classifier(m, k->B * k->T, k->training, m->targets, logits_out);
     loss_sum(m->sums, m->losses, k->B * k->T, m->stream);
     if (k->training) model_backward(m, &s, m->inputs);
     if (k->whole && k->stateful) share_final_states(m, &s);
+    exchange_ends(m, "what is exchanged last");
 }
 
 // Runs `enqueue` eagerly the first time, as a captured graph from the second on.
@@ -1246,7 +1329,7 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
         CUDA_CHECK(cudaFree(logits));
     }
     if (stateful) CUDA_CHECK(cudaMemcpyAsync(stored, m->state_out, B * row_bytes, cudaMemcpyDeviceToDevice, m->stream));
-    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums, 2 * sizeof(double), cudaMemcpyDeviceToHost, m->stream));
     if (batch->meanwhile) batch->meanwhile(batch->meanwhile_arg);
     device_wait(m->stream, "a training step");
     return host.sums[0];
@@ -1420,7 +1503,7 @@ static void take_activations(Arena *a, Model<F> *m) {
     m->dh_dot_h = take<float>(a, rows * NH);
     m->partial = take<float>(a, partial_floats(m));
     m->embedding_scratch = take<int>(a, embedding_scratch_size((int)rows, (int)D));
-    m->norm_partial = take<double>(a, 2 * GRAD_NORM_BLOCKS);
+    m->norm_partial = take<double>(a, (size_t)norm_partials(m));
 }
 
 // One for each stream that multiplies
@@ -1590,7 +1673,6 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->stream, cudaStreamNonBlocking, low > high ? low - 1 : low));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->side, cudaStreamNonBlocking, low));
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->exchange_stream, cudaStreamNonBlocking, high));
-    CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, high));
     for (cudaEvent_t *event : {&m->fork, &m->join, &m->worked, &m->exchanged, &m->reduced})
         CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     matmul_init(m->workspace, m->side);
@@ -1604,21 +1686,18 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     CUDA_CHECK(cudaMemset(m->scale, 0, sizeof(float)));
     CUDA_CHECK(cudaDeviceSynchronize());
     device_share_window(m->window, m->window_bytes, received_bytes(m));
+    // Beside copies there is only summing to do, which has time; kernels of NCCL would keep other ranks waiting.
+    const int priority = getenv("PRIO") ? atoi(getenv("PRIO")) : device_copies() ? low : high;
+    CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, priority));
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // Optimiser, and what crosses the backend's border
 
+// It came with the loss of the step's last micro-step.
 template <typename F>
 static double model_grad_norm(Model<F> *m) {
-    Staging host = staging(m, NULL);
-    if (comm.size == 1) {  // several ranks have done that: send_gradients
-        enqueue_norm_part(m, 0, 0, 1);
-        grad_norm_squared(m->sums + 1, m->norm_partial, 1, m->stream);
-    }
-    CUDA_CHECK(cudaMemcpyAsync(host.sums, m->sums + 1, sizeof(double), cudaMemcpyDeviceToHost, m->stream));
-    device_wait(m->stream, "the gradient's norm");
-    double sum = host.sums[0];
+    double sum = staging(m, NULL).sums[1];
     comm_sum(&sum, 1, "sum of the gradient's norm");
     return sqrt(sum);
 }
@@ -1641,13 +1720,13 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
     bf16 *weights = sizeof(F) == 2 ? (bf16 *)m->weights : NULL;
     if (!m->own_moments) {
         int last = comm.size > 1 ? m->bucket_chunks[last_buckets(m)] : 0;  // chunks of the last buckets
-        if (last) {
-            send_begins(m);
-            gather_buckets(m, 0, last_buckets(m));
-        }
+        if (last) send_begins(m);
         adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks + last, m->num_chunks - last, args,
                      m->stream);
-        if (last) send_ends(m);
+        if (last) {
+            gather_buckets(m, 0, last_buckets(m));
+            send_ends(m);
+        }
         adamw_update(m->params, weights, m->m, m->v, gradients(m), m->chunks, last, args, m->stream);
         return;
     }

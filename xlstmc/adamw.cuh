@@ -5,7 +5,8 @@
 #include "floats.cuh"
 
 // The update of one tensor is cut into pieces of at most UPDATE_CHUNK elements, a block each.
-enum { UPDATE_CHUNK = 16384, UPDATE_THREADS = 256, GRAD_NORM_BLOCKS = 1024, GRAD_NORM_THREADS = 256 };
+enum { UPDATE_CHUNK = 16384, UPDATE_THREADS = 256 };
+enum { GRAD_NORM_THREADS = 256, GRAD_NORM_BLOCKS = 1024, GRAD_NORM_PIECE_BLOCKS = 128 };  // for all, for a rank's piece
 
 typedef struct {
     size_t offset;   // of the first element in the flat buffers of weights and gradients
@@ -83,46 +84,42 @@ static void adamw_update(float *w, bf16 *w16, float *m, float *v, Gradients grad
 }
 
 // Costs 4 bytes an element, 2 in bf16. The number of blocks is fixed, so the order of the sum is too, on every device.
-// Elements counted are those of pieces from `first_element` on that begin `stride` apart.
 static __global__ void __launch_bounds__(GRAD_NORM_THREADS)
-    grad_norm_kernel(double *partial, Gradients grads, size_t first_element, size_t total, size_t piece,
-                     size_t stride) {
-    size_t quads = total / 4, step = (size_t)GRAD_NORM_BLOCKS * GRAD_NORM_THREADS;
-    size_t first = (size_t)blockIdx.x * GRAD_NORM_THREADS + threadIdx.x;
+    grad_norm_kernel(double *partial, Gradients grads, size_t first, size_t count) {
+    const size_t quads = count / 4, step = (size_t)gridDim.x * GRAD_NORM_THREADS;
+    const size_t mine = (size_t)blockIdx.x * GRAD_NORM_THREADS + threadIdx.x;
     double sum = 0;
 #pragma unroll 4
-    for (size_t k = first; k < quads; k += step) {
+    for (size_t k = mine; k < quads; k += step) {
         float g[4];
-        const size_t at = 4 * k;
-        load_gradients(g, grads, first_element + (piece == total ? at : at / piece * stride + at % piece));
+        load_gradients(g, grads, first + 4 * k);
         sum += (double)g[0] * g[0] + (double)g[1] * g[1] + (double)g[2] * g[2] + (double)g[3] * g[3];
     }
-    if (4 * quads + first < total) {  // of one rank, whose pieces are not rounded
-        const float g = grads.values[4 * quads + first];
+    if (4 * quads + mine < count) {  // of one rank, whose elements are not cut into pieces
+        const float g = grads.values[first + 4 * quads + mine];
         sum += (double)g * g;
     }
     sum = block_sum_double(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
-static __global__ void __launch_bounds__(GRAD_NORM_BLOCKS)
-    grad_norm_add_kernel(double *result, const double *partial, int parts) {
+static __global__ void __launch_bounds__(1024)
+    grad_norm_add_kernel(double *result, const double *partial, int count) {
     double sum = 0;
-    for (int k = 0; k < parts; k++) sum += block_sum_double(partial[k * GRAD_NORM_BLOCKS + threadIdx.x]);
+    for (int k = threadIdx.x; k < count; k += 1024) sum += partial[k];
+    sum = block_sum_double(sum);
     if (threadIdx.x == 0) *result = sum;
 }
-// partial [GRAD_NORM_BLOCKS] = sums of squares of `pieces` pieces of grads, which begin `stride` elements apart, the
-// first one at element `first`; all are aligned to 16 bytes
+// partial [blocks] = sums of squares of `count` elements of grads from `first` on, which is a multiple of 4
 MAYBE_UNUSED
-static void grad_norm_part(double *partial, Gradients grads, size_t first, size_t piece, size_t pieces, size_t stride,
+static void grad_norm_part(double *partial, Gradients grads, size_t first, size_t count, int blocks,
                            cudaStream_t stream) {
-    grad_norm_kernel<<<GRAD_NORM_BLOCKS, GRAD_NORM_THREADS, 0, stream>>>(partial, grads, first, piece * pieces, piece,
-                                                                         stride);
+    grad_norm_kernel<<<blocks, GRAD_NORM_THREADS, 0, stream>>>(partial, grads, first, count);
     LAUNCH_CHECK();
 }
-// result [1] = the sum of partial [parts][GRAD_NORM_BLOCKS]
+// result [1] = the sum of partial [count]
 MAYBE_UNUSED
-static void grad_norm_squared(double *result, const double *partial, int parts, cudaStream_t stream) {
-    grad_norm_add_kernel<<<1, GRAD_NORM_BLOCKS, 0, stream>>>(result, partial, parts);
+static void grad_norm_squared(double *result, const double *partial, int count, cudaStream_t stream) {
+    grad_norm_add_kernel<<<1, 1024, 0, stream>>>(result, partial, count);
     LAUNCH_CHECK();
 }
 

@@ -40,9 +40,11 @@ typedef struct {
     // bytes to rank `to` and as many from rank `from`; -1: to or from nobody.
     void (*send_recv)(CommGroup group, const void *src, int to, void *dst, int from, size_t bytes, const char *what,
                       void *stream);
-    // Before an all_gather, by all ranks of the group: from here on what the others have may arrive at its dst, though
-    // this rank's part is not there yet. NULL: no use.
-    void (*expect)(CommGroup group, const char *what, void *stream);
+    // all [ranks][bytes]: this rank's part, at its place, goes to all ranks behind it (direction 1) or before it (-1);
+    // the parts of those on the other side arrive. Nobody waits for ranks it gets nothing from.
+    void (*pass_on)(CommGroup group, void *all, size_t bytes, int direction, const char *what, void *stream);
+    // Once before each pass_on, by all ranks: from here on the others' parts may arrive. NULL: no use.
+    void (*expect)(CommGroup group, int direction, void *stream);
 } CommOps;
 
 typedef struct {
@@ -82,17 +84,24 @@ static void self_send_recv(CommGroup group, const void *src, int to, void *dst, 
                            const char *what, void *stream) {
     (void)group, (void)src, (void)to, (void)dst, (void)from, (void)bytes, (void)what, (void)stream;
 }
+static void self_pass_on(CommGroup group, void *all, size_t bytes, int direction, const char *what, void *stream) {
+    (void)group, (void)all, (void)bytes, (void)direction, (void)what, (void)stream;
+}
 
 // Ends what comm.data has under way on a device, before the job ends because of another rank; NULL: nothing to end
 static void (*comm_abort_data)(void) MAYBE_UNUSED = NULL;
 
-static const CommOps comm_self = {"self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv, NULL};
+static const CommOps comm_self = {"self",         self_all_gather, self_reduce_scatter, self_all_to_all,
+                                  self_send_recv, self_pass_on,    NULL};
 static Comm comm = {0, 1, 0, 1, 0, 1, 0, 1, 600, 0, &comm_self, &comm_self, NULL};
 
 MAYBE_UNUSED
 static int comm_group_size(CommGroup group) { return group == COMM_WORLD ? comm.size : comm.sp_size; }
 MAYBE_UNUSED
 static int comm_group_rank(CommGroup group) { return group == COMM_WORLD ? comm.rank : comm.sp_rank; }
+// 1: in a pass_on, rank `to` gets the part of rank `from`.
+MAYBE_UNUSED
+static int comm_passes(int from, int to, int direction) { return direction > 0 ? from < to : from > to; }
 // Rank in the world of a rank of the group.
 MAYBE_UNUSED
 static int comm_world_rank(CommGroup group, int rank) {

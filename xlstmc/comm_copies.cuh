@@ -9,6 +9,9 @@
 //   copy    my part into the buffers of the others
 //   done    what I had to write is written
 //
+// A reduce-scatter needs no ready: it has two places for what arrives, which take turns. Whoever copies has heard that
+// the others are done with the call before, so they have summed what the one before that brought.
+//
 // All of it can be part of a CUDA graph. It works on the "window", the first bytes of the one allocation, which are
 // laid out alike on all ranks: a place in it is the same distance from the window's begin everywhere.
 #ifndef XLSTMC_COMM_COPIES_CUH
@@ -60,17 +63,17 @@ static void stream_write(cudaStream_t stream, volatile void *word, int value) {
 // ----------------------------------------------------------------------------------------------------------------
 // The window
 
-enum { READY, DONE, NUM_MEETINGS };
+enum { READY, DONE, FREE, THERE, NUM_MEETINGS };
 
 static struct {
     char **of;        // [size] where the windows of all ranks are seen from here; NULL: no copies
     size_t bytes;     // of each
     unsigned *flags;  // in the window: [NUM_COMM_GROUPS][NUM_MEETINGS][size], 1: that rank has come
-    char *received;   // in the window: [size][max_bytes] what a reduce-scatter gets from the others
+    char *received;   // in the window: [2][size][max_bytes] what a reduce-scatter gets from the others
     size_t max_bytes;
+    int turn;  // which of the two
     const CommOps *otherwise;  // for what lies outside
     CUstreamBatchMemOpParams *ops;
-    int expected[NUM_COMM_GROUPS];  // 1: the ranks have met to be READY for the next all-gather
     volatile int *under_way;        // [NUM_COMM_GROUPS] pinned: the number of the call that has begun, 0: it has ended
     int (*number)(const char *);    // of a call
 } copies;
@@ -80,11 +83,14 @@ static size_t copies_flag_bytes(void) {
     return (NUM_COMM_GROUPS * NUM_MEETINGS * (size_t)comm.size * sizeof(unsigned) + 255) / 256 * 256;
 }
 static size_t copies_head_bytes(size_t max_bytes) {
-    return comm.size == 1 ? 0 : copies_flag_bytes() + (size_t)comm.size * max_bytes;
+    return comm.size == 1 ? 0 : copies_flag_bytes() + 2 * (size_t)comm.size * max_bytes;
 }
 
 static char *copies_address(CommGroup group, int rank, const void *mine) {
     return copies.of[comm_world_rank(group, rank)] + ((const char *)mine - copies.of[comm.rank]);
+}
+static unsigned *copies_row(CommGroup group, int meeting) {
+    return copies.flags + ((size_t)group * NUM_MEETINGS + meeting) * (size_t)comm.size;
 }
 static int copies_reach(const void *begin, size_t bytes) {
     size_t at = (size_t)((const char *)begin - copies.of[comm.rank]);
@@ -98,7 +104,7 @@ static void copies_meet(CommGroup group, int meeting, const char *what, cudaStre
     volatile int *note = copies.under_way + group;
     if (meeting == READY)
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, note, (unsigned)copies.number(what));
-    unsigned *row = copies.flags + ((size_t)group * NUM_MEETINGS + meeting) * (size_t)comm.size;
+    unsigned *row = copies_row(group, meeting);
     for (int k = 1; k < ranks; k++) {
         int r = (me + k) % ranks;
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, copies_address(group, r, row + me), 1);
@@ -115,11 +121,6 @@ static void copies_meet(CommGroup group, int meeting, const char *what, cudaStre
 // ----------------------------------------------------------------------------------------------------------------
 // The functions of comm.data
 
-static void copies_expect(CommGroup group, const char *what, void *stream) {
-    copies_meet(group, READY, what, (cudaStream_t)stream);
-    copies.expected[group] = 1;
-}
-
 static void copies_all_gather(CommGroup group, const void *src, void *dst, size_t bytes, const char *what,
                               void *stream) {
     int ranks = comm_group_size(group), me = comm_group_rank(group);
@@ -129,8 +130,7 @@ static void copies_all_gather(CommGroup group, const void *src, void *dst, size_
         copies.otherwise->all_gather(group, src, dst, bytes, what, stream);
         return;
     }
-    if (!copies.expected[group]) copies_meet(group, READY, what, on);
-    copies.expected[group] = 0;
+    copies_meet(group, READY, what, on);
     for (int k = 1; k < ranks; k++)
         CUDA_CHECK(
             cudaMemcpyAsync(copies_address(group, (me + k) % ranks, part), src, bytes, cudaMemcpyDeviceToDevice, on));
@@ -158,9 +158,11 @@ static __global__ void __launch_bounds__(256)
 }
 
 template <typename T>
-static void copies_sum(void *dst, const void *own, int ranks, int me, size_t count, cudaStream_t stream) {
-    copies_sum_kernel<<<imin(ceil_div(count, 512 * VEC<T>), 1056), 256, 0, stream>>>(
-        (T *)dst, (const T *)own, (const T *)copies.received, ranks, me, count);
+static void copies_sum(void *dst, const void *own, const void *received, int ranks, int me, size_t count,
+                       cudaStream_t stream) {
+    // Short blocks: what else runs does not have to wait long for a multiprocessor.
+    copies_sum_kernel<<<ceil_div(count, 512 * VEC<T>), 256, 0, stream>>>((T *)dst, (const T *)own, (const T *)received,
+                                                                         ranks, me, count);
     LAUNCH_CHECK();
 }
 
@@ -174,16 +176,59 @@ static void copies_reduce_scatter(CommGroup group, const void *src, void *dst, s
         copies.otherwise->reduce_scatter(group, src, dst, count, type, what, stream);
         return;
     }
-    copies_meet(group, READY, what, on);
+    char *received = copies.received + copies.turn * (size_t)comm.size * copies.max_bytes;
+    copies.turn ^= 1;
+    stream_write(on, copies.under_way + group, copies.number(what));
     for (int k = 1; k < ranks; k++) {
         int r = (me + k) % ranks;
-        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, copies.received + (size_t)me * bytes),
+        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, received + (size_t)me * bytes),
                                    parts + (size_t)r * bytes, bytes, cudaMemcpyDeviceToDevice, on));
     }
     copies_meet(group, DONE, what, on);
     parts += (size_t)me * bytes;
-    if (type == COMM_BF16) copies_sum<bf16>(dst, parts, ranks, me, count, on);
-    else copies_sum<float>(dst, parts, ranks, me, count, on);
+    if (type == COMM_BF16) copies_sum<bf16>(dst, parts, received, ranks, me, count, on);
+    else copies_sum<float>(dst, parts, received, ranks, me, count, on);
+}
+
+// One way: a rank is told by each that gets its part that there is room for it (FREE), and tells it of the copy (THERE).
+static void copies_expect(CommGroup group, int direction, void *stream) {
+    int me = comm_group_rank(group), n = 0;
+    unsigned *row = copies_row(group, FREE);
+    for (int r = 0; r < comm_group_size(group); r++)
+        if (comm_passes(r, me, direction))
+            copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, copies_address(group, r, row + me), 1);
+    if (n > 0) memory_ops((cudaStream_t)stream, copies.ops, n);
+}
+
+static void copies_pass_on(CommGroup group, void *all, size_t bytes, int direction, const char *what, void *stream) {
+    int ranks = comm_group_size(group), me = comm_group_rank(group), n = 0;
+    cudaStream_t on = (cudaStream_t)stream;
+    volatile int *note = copies.under_way + group;
+    char *part = (char *)all + (size_t)me * bytes;
+    unsigned *row = copies_row(group, FREE);
+    assert(copies_reach(all, (size_t)ranks * bytes));
+    copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, note, (unsigned)copies.number(what));
+    for (int r = 0; r < ranks; r++) {
+        if (!comm_passes(me, r, direction)) continue;
+        copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WAIT_VALUE_32, row + r, 1);
+        copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, row + r, 0);
+    }
+    memory_ops(on, copies.ops, n);
+    for (int r = 0; r < ranks; r++)
+        if (comm_passes(me, r, direction))
+            CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, part), part, bytes, cudaMemcpyDeviceToDevice, on));
+    n = 0;
+    row = copies_row(group, THERE);
+    for (int r = 0; r < ranks; r++)
+        if (comm_passes(me, r, direction))
+            copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, copies_address(group, r, row + me), 1);
+    for (int r = 0; r < ranks; r++) {
+        if (!comm_passes(r, me, direction)) continue;
+        copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WAIT_VALUE_32, row + r, 1);
+        copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, row + r, 0);
+    }
+    copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, note, 0);
+    memory_ops(on, copies.ops, n);
 }
 
 static CommOps comm_copies;
@@ -230,6 +275,7 @@ static void copies_start(int wanted, void *memory, size_t bytes, size_t max_byte
     comm_copies.name = "copies";
     comm_copies.all_gather = copies_all_gather;
     comm_copies.reduce_scatter = copies_reduce_scatter;
+    comm_copies.pass_on = copies_pass_on;
     comm_copies.expect = copies_expect;
     comm.data = &comm_copies;
 }

@@ -148,7 +148,24 @@ static void nccl_send_recv(CommGroup group, const void *src, int to, void *dst, 
     nccl_end(group, (cudaStream_t)stream);
 }
 
-static const CommOps comm_nccl = {"nccl", nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all, nccl_send_recv, NULL};
+static void nccl_pass_on(CommGroup group, void *all, size_t bytes, int direction, const char *what, void *stream) {
+    int ranks = comm_group_size(group), me = comm_group_rank(group);
+    ncclComm_t c = device_comm.comms[group];
+    cudaStream_t on = (cudaStream_t)stream;
+    nccl_begin(group, what, on);
+    NCCL_CHECK(ncclGroupStart());
+    for (int r = 0; r < ranks; r++) {
+        if (comm_passes(me, r, direction))
+            NCCL_CHECK(ncclSend((char *)all + (size_t)me * bytes, bytes, ncclInt8, r, c, on));
+        if (comm_passes(r, me, direction))
+            NCCL_CHECK(ncclRecv((char *)all + (size_t)r * bytes, bytes, ncclInt8, r, c, on));
+    }
+    NCCL_CHECK(ncclGroupEnd());
+    nccl_end(group, on);
+}
+
+static const CommOps comm_nccl = {"nccl",         nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all,
+                                  nccl_send_recv, nccl_pass_on,    NULL};
 
 // One communicator for the world, for gradients and weights, one for the ranks of a sequence. What a communicator does
 // first takes memory and connects: that happens here, before memory is planned.
@@ -238,8 +255,17 @@ static void staged_send_recv(CommGroup group, const void *src, int to, void *dst
     if (from >= 0) staged_in(dst, received, bytes, stream);
 }
 
-static const CommOps comm_staged = {"staged",          staged_all_gather, staged_reduce_scatter,
-                                    staged_all_to_all, staged_send_recv,  NULL};
+static void staged_pass_on(CommGroup group, void *all, size_t bytes, int direction, const char *what, void *stream) {
+    int ranks = comm_group_size(group), me = comm_group_rank(group);
+    char *host = (char *)staged_out(all, bytes * (size_t)ranks, stream);
+    comm.host->pass_on(group, host, bytes, direction, what, NULL);
+    for (int r = 0; r < ranks; r++)
+        if (comm_passes(r, me, direction))
+            staged_in((char *)all + (size_t)r * bytes, host + (size_t)r * bytes, bytes, stream);
+}
+
+static const CommOps comm_staged = {"staged",         staged_all_gather, staged_reduce_scatter, staged_all_to_all,
+                                    staged_send_recv, staged_pass_on,    NULL};
 
 // ----------------------------------------------------------------------------------------------------------------
 // Start
@@ -277,6 +303,9 @@ static void device_share_window(void *window, size_t bytes, size_t max_bytes) {
     copies_start(wanted ? *wanted == '1' : device_comm.graphs, window, bytes, max_bytes, device_comm.under_way,
                  device_call);
 }
+
+// Whether gradients and weights travel by copies
+static bool device_copies(void) { return comm.data == &comm_copies; }
 
 // Sets comm.data, after cudaSetDevice.
 static void device_comm_start(int device) {

@@ -155,6 +155,18 @@ static void peer_send_recv(CommGroup group, const void *src, int to, void *dst, 
     peer_wait(what);
 }
 
+static void peer_pass_on(CommGroup group, void *all, size_t bytes, int direction, const char *what, void *stream) {
+    int ranks = comm_group_size(group), me = comm_group_rank(group);
+    (void)stream;
+    for (int r = 0; r < ranks; r++)
+        if (comm_passes(r, me, direction))
+            carrier->post(1, comm_world_rank(group, r), group, (char *)all + (size_t)r * bytes, bytes, what);
+    for (int r = 0; r < ranks; r++)
+        if (comm_passes(me, r, direction))
+            carrier->post(0, comm_world_rank(group, r), group, (char *)all + (size_t)me * bytes, bytes, what);
+    peer_wait(what);
+}
+
 static float peer_from_bf16(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
     float value;
@@ -202,8 +214,8 @@ static void peer_reduce_scatter(CommGroup group, const void *src, void *dst, siz
     }
 }
 
-static const CommOps comm_peers = {"peers",         peer_all_gather, peer_reduce_scatter,
-                                   peer_all_to_all, peer_send_recv,  NULL};
+static const CommOps comm_peers = {"peers",        peer_all_gather, peer_reduce_scatter, peer_all_to_all,
+                                   peer_send_recv, peer_pass_on,    NULL};
 
 static int comm_env(const char *name) {  // 0: not set
     const char *text = getenv(name);

@@ -1042,7 +1042,8 @@ static void mlstm_pair_forward(MlstmShape s, MlstmInput<F> in, MlstmState pair, 
 template <typename F>
 static void mlstm_segment_forward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, F *h,
                                   const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
-    mlstm_gate_values(&s, mlstm_gate_input(in), false, initial.m, initial.row, final.m, &saved->gates, stream);
+    mlstm_gate_values(&s, mlstm_gate_input(in), false, initial.m, initial.C ? initial.row : final.row, final.m,
+                      &saved->gates, stream);
     mlstm_cell_forward(s, in, initial, final, true, h, saved, scratch, stream);
 }
 
@@ -1106,33 +1107,33 @@ static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
                        scratch->anchor,       scratch->anchor_start, scratch->segments};
 }
 
-// The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`,
-// of a segment, whose pair mlstm_pair_backward has made; C == NULL: none comes in. h: if they are to be made here
+// The gradients of the inputs once the factors of the rows are known. dfinal: the gradient of the final states `final`;
+// C == NULL: none comes in. walked: mlstm_pair_backward has been here. h: if they are to be made here
 // (scan_makes_dots), else NULL
 template <typename F, typename Gates>
 static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, MlstmState dfinal,
-                                const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates,
+                                bool walked, const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates,
                                 float *dbias, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
                                 cudaStream_t stream, const F *h = NULL) {
-    bool scanned = false, segment = dfinal.C != NULL;
-    if (segment) mlstm_tail(&s, scratch->tail, final, dfinal, stream);
+    bool scanned = false;
+    if (dfinal.C) mlstm_tail(&s, scratch->tail, final, dfinal, stream);
     if constexpr (sizeof(F) == 2)
         if (s.chunk == SCAN_CHUNK) {
             if (scan_narrow(&s))
                 mlstm_narrow_backward(s, in, dfinal, dh, dq, dk, dv, ld_grad, saved->gates, saved->scan,
                                       mlstm_scan_scratch(scratch), stream);
             else
-                mlstm_scan_backward(s, in, initial, dfinal, segment, dh, h, dq, dk, dv, ld_grad, saved->gates,
+                mlstm_scan_backward(s, in, initial, dfinal, walked, dh, h, dq, dk, dv, ld_grad, saved->gates,
                                     saved->scan, mlstm_scan_scratch(scratch), stream);
             scanned = true;
         }
     if (!scanned)
-        mlstm_split_backward(s, in, initial, dfinal, segment, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
+        mlstm_split_backward(s, in, initial, dfinal, walked, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
     const float *exact = sizeof(F) == 2 ? scratch->rows.q_dq : NULL;  // in float, <k, dk> is as exact
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
                          mlstm_dot_tiles<F>(&s), scratch->anchor,
                          scanned ? scan_anchor_tiles(&s) : states_tiles<F, true>(&s), scratch->anchor_start,
-                         segment ? scratch->tail : NULL, exact, scanned && scan_has_paths(&s) ? scratch->anchor : NULL,
+                         dfinal.C ? scratch->tail : NULL, exact, scanned && scan_has_paths(&s) ? scratch->anchor : NULL,
                          initial, dgates, ld_dgates, dbias, scratch->partial, stream);
 }
 
@@ -1153,11 +1154,12 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     // of narrow heads only q_dq is used: their walk makes inv_den and ds itself
     if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, known.rows, stream);
     else if (!narrow && !by_scan) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
-    mlstm_cell_backward(s, in, initial, none, none, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, &known,
+    mlstm_cell_backward(s, in, initial, none, none, false, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, &known,
                         stream, by_scan ? h : NULL);
 }
 
-// The backward pair of a segment; mlstm_cell_backward follows with the gradient of the states that it leaves.
+// The backward pair of a segment, pair.C == NULL: all but that; mlstm_cell_backward follows with the gradient of the
+// states that the segment leaves.
 template <typename F>
 static void mlstm_pair_backward(MlstmShape s, MlstmInput<F> in, const F *dh, const float *dh_dot_h, MlstmState pair,
                                 const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch, cudaStream_t stream) {
@@ -1169,8 +1171,9 @@ static void mlstm_pair_backward(MlstmShape s, MlstmInput<F> in, const F *dh, con
         }
     const int align = mlstm_alignment(&s, &in, {dh}, (size_t)s.NH * s.dv);
     StatesArgs<F> states = mlstm_reverse_args(s, in, align, dh, saved, scratch);
-    mlstm_walk_segments<F, true>(states, scratch->segments, true, stream);
-    mlstm_pair<true>(&s, pair, scratch->segments, saved->gates.decay, states_segment_chunks<F, true>(&s), stream);
+    mlstm_walk_segments<F, true>(states, scratch->segments, pair.C != NULL, stream);
+    if (pair.C)
+        mlstm_pair<true>(&s, pair, scratch->segments, saved->gates.decay, states_segment_chunks<F, true>(&s), stream);
 }
 
 #endif

@@ -1646,8 +1646,8 @@ static void mlstm_scan_backward_pair(const MlstmShape &s, const MlstmInput<bf16>
                                      const MlstmGates &gates, const ScanSaved &saved, const ScanScratch &scratch,
                                      cudaStream_t stream) {
     ScanArgs p = scan_backward_args(s, in, dh, gates, saved, scratch);
-    scan_walk_segments<true>(&p, scratch.segments, true, stream);
-    mlstm_pair<true>(&s, pair, scratch.segments, gates.decay, p.segment_chunks, stream);
+    scan_walk_segments<true>(&p, scratch.segments, pair.C != NULL, stream);
+    if (pair.C) mlstm_pair<true>(&s, pair, scratch.segments, gates.decay, p.segment_chunks, stream);
 }
 
 // Whether dQ makes <dh, h>, and with it inv_den and ds (MAKES_DOTS)

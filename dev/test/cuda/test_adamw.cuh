@@ -44,8 +44,8 @@ static void test_adamw_case(size_t count0, size_t count1, int joined, int step) 
                       (float)(1 / (1 - pow(beta2, step))),
                       (float)grad_scale};
     Gradients all = {d_grads, NULL, 0};
-    grad_norm_part(d_partial, all, 0, total, 1, 0, 0);
-    grad_norm_squared(d_norm, d_partial, 1, 0);
+    grad_norm_part(d_partial, all, 0, total, GRAD_NORM_BLOCKS, 0);
+    grad_norm_squared(d_norm, d_partial, GRAD_NORM_BLOCKS, 0);
     adamw_update(d_w, d_w16, d_m, d_v, all, d_chunks, num_chunks, args, 0);
     to_bf16(d_converted, d_w, second, 0);
     to_bf16(d_converted + second, d_w + second, count1, 0);

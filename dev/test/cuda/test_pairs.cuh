@@ -44,9 +44,10 @@ static void virtual_rank(VirtualRank<F> *r, const MlstmCase *c, const MlstmDevic
     }
 }
 
-// cuts [ranks + 1]: where the segments begin, and the end
+// cuts [ranks + 1]: where the segments begin, and the end. all_pairs: every rank makes pairs, as in a scan; else the
+// first one passes on its final states, and none makes a pair that nobody folds
 template <typename F>
-static void test_pairs_case(const MlstmCase *c, const int *cuts, int ranks, int chunk) {
+static void test_pairs_case(const MlstmCase *c, const int *cuts, int ranks, int chunk, bool all_pairs) {
     MlstmHost x = mlstm_test_host<F>(c);
     for (int r = 0; r < ranks; r++)  // doc_start as each rank sees it
         for (int t = cuts[r]; t < cuts[r + 1]; t++)
@@ -56,26 +57,34 @@ static void test_pairs_case(const MlstmCase *c, const int *cuts, int ranks, int 
     for (int r = 0; r < ranks; r++) virtual_rank(&all[r], c, &d, &x, cuts[r], cuts[r + 1] - cuts[r]);
     const size_t row = mlstm_pair_row(&d.shape);
     float *pairs = device_poisoned<float>(ranks * row);
+    auto makes_pair = [&](int r) { return all_pairs || (r > 0 && r + 1 < ranks); };
+    auto pair = [&](int r) { return mlstm_pair_state(d.shape, pairs + r * row); };
+    const MlstmState none = {NULL, NULL, NULL, 0};
     for (int r = 0; r < ranks; r++)
-        mlstm_pair_forward<F>(all[r].shape, all[r].in, mlstm_pair_state(d.shape, pairs + r * row), &all[r].saved,
-                              &all[r].scratch, 0);
+        if (makes_pair(r))
+            mlstm_pair_forward<F>(all[r].shape, all[r].in, pair(r), &all[r].saved, &all[r].scratch, 0);
     for (int r = 0; r < ranks; r++) {
-        mlstm_fold(&d.shape, all[r].enter, d.initial, pairs, r, 0);
-        mlstm_segment_forward<F>(all[r].shape, all[r].in, all[r].enter, r + 1 < ranks ? all[r].final : d.final,
-                                 d.h + all[r].first * x.Dv, &all[r].saved, &all[r].scratch, 0);
+        MlstmState enter = r == 0 ? d.initial : all[r].enter, final = r + 1 < ranks ? all[r].final : d.final;
+        if (r > 0 && all_pairs) mlstm_fold(&d.shape, enter, d.initial, pairs, r, 0);
+        else if (r > 0) mlstm_fold(&d.shape, enter, pair(0), pairs + row, r - 1, 0);
+        auto forward = makes_pair(r) ? mlstm_segment_forward<F> : mlstm_forward<F>;
+        forward(all[r].shape, all[r].in, enter, final, d.h + all[r].first * x.Dv, &all[r].saved, &all[r].scratch, 0);
+        if (r == 0 && !all_pairs) mlstm_fold(&d.shape, pair(0), final, NULL, 0, 0);
     }
     CUDA_CHECK(cudaMemset(pairs, 0xff, ranks * row * sizeof(float)));
     for (int r = 0; r < ranks; r++)
         mlstm_pair_backward<F>(all[r].shape, all[r].in, d.dh + all[r].first * x.Dv, d.dh_dot_h + all[r].first * c->NH,
-                               mlstm_pair_state(d.shape, pairs + r * row), &all[r].saved, &all[r].scratch, 0);
+                               r > 0 || all_pairs ? pair(r) : none, &all[r].saved, &all[r].scratch, 0);
     for (int r = 0; r < ranks; r++) {
         F *wide = d.wide + all[r].first * x.ld, *dq = wide + x.lead;
-        mlstm_fold_backward(&d.shape, all[r].dfinal, pairs + (r + 1) * row, ranks - r - 1, 0);
-        mlstm_cell_backward<F>(all[r].shape, all[r].in, all[r].enter, r + 1 < ranks ? all[r].final : d.final,
-                               all[r].dfinal, d.dh + all[r].first * x.Dv, dq, dq + x.Dk, dq + 2 * x.Dk, x.ld,
-                               wide + x.at_gates, x.ld, d.dbias, &all[r].saved, &all[r].scratch, 0);
+        const bool last = r + 1 == ranks;
+        if (!last) mlstm_fold_backward(&d.shape, all[r].dfinal, pairs + (r + 1) * row, ranks - r - 1, 0);
+        mlstm_cell_backward<F>(all[r].shape, all[r].in, r == 0 ? d.initial : all[r].enter,
+                               last ? d.final : all[r].final, last ? none : all[r].dfinal, true,
+                               d.dh + all[r].first * x.Dv, dq, dq + x.Dk, dq + 2 * x.Dk, x.ld, wide + x.at_gates, x.ld,
+                               d.dbias, &all[r].saved, &all[r].scratch, 0);
     }
-    printf("%d segments from %d to %d:\n", ranks, cuts[0], cuts[ranks]);
+    printf("%d segments from %d to %d, %s:\n", ranks, cuts[0], cuts[ranks], all_pairs ? "all pairs" : "one way");
     // The bias of gates is as exact as its terms, whose norm counts where most of the sum cancels: 2.9 times at T 300
     const double terms = norm_of(x.out[OUT_DGATES], x.rows * x.G), sum = norm_of(x.out[OUT_DBIAS], x.G);
     mlstm_check_all(c, &x, &d, tolerance<F>(2.6e-6, 1.5e-2) * fmax(1, terms / sum));
@@ -101,12 +110,13 @@ static void test_pairs(void) {
         {{1, 5000, 1, 128, 256, 0, 0, 1, 0, 6, 15}, {0, 2500, 5000}, 2},  // each segment is walked in parts
         {{1, 5001, 2, 64, 128, 0, 700, 0, 0, 6, 15}, {0, 1667, 3334, 5001}, 3},
     };
-    for (auto &k : cases) {
-        test_pairs_case<float>(&k.c, k.cuts, k.ranks, MLSTM_CHUNK);
-        test_pairs_case<bf16>(&k.c, k.cuts, k.ranks, MLSTM_CHUNK);
-        if (!k.c.odd && mlstm_chunk<bf16>(k.c.dk, k.c.dv, 8) == SCAN_CHUNK)
-            test_pairs_case<bf16>(&k.c, k.cuts, k.ranks, SCAN_CHUNK);
-    }
+    for (int all_pairs = 0; all_pairs < 2; all_pairs++)
+        for (auto &k : cases) {
+            test_pairs_case<float>(&k.c, k.cuts, k.ranks, MLSTM_CHUNK, all_pairs);
+            test_pairs_case<bf16>(&k.c, k.cuts, k.ranks, MLSTM_CHUNK, all_pairs);
+            if (!k.c.odd && mlstm_chunk<bf16>(k.c.dk, k.c.dv, 8) == SCAN_CHUNK)
+                test_pairs_case<bf16>(&k.c, k.cuts, k.ranks, SCAN_CHUNK, all_pairs);
+        }
 }
 
 #endif
