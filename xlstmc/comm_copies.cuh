@@ -17,6 +17,7 @@
 #ifndef XLSTMC_COMM_COPIES_CUH
 #define XLSTMC_COMM_COPIES_CUH
 
+#include <assert.h>
 #include <cuda.h>
 
 #include "comm.h"
