@@ -7,8 +7,9 @@
 dp: the 406m model, 8 x 2048 tokens a GPU, plain data parallel and with --zero 1; two GPUs do twice the work of one.
 16384, 262144, 1048576: so many tokens in one sequence over two GPUs (--sp 2), against half of it on one.
 
-A time is the median over the steps of all turns, but the first ones of each; the sides take turns. "ratio" is tokens a
-second on two GPUs over those on one, so 2 would be perfect. With --kernels FILE (build/libkernel_times.so) one more
+A time is the median over the steps of all turns, but the first ones of each; the sides take turns. Two GPUs are seldom
+equally fast, and together as slow as the slower one: one GPU is measured on either. "ratio" is tokens a second on two
+GPUs over the mean of those on one, and in brackets over those on the slower and the faster one; 2 would be perfect. With --kernels FILE (build/libkernel_times.so) one more
 turn of each case is run with it: how long collectives took, and how long nothing else ran meanwhile, a step.
 """
 import argparse
@@ -26,20 +27,26 @@ from bench_gpu import ROOT, write_shard  # noqa: E402
 
 MODEL = ["--model", "406m"]
 LONG = ["--batch", "1", "--recompute", "block"]
-# case: [(label, ranks, flags)], the first is what the others are compared with; steps that do not count, and that do
+EIGHT, ONE = ["--batch", "8", "--seq-len", "2048"], ["--batch", "1"]
+BOTH = "0,1"
+# case: [(label, GPUs, flags)], the first two are what the others are compared with; steps that do not count, that do
 CASES = {
-    "dp": ([("1 GPU, 8 x 2048", 1, ["--batch", "8", "--seq-len", "2048"]),
-            ("2 GPUs, 2 x 8 x 2048", 2, ["--batch", "8", "--seq-len", "2048"]),
-            ("2 GPUs, --zero 1", 2, ["--batch", "8", "--seq-len", "2048", "--zero", "1"])], 5, 30),
-    "16384": ([("1 GPU, 8192", 1, ["--batch", "1", "--seq-len", "8192"]),
-               ("2 GPUs, --sp 2, 16384", 2, ["--batch", "1", "--seq-len", "16384", "--sp", "2"]),
-               ("2 GPUs, --sp 2, --zero 1", 2, ["--batch", "1", "--seq-len", "16384", "--sp", "2", "--zero", "1"])], 5,
-              30),
-    "262144": ([("1 GPU, 131072", 1, LONG + ["--seq-len", "131072"]),
-                ("2 GPUs, --sp 2, 262144", 2, LONG + ["--seq-len", "262144", "--sp", "2"])], 2, 5),
-    "1048576": ([("1 GPU, 524288", 1, LONG + ["--seq-len", "524288"]),
-                 ("2 GPUs, --sp 2, 1048576", 2, LONG + ["--seq-len", "1048576", "--sp", "2"])], 2, 2),
+    "dp": ([("GPU 0, 8 x 2048", "0", EIGHT), ("GPU 1, 8 x 2048", "1", EIGHT),
+            ("2 GPUs, 2 x 8 x 2048", BOTH, EIGHT), ("2 GPUs, --zero 1", BOTH, EIGHT + ["--zero", "1"])], 5, 30),
+    "16384": ([("GPU 0, 8192", "0", ONE + ["--seq-len", "8192"]), ("GPU 1, 8192", "1", ONE + ["--seq-len", "8192"]),
+               ("2 GPUs, --sp 2, 16384", BOTH, ONE + ["--seq-len", "16384", "--sp", "2"]),
+               ("2 GPUs, --sp 2, --zero 1", BOTH, ONE + ["--seq-len", "16384", "--sp", "2", "--zero", "1"])], 5, 30),
+    "262144": ([("GPU 0, 131072", "0", LONG + ["--seq-len", "131072"]),
+                ("GPU 1, 131072", "1", LONG + ["--seq-len", "131072"]),
+                ("2 GPUs, --sp 2, 262144", BOTH, LONG + ["--seq-len", "262144", "--sp", "2"])], 2, 5),
+    "1048576": ([("GPU 0, 524288", "0", LONG + ["--seq-len", "524288"]),
+                 ("GPU 1, 524288", "1", LONG + ["--seq-len", "524288"]),
+                 ("2 GPUs, --sp 2, 1048576", BOTH, LONG + ["--seq-len", "1048576", "--sp", "2"])], 2, 2),
 }
+
+
+def ranks_of(gpus):
+    return len(gpus.split(","))
 
 
 def command(program, ranks, flags, shard, steps, more):
@@ -57,13 +64,15 @@ def kill_session(leader):
             pass
 
 
-def run(program, ranks, flags, shard, steps):
+def run(program, gpus, flags, shard, steps):
     """The milliseconds of the first steps, and how many GiB the plan wants."""
     with tempfile.TemporaryDirectory() as tmp:
         log, ms = tmp + "/run/log.jsonl", []
         with open(tmp + "/said", "w+") as said:
-            words = command(program, ranks, flags, shard, 1000000, ["--save-every", "0", "--out", tmp + "/run"])
-            process = subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True)
+            words = command(program, ranks_of(gpus), flags, shard, 1000000,
+                            ["--save-every", "0", "--out", tmp + "/run"])
+            process = subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True,
+                                       env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus})
             while len(ms) < steps and process.poll() is None:
                 time.sleep(0.1)
                 if os.path.exists(log):
@@ -115,21 +124,26 @@ def main():
             steps = args.steps or steps
             times, memory = {label: [] for label, _, _ in sides}, {}
             for _ in range(args.turns):
-                for label, ranks, flags in sides:
-                    ms, memory[label] = run(args.program, ranks, flags, shard, warmup + steps)
+                for label, gpus, flags in sides:
+                    ms, memory[label] = run(args.program, gpus, flags, shard, warmup + steps)
                     times[label] += ms[warmup:]
-            base = None
-            for label, ranks, flags in sides:
+            single = []
+            for label, gpus, flags in sides:
                 ms = statistics.median(times[label])
                 length, batch = int(flags[flags.index("--seq-len") + 1]), int(flags[flags.index("--batch") + 1])
-                groups = ranks // (int(flags[flags.index("--sp") + 1]) if "--sp" in flags else 1)
+                groups = ranks_of(gpus) // (int(flags[flags.index("--sp") + 1]) if "--sp" in flags else 1)
                 speed = 1e3 * length * batch * groups / ms
-                base = base or speed
+                ratio = ""
+                if gpus == BOTH:
+                    ratio = (f"  ratio {speed / statistics.mean(single):.3f} ({speed / min(single):.3f}, "
+                             f"{speed / max(single):.3f})")
+                else:
+                    single.append(speed)
                 print(f"{label:26} {ms:9.2f} ms (fastest {min(times[label]):.2f})  {speed / 1e3:8.1f}k tok/s  "
-                      f"ratio {speed / base:.3f}  memory {memory[label]:.1f} GiB a GPU", flush=True)
-            for label, ranks, flags in sides:
-                if args.kernels and ranks > 1:
-                    for name, (total, alone) in collectives(args.program, args.kernels, ranks, flags, shard,
+                      f"memory {memory[label]:.1f} GiB a GPU{ratio}", flush=True)
+            for label, gpus, flags in sides:
+                if args.kernels and gpus == BOTH:
+                    for name, (total, alone) in collectives(args.program, args.kernels, ranks_of(gpus), flags, shard,
                                                             8 + 2 * warmup).items():
                         print(f"    {label}: {name}: {total:.3f} ms a step, {alone:.3f} ms alone", flush=True)
 
