@@ -178,6 +178,7 @@ struct Model {
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
     cudaEvent_t worked, exchanged, reduced;
+    cudaEvent_t *gathered;               // [num_buckets] with own_moments: a bucket's weights are there
     int under_way;                       // 1: m->stream has not waited for the end of the last exchange
     size_t unsent;                       // buckets whose gradients have not left, the first ones
     size_t unrounded;                    // elements not yet in `rounded`, the first ones
@@ -972,12 +973,33 @@ static NormShape out_norm(const Model<F> *m) {
     return m->config.layernorm_out ? layernorm_v1(m) : rmsnorm(m);
 }
 
+// Where a block's weights for matmuls begin; behind the last block, the classifier's.
+template <typename F>
+static size_t block_matmul_begin(const Model<F> *m, int b) {
+    if (b == m->config.num_blocks) return m->offsets[m->table.shell[SHELL_HEAD]];
+    int k = m->table.block_first[b];
+    while (part_of(&m->config, &m->table, k) != PART_MATMUL) k++;
+    return m->offsets[k];
+}
+
+// With --zero 1 weights arrive while the forward pass is at work: m->stream waits for those before element `end`.
+template <typename F>
+static void await_weights(const Model<F> *m, size_t end) {
+    if (!m->own_moments) return;
+    unsigned flags = device_captures(m->stream) ? cudaEventWaitExternal : cudaEventWaitDefault;
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->gathered[(end - 1) / shards_bucket(&m->shards)], flags));
+}
+
 template <typename F>
 static void model_forward(Model<F> *m, const Sequence *s, const int *tokens) {
     int rows = s->B * s->T, last = m->config.num_blocks;
+    await_weights(m, m->begins[PART_MATMUL]);
     embedding_forward(m->x[0], tokens, m->params + m->offsets[m->table.shell[SHELL_EMBEDDING]], rows, dim(m, DIM_D),
                       m->stream);
-    for (int b = 0; b < last; b++) block_forward(m, b, s);
+    for (int b = 0; b < last; b++) {
+        await_weights(m, block_matmul_begin(m, b + 1));
+        block_forward(m, b, s);
+    }
     norm_forward(m->out, m->out_stats, m->x[last], m->params + m->offsets[m->table.shell[SHELL_OUT_NORM]], out_norm(m),
                  rows, m->stream);
 }
@@ -1099,14 +1121,6 @@ static void send_last_gradients(Model<F> *m) {
     if (m->last_of_step) grad_norm_squared(m->sums + 1, m->norm_partial, norm_partials(m), m->stream);
 }
 
-// Where a block's weights for matmuls begin; what it has read in float is complete with the embedding.
-template <typename F>
-static size_t block_matmul_begin(const Model<F> *m, int b) {
-    int k = m->table.block_first[b];
-    while (part_of(&m->config, &m->table, k) != PART_MATMUL) k++;
-    return m->offsets[k];
-}
-
 template <typename F>
 static void model_backward(Model<F> *m, const Sequence *s, const int *tokens) {
     int rows = s->B * s->T, last = m->config.num_blocks;
@@ -1204,6 +1218,7 @@ static void enqueue_step(Model<F> *m, const GraphKey *k, float *logits_out) {
     m->last_of_step = k->reduce;
     m->direct = k->first && k->reduce && m->rounded;
     model_forward(m, &s, m->inputs);
+    await_weights(m, m->total);
     classifier(m, k->B * k->T, k->training, m->targets, logits_out);
     loss_sum(m->sums, m->losses, k->B * k->T, m->stream);
     if (k->training) model_backward(m, &s, m->inputs);
@@ -1687,8 +1702,11 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     CUDA_CHECK(cudaDeviceSynchronize());
     device_share_window(m->window, m->window_bytes, received_bytes(m));
     // Beside copies there is only summing to do, which has time; kernels of NCCL would keep other ranks waiting.
-    const int priority = getenv("PRIO") ? atoi(getenv("PRIO")) : device_copies() ? low : high;
-    CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, priority));
+    CUDA_CHECK(
+        cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, device_copies() ? low : high));
+    m->gathered = (cudaEvent_t *)xcalloc(m->shards.num_buckets, sizeof(cudaEvent_t));
+    for (size_t k = 0; k < m->shards.num_buckets; k++)
+        CUDA_CHECK(cudaEventCreateWithFlags(&m->gathered[k], cudaEventDisableTiming));
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -1703,8 +1721,9 @@ static double model_grad_norm(Model<F> *m) {
 }
 
 // While the last buckets of gradients are gathered, all others are updated.
-// With its own moments only, a rank updates its piece of a bucket, and while the next bucket is updated the pieces of
-// this one are gathered: those for matmuls in format F only, whose float is nobody's but the owner's.
+// With its own moments only, a rank updates its piece of a bucket, and while the next ones are updated and the next
+// forward pass has begun, the pieces of this one are gathered (await_weights): those for matmuls in format F only, whose
+// float is nobody's but the owner's.
 template <typename F>
 static void model_update(Model<F> *m, const UpdateConfig *u) {
     AdamwArgs args = {(float)u->lr,
@@ -1741,8 +1760,8 @@ static void model_update(Model<F> *m, const UpdateConfig *u) {
         if (weights && (k + 1) * size > m->begins[PART_MATMUL])
             comm.data->all_gather(COMM_WORLD, weights + k * size + mine, weights + k * size, s->piece * sizeof(bf16),
                                   "all-gather of weights", m->gradient_stream);
+        CUDA_CHECK(cudaEventRecord(m->gathered[k], m->gradient_stream));
     }
-    send_ends(m);
 }
 
 template <typename F>
@@ -1759,6 +1778,7 @@ static void model_collect(Model<F> *m, int kind) {
                                 "all-gather of moments"};
     if (m->own_moments && (kind == KIND_M || kind == KIND_V)) return;
     size_t bytes = kind == KIND_GRAD && m->rounded ? sizeof(bf16) : sizeof(float);
+    await_weights(m, m->total);
     for (size_t k = 0; k < s->num_buckets; k++) {
         char *base = bytes == sizeof(bf16) ? (char *)m->rounded : (char *)kind_base(m, kind);
         char *bucket = base + k * shards_bucket(s) * bytes;
@@ -1907,6 +1927,7 @@ static void cuda_update(const UpdateConfig *u) {
 }
 template <typename F>
 static void model_decode_start(Model<F> *m) {
+    await_weights(m, m->total);
     CUDA_CHECK(cudaMemsetAsync(m->decode_state, 0, m->state_size * sizeof(float), m->stream));
     static const int no_reset = NO_RESET;
     CUDA_CHECK(cudaMemcpyAsync(m->doc_start, &no_reset, sizeof(int), cudaMemcpyHostToDevice, m->stream));

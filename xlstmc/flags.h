@@ -134,7 +134,7 @@ static const FlagSpec flag_specs[] = {
     CHOICE(precision, "precision", "fp32|bf16", NULL, 0,
            "of the arithmetic (default: fp32 on the CPU, bf16 on the GPU)"),
     INT(sp, "sp", "P", "1", 1, 1 << 16, 0, "ranks (processes of mpirun) that share one sequence"),
-    INT(zero, "zero", "0|1", "0", 0, 1, 0, "1: spread the optimiser's moments over the ranks"),
+    INT(zero, "zero", "0|1", "1", 0, 1, 0, "1: spread the optimiser's moments and its work over the ranks"),
     INT(comm_timeout, "comm-timeout", "S", "600", 1, 1e6, 0, "seconds until a silent rank ends the run"),
 
     GROUP("Generate"),
