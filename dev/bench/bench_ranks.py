@@ -4,13 +4,14 @@
     make train_xlstmcu && python3 dev/bench/bench_ranks.py              # all; needs mpirun and two GPUs
     python3 dev/bench/bench_ranks.py --case dp --steps 40 --turns 3
 
-dp: the 406m model, 8 x 2048 tokens a GPU, plain data parallel and with --zero 1; two GPUs do twice the work of one.
+dp: the 406m model, 8 x 2048 tokens a GPU, with --zero 1 and without; two GPUs do twice the work of one.
 16384, 262144, 1048576: so many tokens in one sequence over two GPUs (--sp 2), against half of it on one.
 
 A time is the median over the steps of all turns, but the first ones of each; the sides take turns. Two GPUs are seldom
 equally fast, and together as slow as the slower one: one GPU is measured on either. "ratio" is tokens a second on two
-GPUs over the mean of those on one, and in brackets over those on the slower and the faster one; 2 would be perfect. With --kernels FILE (build/libkernel_times.so) one more
-turn of each case is run with it: how long collectives took, and how long nothing else ran meanwhile, a step.
+GPUs over the mean of those on one, and in brackets over those on the slower and the faster one; 2 would be perfect.
+With --kernels FILE (build/libkernel_times.so) one more turn of each case is run with it: how long collectives took, and
+how long nothing else ran meanwhile, a step.
 """
 import argparse
 import os
@@ -32,10 +33,10 @@ BOTH = "0,1"
 # case: [(label, GPUs, flags)], the first two are what the others are compared with; steps that do not count, that do
 CASES = {
     "dp": ([("GPU 0, 8 x 2048", "0", EIGHT), ("GPU 1, 8 x 2048", "1", EIGHT),
-            ("2 GPUs, 2 x 8 x 2048", BOTH, EIGHT), ("2 GPUs, --zero 1", BOTH, EIGHT + ["--zero", "1"])], 5, 30),
+            ("2 GPUs, 2 x 8 x 2048", BOTH, EIGHT), ("2 GPUs, --zero 0", BOTH, EIGHT + ["--zero", "0"])], 5, 30),
     "16384": ([("GPU 0, 8192", "0", ONE + ["--seq-len", "8192"]), ("GPU 1, 8192", "1", ONE + ["--seq-len", "8192"]),
                ("2 GPUs, --sp 2, 16384", BOTH, ONE + ["--seq-len", "16384", "--sp", "2"]),
-               ("2 GPUs, --sp 2, --zero 1", BOTH, ONE + ["--seq-len", "16384", "--sp", "2", "--zero", "1"])], 5, 30),
+               ("2 GPUs, --sp 2, --zero 0", BOTH, ONE + ["--seq-len", "16384", "--sp", "2", "--zero", "0"])], 5, 30),
     "262144": ([("GPU 0, 131072", "0", LONG + ["--seq-len", "131072"]),
                 ("GPU 1, 131072", "1", LONG + ["--seq-len", "131072"]),
                 ("2 GPUs, --sp 2, 262144", BOTH, LONG + ["--seq-len", "262144", "--sp", "2"])], 2, 5),
