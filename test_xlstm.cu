@@ -437,7 +437,7 @@ int main(int argc, char **argv) {
     use_bf16 = 0;
     choose_device();
     void *workspace;
-    CUDA_CHECK(cudaMalloc(&workspace, MATMUL_WORKSPACE));
+    CUDA_CHECK(cudaMalloc(&workspace, matmul_workspace_bytes(1)));
     matmul_init(workspace, NULL);
     for (size_t k = 0; k < sizeof tests / sizeof tests[0]; k++) {
         if (!is_wanted(tests[k].name, argv + 1, argc - 1 - small_tests)) continue;

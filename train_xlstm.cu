@@ -1236,8 +1236,10 @@ static void run_as_graph(Model<F> *m, cudaGraphExec_t *exec, int *runs, Enqueue 
     if (!*exec) {
         cudaGraph_t graph;
         CUDA_CHECK(cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeThreadLocal));
+        matmul_graph_begins(m->stream);
         enqueue();
         CUDA_CHECK(cudaStreamEndCapture(m->stream, &graph));
+        matmul_graph_ends(graph);
         CUDA_CHECK(cudaGraphInstantiateWithFlags(exec, graph, cudaGraphInstantiateFlagUseNodePriority));
         CUDA_CHECK(cudaGraphDestroy(graph));
     }
@@ -1524,7 +1526,7 @@ static void take_activations(Arena *a, Model<F> *m) {
 // One for each stream that multiplies
 template <typename F>
 static size_t matmul_workspaces(const Model<F> *m) {
-    return (m->run.training && model_has(&m->config, BLOCK_SLSTM) ? 2 : 1) * MATMUL_WORKSPACE;
+    return matmul_workspace_bytes(m->run.training && model_has(&m->config, BLOCK_SLSTM) ? 2 : 1);
 }
 
 // 1: gradients of PART_EMBEDDING on travel in bf16. XLSTM_REDUCE

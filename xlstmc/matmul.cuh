@@ -24,20 +24,28 @@ typedef struct {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, c, d;
     cublasLtMatmulAlgo_t algo;
+    size_t workspace;  // bytes that it wants
 } MatmulPlan;
 
 enum { MAX_MATMUL_PLANS = 1024 };
+enum { MATMUL_COUNTER = 256, MAX_MATMUL_COUNTERS = 2048 };  // bytes; see matmul_graph_begins
+static const size_t MATMUL_COUNTERS = (size_t)MATMUL_COUNTER * MAX_MATMUL_COUNTERS;
 static const size_t MATMUL_WORKSPACE = (size_t)64 << 20;  // bytes; Hopper's kernels want 32 MiB
 
 static struct {
     cublasLtHandle_t handle;
-    char *workspace;    // behind it lies that of the side stream
+    char *workspace;    // counters, then that of all streams but one, then that of the side stream
     cudaStream_t side;  // the one other stream whose products run at the same time; NULL: none
+    int counters;       // in use by the graph that is being captured; -1: none is
     int num_plans;
     MatmulPlan *plans;
 } matmul_state;
 
+static size_t matmul_workspace_bytes(int streams) { return MATMUL_COUNTERS + (size_t)streams * MATMUL_WORKSPACE; }
+
+// workspace: matmul_workspace_bytes(1), with a side stream of 2
 static void matmul_init(void *workspace, cudaStream_t side) {
+    matmul_state.counters = -1;
     matmul_state.workspace = (char *)workspace;
     matmul_state.side = side;
     if (matmul_state.handle) return;
@@ -105,6 +113,7 @@ static void matmul_plan(MatmulPlan *plan) {
         die(EXIT_RUN, "cuBLASLt has no algorithm for a product of %d x %d by %d x %d (leading dimensions %lld, %lld)",
             k->M, k->K, k->K, k->N, k->ld_a, k->ld_b);
     plan->algo = result.algo;
+    plan->workspace = result.workspaceSize;
 }
 
 // d[M, N] = op(a)[M, K] op(b)[K, N] (+ c). c may be d. Sums in float whatever the formats.
@@ -135,9 +144,67 @@ static void matmul_general(FD *d, size_t ld_d, long long stride_d, Matrix a, Mat
     }
     const float one = 1, zero = 0;
     const int side = stream && stream == matmul_state.side;
+    char *workspace = matmul_state.workspace + MATMUL_COUNTERS + side * MATMUL_WORKSPACE;
+    size_t bytes = MATMUL_WORKSPACE;
+    if (plan->workspace > 0 && plan->workspace <= MATMUL_COUNTER && matmul_state.counters >= 0 &&
+        matmul_state.counters < MAX_MATMUL_COUNTERS) {
+        workspace = matmul_state.workspace + MATMUL_COUNTER * matmul_state.counters++;
+        bytes = MATMUL_COUNTER;
+    }
     CUBLAS_CHECK(cublasLtMatmul(matmul_state.handle, plan->operation, &one, b.p, plan->b, a.p, plan->a,
                                 c ? &one : &zero, c ? c : d, plan->c, d, plan->d, &plan->algo,
-                                matmul_state.workspace + side * MATMUL_WORKSPACE, MATMUL_WORKSPACE, stream));
+                                workspace, bytes, stream));
+}
+
+// Products that hand out their tiles as they go count them in a few bytes of workspace, which cuBLASLt clears before
+// each: in a CUDA graph a node and two gaps, 4 to 8 us together. So in a graph every such product has a counter of its
+// own, and all are cleared at once where the graph begins. Around the capture:
+MAYBE_UNUSED
+static void matmul_graph_begins(cudaStream_t stream) {
+    CUDA_CHECK(cudaMemsetAsync(matmul_state.workspace, 0, MATMUL_COUNTERS, stream));
+    matmul_state.counters = 0;
+}
+
+#if CUDART_VERSION >= 13000
+#define graph_node_before cudaGraphNodeGetDependencies
+#define graph_node_behind cudaGraphNodeGetDependentNodes
+#define graph_add_edges cudaGraphAddDependencies
+#else
+#define graph_node_before cudaGraphNodeGetDependencies_v2
+#define graph_node_behind cudaGraphNodeGetDependentNodes_v2
+#define graph_add_edges cudaGraphAddDependencies_v2
+#endif
+// What comes behind a node then comes behind all that was before it.
+static void graph_remove_node(cudaGraph_t graph, cudaGraphNode_t node) {
+    enum { MOST = 64 };
+    cudaGraphNode_t before[MOST], behind[MOST];
+    cudaGraphEdgeData edges[MOST];
+    size_t num_before = MOST, num_behind = MOST;
+    CUDA_CHECK(graph_node_before(node, before, edges, &num_before));
+    CUDA_CHECK(graph_node_behind(node, behind, edges, &num_behind));
+    for (size_t i = 0; i < num_before; i++)
+        for (size_t j = 0; j < num_behind; j++) CUDA_CHECK(graph_add_edges(graph, &before[i], &behind[j], NULL, 1));
+    CUDA_CHECK(cudaGraphDestroyNode(node));
+}
+
+MAYBE_UNUSED
+static void matmul_graph_ends(cudaGraph_t graph) {
+    size_t count = 0;
+    matmul_state.counters = -1;
+    CUDA_CHECK(cudaGraphGetNodes(graph, NULL, &count));
+    cudaGraphNode_t *nodes = (cudaGraphNode_t *)xcalloc(count, sizeof *nodes);
+    CUDA_CHECK(cudaGraphGetNodes(graph, nodes, &count));
+    for (size_t k = 0; k < count; k++) {
+        cudaGraphNodeType type;
+        cudaMemsetParams p;
+        CUDA_CHECK(cudaGraphNodeGetType(nodes[k], &type));
+        if (type != cudaGraphNodeTypeMemset) continue;
+        CUDA_CHECK(cudaGraphMemsetNodeGetParams(nodes[k], &p));
+        size_t at = (size_t)((char *)p.dst - matmul_state.workspace);  // huge before it
+        if (at < MATMUL_COUNTERS && p.width * p.elementSize * p.height <= MATMUL_COUNTER)
+            graph_remove_node(graph, nodes[k]);
+    }
+    free(nodes);
 }
 
 // out[rows, N] = x[rows, K] w[N, K]^T (+ residual[rows, N], which has the row stride of out)

@@ -10,6 +10,7 @@ dp: the 406m model, 8 x 2048 tokens a GPU, with --zero 1 and without; two GPUs d
 A time is the median over the steps of all turns, but the first ones of each; the sides take turns. Two GPUs are seldom
 equally fast, and together as slow as the slower one: one GPU is measured on either. "ratio" is tokens a second on two
 GPUs over the mean of those on one, and in brackets over those on the slower and the faster one; 2 would be perfect.
+"apart": both GPUs train at the same time, but know nothing of each other; what the slower one of them then takes.
 With --kernels FILE (build/libkernel_times.so) one more turn of each case is run with it: how long collectives took, and
 how long nothing else ran meanwhile, a step.
 """
@@ -29,19 +30,23 @@ from bench_gpu import ROOT, write_shard  # noqa: E402
 MODEL = ["--model", "406m"]
 LONG = ["--batch", "1", "--recompute", "block"]
 EIGHT, ONE = ["--batch", "8", "--seq-len", "2048"], ["--batch", "1"]
-BOTH = "0,1"
+BOTH, APART = "0,1", "0 1"
 # case: [(label, GPUs, flags)], the first two are what the others are compared with; steps that do not count, that do
 CASES = {
     "dp": ([("GPU 0, 8 x 2048", "0", EIGHT), ("GPU 1, 8 x 2048", "1", EIGHT),
-            ("2 GPUs, 2 x 8 x 2048", BOTH, EIGHT), ("2 GPUs, --zero 0", BOTH, EIGHT + ["--zero", "0"])], 5, 30),
+            ("apart, 8 x 2048 each", APART, EIGHT), ("2 GPUs, 2 x 8 x 2048", BOTH, EIGHT),
+            ("2 GPUs, --zero 0", BOTH, EIGHT + ["--zero", "0"])], 5, 30),
     "16384": ([("GPU 0, 8192", "0", ONE + ["--seq-len", "8192"]), ("GPU 1, 8192", "1", ONE + ["--seq-len", "8192"]),
+               ("apart, 8192 each", APART, ONE + ["--seq-len", "8192"]),
                ("2 GPUs, --sp 2, 16384", BOTH, ONE + ["--seq-len", "16384", "--sp", "2"]),
                ("2 GPUs, --sp 2, --zero 0", BOTH, ONE + ["--seq-len", "16384", "--sp", "2", "--zero", "0"])], 5, 30),
     "262144": ([("GPU 0, 131072", "0", LONG + ["--seq-len", "131072"]),
                 ("GPU 1, 131072", "1", LONG + ["--seq-len", "131072"]),
+                ("apart, 131072 each", APART, LONG + ["--seq-len", "131072"]),
                 ("2 GPUs, --sp 2, 262144", BOTH, LONG + ["--seq-len", "262144", "--sp", "2"])], 2, 5),
     "1048576": ([("GPU 0, 524288", "0", LONG + ["--seq-len", "524288"]),
                  ("GPU 1, 524288", "1", LONG + ["--seq-len", "524288"]),
+                 ("apart, 524288 each", APART, LONG + ["--seq-len", "524288"]),
                  ("2 GPUs, --sp 2, 1048576", BOTH, LONG + ["--seq-len", "1048576", "--sp", "2"])], 2, 2),
 }
 
@@ -65,29 +70,41 @@ def kill_session(leader):
             pass
 
 
+def start(program, gpus, flags, shard, tmp):
+    words = command(program, ranks_of(gpus), flags, shard, 1000000, ["--save-every", "0", "--out", tmp + "/run"])
+    with open(tmp + "/said", "w") as said:
+        return subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True,
+                                env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus})
+
+
+def step_times(tmp):
+    try:
+        with open(tmp + "/run/log.jsonl") as f:
+            return [float(x) for x in re.findall(r'"ms": ([\d.e+]+),', f.read())]
+    except FileNotFoundError:
+        return []
+
+
 def run(program, gpus, flags, shard, steps):
-    """The milliseconds of the first steps, and how many GiB the plan wants."""
+    """The milliseconds of the first steps, of the slowest of the programs where they are apart, and the GiB planned."""
     with tempfile.TemporaryDirectory() as tmp:
-        log, ms = tmp + "/run/log.jsonl", []
-        with open(tmp + "/said", "w+") as said:
-            words = command(program, ranks_of(gpus), flags, shard, 1000000,
-                            ["--save-every", "0", "--out", tmp + "/run"])
-            process = subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True,
-                                       env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus})
-            while len(ms) < steps and process.poll() is None:
-                time.sleep(0.1)
-                if os.path.exists(log):
-                    with open(log) as f:
-                        ms = [float(x) for x in re.findall(r'"ms": ([\d.e+]+),', f.read())]
-            ended = process.poll() is not None
-            kill_session(process.pid)
-            process.wait()
-            said.seek(0)
-            text = said.read()
+        places = [os.path.join(tmp, str(k)) for k in range(len(gpus.split()))]
+        for place in places:
+            os.mkdir(place)
+        processes = [start(program, those, flags, shard, place) for those, place in zip(gpus.split(), places)]
+        while all(p.poll() is None for p in processes) and any(len(step_times(place)) < steps for place in places):
+            time.sleep(0.1)
+        ended = any(p.poll() is not None for p in processes)
+        for p in processes:
+            kill_session(p.pid)
+            p.wait()
+        with open(places[0] + "/said") as f:
+            text = f.read()
         if ended:
-            sys.exit(f"{' '.join(words)}\n{text.strip()}")
+            sys.exit(f"{program} {' '.join(flags)}\n{text.strip()}")
         memory = re.search(r"^memory .*", text, re.M)
-        return ms[:steps], sum(float(x) for x in re.findall(r"([\d.]+) MiB", memory.group(0))[:2]) / 1024
+        slowest = max((step_times(place)[:steps] for place in places), key=statistics.median)
+        return slowest, sum(float(x) for x in re.findall(r"([\d.]+) MiB", memory.group(0))[:2]) / 1024
 
 
 def collectives(program, library, ranks, flags, shard, steps):
@@ -133,9 +150,9 @@ def main():
                 ms = statistics.median(times[label])
                 length, batch = int(flags[flags.index("--seq-len") + 1]), int(flags[flags.index("--batch") + 1])
                 groups = ranks_of(gpus) // (int(flags[flags.index("--sp") + 1]) if "--sp" in flags else 1)
-                speed = 1e3 * length * batch * groups / ms
+                speed = 1e3 * length * batch * groups * len(gpus.split()) / ms
                 ratio = ""
-                if gpus == BOTH:
+                if gpus in (BOTH, APART):
                     ratio = (f"  ratio {speed / statistics.mean(single):.3f} ({speed / min(single):.3f}, "
                              f"{speed / max(single):.3f})")
                 else:
