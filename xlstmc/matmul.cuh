@@ -4,6 +4,8 @@
 #ifndef XLSTMC_MATMUL_CUH
 #define XLSTMC_MATMUL_CUH
 
+#include <cuda.h>
+
 #include "cuda_util.cuh"
 
 typedef struct {
@@ -189,16 +191,19 @@ static void graph_remove_node(cudaGraph_t graph, cudaGraphNode_t node) {
 
 MAYBE_UNUSED
 static void matmul_graph_ends(cudaGraph_t graph) {
+    // The runtime's enumeration lacks a kind of node that graphs of several ranks have, and takes it for an error.
+    typedef CUresult (*GraphNodeType)(CUgraphNode, CUgraphNodeType *);
+    GraphNodeType type_of = (GraphNodeType)driver_function("cuGraphNodeGetType");
     size_t count = 0;
     matmul_state.counters = -1;
     CUDA_CHECK(cudaGraphGetNodes(graph, NULL, &count));
     cudaGraphNode_t *nodes = (cudaGraphNode_t *)xcalloc(count, sizeof *nodes);
     CUDA_CHECK(cudaGraphGetNodes(graph, nodes, &count));
     for (size_t k = 0; k < count; k++) {
-        cudaGraphNodeType type;
+        CUgraphNodeType type;
         cudaMemsetParams p;
-        CUDA_CHECK(cudaGraphNodeGetType(nodes[k], &type));
-        if (type != cudaGraphNodeTypeMemset) continue;
+        if (type_of(nodes[k], &type) != CUDA_SUCCESS) die(EXIT_RUN, "cuGraphNodeGetType failed");
+        if (type != CU_GRAPH_NODE_TYPE_MEMSET) continue;
         CUDA_CHECK(cudaGraphMemsetNodeGetParams(nodes[k], &p));
         size_t at = (size_t)((char *)p.dst - matmul_state.workspace);  // huge before it
         if (at < MATMUL_COUNTERS && p.width * p.elementSize * p.height <= MATMUL_COUNTER)
