@@ -58,11 +58,14 @@ __host__ __device__ constexpr int scan_columns(int A, bool transposed) {
     return transposed ? (A == 128 || A >= 384 ? 64 : 128) : A == 128 ? 256 : 128;
 }
 
-// PATHS: of dQ and dK, asks and updates M in two parts, for row sums that need no anchors (scan_has_paths)
-template <int MODE_, int A_, int W_, bool PATHS_ = false>
+// dQ and dK ask M rounded to bf16; dK of the sigmoid gate asks half of it in two parts; for row sums that need no anchors
+// both ask and update all of it in two parts (scan_has_paths).
+enum { SCAN_ROUNDED, SCAN_HALVES, SCAN_PATHS };
+
+template <int MODE_, int A_, int W_, int EXACT = SCAN_ROUNDED>
 struct Scan {
     static constexpr int MODE = MODE_, A = A_, W = W_;
-    static constexpr bool PATHS = PATHS_;
+    static constexpr bool HALVES = EXACT == SCAN_HALVES, PATHS = EXACT == SCAN_PATHS;
     static constexpr bool REVERSE = MODE == SCAN_DK || MODE == SCAN_DV;     // in time
     static constexpr bool TRANSPOSED = MODE == SCAN_DQ || MODE == SCAN_DK;  // contracted dv, output dk
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
@@ -1190,8 +1193,9 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     // dQ and dK with the sigmoid gate: states are asked by more of the pairs than with chunks of 128, and each answer
     // is rounded twice; for dk it is enough if half of the states is asked in two parts. With the exponential gate dq
     // and dk err more by ds than by that.
-    constexpr int REST = S::PATHS || S::MODE == SCAN_DQ ? 1 : S::MODE == SCAN_DK ? 2 : 0;
-    if (S::PATHS || (S::TRANSPOSED && p.s.sigmoid_gate)) scan_ask_state<S, REST>(out, M, not_hoisted(x), rows->decay);
+    constexpr int REST = S::PATHS || S::MODE == SCAN_DQ ? 1 : S::HALVES ? 2 : 0;
+    if (S::PATHS || S::HALVES || (S::MODE == SCAN_DQ && p.s.sigmoid_gate))
+        scan_ask_state<S, REST>(out, M, not_hoisted(x), rows->decay);
     else scan_ask_state<S, 0>(out, M, not_hoisted(x), rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
     if (b == 0) scan_load_dot<S>(p, at, base, sh, wg, it + S::OUT_STAGES - 1);
@@ -1469,8 +1473,8 @@ static int scan_anchor_tiles(const MlstmShape *s) {  // narrow: a warp each
 }
 
 constexpr bool scan_transposed(int mode) { return mode == SCAN_DQ || mode == SCAN_DK; }
-template <int MODE, int A, bool PATHS = false>
-using ScanOf = Scan<MODE, A, scan_columns(A, scan_transposed(MODE)), PATHS>;
+template <int MODE, int A, int EXACT = SCAN_ROUNDED>
+using ScanOf = Scan<MODE, A, scan_columns(A, scan_transposed(MODE)), EXACT>;
 
 template <typename Kernel, typename... Args>
 static void scan_start(Kernel kernel, size_t bytes, int slices, const ScanArgs &p, cudaStream_t stream,
@@ -1481,9 +1485,11 @@ static void scan_start(Kernel kernel, size_t bytes, int slices, const ScanArgs &
     launch_early(kernel, grid, SCAN_THREADS, bytes, stream, args...);
 }
 
-template <int MODE, int A, bool PATHS = false>
+template <int MODE, int A, int EXACT = SCAN_ROUNDED>
 static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
-    typedef ScanOf<MODE, A, PATHS> S;
+    if constexpr (MODE == SCAN_DK && EXACT == SCAN_ROUNDED)
+        if (p.s.sigmoid_gate) return scan_launch<MODE, A, SCAN_HALVES>(p, stream);
+    typedef ScanOf<MODE, A, EXACT> S;
     void (*kernel)(ScanArgs);
     if constexpr (MODE == SCAN_H) kernel = mlstm_fwd_scan_kernel<S>;
     else kernel = mlstm_bwd_scan_kernel<S>;
@@ -1497,10 +1503,12 @@ static int *scan_pace(const ScanArgs &p, int blocks, float *segments) {
     return (int *)(segments + scan_segments_floats(&p.s)) - scan_pace_words(&p.s);
 }
 
-template <int DK, int DV, bool PATHS = false>
+template <int DK, int DV, int EXACT = SCAN_ROUNDED>
 static void scan_launch_pair(const ScanArgs &v, const ScanArgs &k, cudaStream_t stream) {
+    if constexpr (EXACT == SCAN_ROUNDED)
+        if (k.s.sigmoid_gate) return scan_launch_pair<DK, DV, SCAN_HALVES>(v, k, stream);
     typedef ScanOf<SCAN_DV, DK> V;
-    typedef ScanOf<SCAN_DK, DV, PATHS> K;
+    typedef ScanOf<SCAN_DK, DV, EXACT> K;
     const size_t bytes =
         scan_shared_bytes<V>() > scan_shared_bytes<K>() ? scan_shared_bytes<V>() : scan_shared_bytes<K>();
     scan_start(mlstm_bwd_scan_pair_kernel<V, K>, bytes, v.slices + k.slices, k, stream, v, k);
@@ -1520,12 +1528,12 @@ static void scan_run(ScanArgs p, float *segments, cudaStream_t stream) {
     if (A == 128) return scan_launch<MODE, 128>(p, stream);
     if (A == 192) return scan_launch<MODE, 192>(p, stream);
     if constexpr (MODE == SCAN_DQ)
-        if (scan_has_paths(&p.s)) return scan_launch<MODE, 256, true>(p, stream);
+        if (scan_has_paths(&p.s)) return scan_launch<MODE, 256, SCAN_PATHS>(p, stream);
     if constexpr (MODE == SCAN_DK)
         if (scan_has_paths(&p.s)) {  // as half of a pair, in which it needs fewer registers than alone
             ScanArgs nothing = p;
             nothing.slices = 0;
-            return scan_launch_pair<128, 256, true>(nothing, p, stream);
+            return scan_launch_pair<128, 256, SCAN_PATHS>(nothing, p, stream);
         }
     scan_launch<MODE, 256>(p, stream);
 }
@@ -1549,7 +1557,7 @@ static void scan_run_pair(ScanArgs v, ScanArgs k, float *segments, cudaStream_t 
     v.pace = k.pace = scan_pace(v, v.slices + k.slices, segments);
     if (dk == 64 && dv == 128) return scan_launch_pair<64, 128>(v, k, stream);
     if (dk == 128 && dv == 192) return scan_launch_pair<128, 192>(v, k, stream);
-    if (scan_has_paths(&v.s)) return scan_launch_pair<128, 256, true>(v, k, stream);
+    if (scan_has_paths(&v.s)) return scan_launch_pair<128, 256, SCAN_PATHS>(v, k, stream);
     if (dk == 128 && dv == 256) return scan_launch_pair<128, 256>(v, k, stream);
     if (dk == 192 && dv == 384) return scan_launch_pair<192, 384>(v, k, stream);
     if (dk == 256 && dv == 512) return scan_launch_pair<256, 512>(v, k, stream);
