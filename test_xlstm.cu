@@ -180,7 +180,7 @@ static Pair build_pair(const ModelCase *c, int in_bf16, int calm, int draw) {
     }
     p.num_logits = rows * (size_t)c->V;
     for (int side = 0; side < 2; side++) p.logits[side] = (float *)xcalloc(p.num_logits, sizeof(float));
-    Batch batch = {c->B, c->T, inputs, targets, c->resets ? resets : NULL, c->states ? 0 : -1, NULL, NULL, NULL};
+    Batch batch = {c->B, c->T, inputs, targets, c->resets ? resets : NULL, c->states ? 0 : -1, NULL, NULL, NULL, 0, 1};
     p.batch = batch;
     return p;
 }
@@ -382,7 +382,7 @@ static void test_memory_format(Model<F> *m) {
     cuda_backend.build(&config, &table, &run);
     for (int B = 1; B <= c.B; B++)
         for (int round = 0; round < 3; round++) {  // plain, captured, replayed
-            Batch batch = {B, c.T, tokens, tokens, NULL, 0, NULL, NULL, NULL};
+            Batch batch = {B, c.T, tokens, tokens, NULL, 0, NULL, NULL, NULL, 0, 1};
             cuda_backend.zero_grad();
             cuda_backend.forward_backward(&batch, 1.0 / (double)rows);
             cuda_backend.evaluate(&batch);

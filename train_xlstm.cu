@@ -463,18 +463,19 @@ static void mlstm_cell_back(Model<F> *m, int b, const Sequence *s, BlockActs<F> 
     const MlstmScratch<F> *scratch = mlstm_scratch(m, b);
     MlstmState dfinal = mlstm_state(m, b, comm.sp_rank + 1 < comm.sp_size ? s->dstate : NULL);
     if (s->whole)
-        mlstm_cell_backward(shape, in, initial, mlstm_state(m, b, s->state_out), dfinal, true, dh, dq, dk, dv, ld, dgates,
-                               ld_gates, dbias, &a->mlstm, scratch, m->stream);
+        mlstm_cell_backward(shape, in, initial, mlstm_state(m, b, s->state_out), dfinal, true, dh, dq, dk, dv, ld,
+                            dgates, ld_gates, dbias, &a->mlstm, scratch, m->stream);
     else
         mlstm_backward(shape, in, initial, dh, m->dh_dot_h, dq, dk, dv, ld, dgates, ld_gates, dbias, &a->mlstm, scratch,
                        m->stream);
 }
 
-// Segments: what a rank's tokens do to the states that enter is a pair (mlstm_pairs.cuh). Forward, pairs go to all ranks
-// behind, which fold them to the states that enter theirs; backward, to all before. Between begin and end there is time
-// for other work. Nobody waits for ranks it gets nothing from: those in front of a pass run ahead, by a layer at most,
-// and the others find what they need when they come to it. What enters the first rank's segment is known, so it passes
-// on the states that leave instead of a pair; and forward the last rank, backward the first makes no pair at all.
+// Segments: what a rank's tokens do to the states that enter is a pair (mlstm_pairs.cuh). Forward, pairs go to all
+// ranks behind, which fold them to the states that enter theirs; backward, to all before. Between begin and end there
+// is time for other work. Nobody waits for ranks it gets nothing from: those in front of a pass run ahead, by a layer
+// at most, and the others find what they need when they come to it. What enters the first rank's segment is known, so
+// it passes on the states that leave instead of a pair; and forward the last rank, backward the first makes no pair at
+// all.
 
 // Up to as many ranks pass their pairs to all others. What travels then grows with their number, so more ranks double
 // the distance from step to step instead (Hillis and Steele 1986). XLSTM_FOLD_BY_GATHER sets it, for tests.
@@ -613,8 +614,7 @@ static void mlstm_leave_ends(Model<F> *m, int b, const Sequence *s) {
     MlstmShape shape = block_mlstm_shape(m, b, s);
     if (!s->whole) return;
     if (m->num_folded || pairs_are_scanned()) exchange_ends(m, "mLSTM gradients");
-    if (m->num_folded)
-        mlstm_fold_backward(&shape, mlstm_state(m, b, s->dstate), m->folded, m->num_folded, m->stream);
+    if (m->num_folded) mlstm_fold_backward(&shape, mlstm_state(m, b, s->dstate), m->folded, m->num_folded, m->stream);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -1215,7 +1215,6 @@ static void enqueue_step(Model<F> *m, const GraphKey *k, float *logits_out) {
     m->unsent = k->reduce && comm.size > 1 ? m->shards.num_buckets : 0;
     m->unrounded = m->total;
     m->first = k->first;
-    m->last_of_step = k->reduce;
     m->direct = k->first && k->reduce && m->rounded;
     model_forward(m, &s, m->inputs);
     await_weights(m, m->total);
@@ -1309,6 +1308,7 @@ static double run_batch(Model<F> *m, const Batch *batch, int training, double sc
     Staging host = staging(m, NULL);
     int stateful = batch->state_row >= 0 && m->run.num_state_rows > 0;
     int reduce = training && batch->last_of_step, first = training && m->fresh && !model_has(&m->config, BLOCK_SLSTM);
+    m->last_of_step = reduce;
     GraphKey key = {B, T, training, stateful, batch->whole, reduce, first};
     if (training && m->fresh) clear_gradients(m, first);
     memcpy(host.inputs, batch->inputs, rows * sizeof(int));
@@ -1704,8 +1704,7 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     CUDA_CHECK(cudaDeviceSynchronize());
     device_share_window(m->window, m->window_bytes, received_bytes(m));
     // Beside copies there is only summing to do, which has time; kernels of NCCL would keep other ranks waiting.
-    CUDA_CHECK(
-        cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, device_copies() ? low : high));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, device_copies() ? low : high));
     m->gathered = (cudaEvent_t *)xcalloc(m->shards.num_buckets, sizeof(cudaEvent_t));
     for (size_t k = 0; k < m->shards.num_buckets; k++)
         CUDA_CHECK(cudaEventCreateWithFlags(&m->gathered[k], cudaEventDisableTiming));
@@ -1717,6 +1716,7 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
 // It came with the loss of the step's last micro-step.
 template <typename F>
 static double model_grad_norm(Model<F> *m) {
+    assert(m->last_of_step);
     double sum = staging(m, NULL).sums[1];
     comm_sum(&sum, 1, "sum of the gradient's norm");
     return sqrt(sum);
@@ -1724,8 +1724,8 @@ static double model_grad_norm(Model<F> *m) {
 
 // While the last buckets of gradients are gathered, all others are updated.
 // With its own moments only, a rank updates its piece of a bucket, and while the next ones are updated and the next
-// forward pass has begun, the pieces of this one are gathered (await_weights): those for matmuls in format F only, whose
-// float is nobody's but the owner's.
+// forward pass has begun, the pieces of this one are gathered (await_weights): those for matmuls in format F only,
+// whose float is nobody's but the owner's.
 template <typename F>
 static void model_update(Model<F> *m, const UpdateConfig *u) {
     AdamwArgs args = {(float)u->lr,

@@ -102,8 +102,7 @@ static __global__ void __launch_bounds__(GRAD_NORM_THREADS)
     sum = block_sum_double(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
-static __global__ void __launch_bounds__(1024)
-    grad_norm_add_kernel(double *result, const double *partial, int count) {
+static __global__ void __launch_bounds__(1024) grad_norm_add_kernel(double *result, const double *partial, int count) {
     double sum = 0;
     for (int k = threadIdx.x; k < count; k += 1024) sum += partial[k];
     sum = block_sum_double(sum);

@@ -53,7 +53,8 @@ typedef struct {
     // Returns the sum of the token losses; no gradients. Stored states are used only if state_row >= 0.
     double (*evaluate)(const Batch *batch);
     void (*zero_grad)(void);
-    double (*grad_norm)(void);                             // L2 norm over all gradients; NaN or Inf if any is
+    double (*grad_norm)(void);                             // L2 norm over all gradients, behind a last_of_step; NaN
+                                                           // or Inf if any is
     void (*update)(const UpdateConfig *update);            // AdamW; afterwards every rank has all weights
     void (*decode_start)(void);                            // fresh states for generation, apart from all others
     void (*decode_step)(int token, float *logits);         // logits [V] (after the cap) for the next token

@@ -91,8 +91,8 @@ static void self_pass_on(CommGroup group, void *all, size_t bytes, int direction
 // Ends what comm.data has under way on a device, before the job ends because of another rank; NULL: nothing to end
 static void (*comm_abort_data)(void) MAYBE_UNUSED = NULL;
 
-static const CommOps comm_self = {"self",         self_all_gather, self_reduce_scatter, self_all_to_all,
-                                  self_send_recv, self_pass_on,    NULL};
+static const CommOps comm_self = {
+    "self", self_all_gather, self_reduce_scatter, self_all_to_all, self_send_recv, self_pass_on, NULL};
 static Comm comm = {0, 1, 0, 1, 0, 1, 0, 1, 600, 0, &comm_self, &comm_self, NULL};
 
 MAYBE_UNUSED

@@ -72,11 +72,11 @@ static struct {
     unsigned *flags;  // in the window: [NUM_COMM_GROUPS][NUM_MEETINGS][size], 1: that rank has come
     char *received;   // in the window: [2][size][max_bytes] what a reduce-scatter gets from the others
     size_t max_bytes;
-    int turn;  // which of the two
+    int turn;                  // which of the two
     const CommOps *otherwise;  // for what lies outside
     CUstreamBatchMemOpParams *ops;
-    volatile int *under_way;        // [NUM_COMM_GROUPS] pinned: the number of the call that has begun, 0: it has ended
-    int (*number)(const char *);    // of a call
+    volatile int *under_way;      // [NUM_COMM_GROUPS] pinned: the number of the call that has begun, 0: it has ended
+    int (*number)(const char *);  // of a call
 } copies;
 
 // Bytes that the window must begin with
@@ -182,8 +182,8 @@ static void copies_reduce_scatter(CommGroup group, const void *src, void *dst, s
     stream_write(on, copies.under_way + group, copies.number(what));
     for (int k = 1; k < ranks; k++) {
         int r = (me + k) % ranks;
-        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, received + (size_t)me * bytes),
-                                   parts + (size_t)r * bytes, bytes, cudaMemcpyDeviceToDevice, on));
+        CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, received + (size_t)me * bytes), parts + (size_t)r * bytes,
+                                   bytes, cudaMemcpyDeviceToDevice, on));
     }
     copies_meet(group, DONE, what, on);
     parts += (size_t)me * bytes;
@@ -191,7 +191,8 @@ static void copies_reduce_scatter(CommGroup group, const void *src, void *dst, s
     else copies_sum<float>(dst, parts, received, ranks, me, count, on);
 }
 
-// One way: a rank is told by each that gets its part that there is room for it (FREE), and tells it of the copy (THERE).
+// One way: a rank is told by each that gets its part that there is room for it (FREE), and tells it of the copy
+// (THERE).
 static void copies_expect(CommGroup group, int direction, void *stream) {
     int me = comm_group_rank(group), n = 0;
     unsigned *row = copies_row(group, FREE);

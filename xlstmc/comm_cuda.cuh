@@ -164,8 +164,8 @@ static void nccl_pass_on(CommGroup group, void *all, size_t bytes, int direction
     nccl_end(group, on);
 }
 
-static const CommOps comm_nccl = {"nccl",         nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all,
-                                  nccl_send_recv, nccl_pass_on,    NULL};
+static const CommOps comm_nccl = {
+    "nccl", nccl_all_gather, nccl_reduce_scatter, nccl_all_to_all, nccl_send_recv, nccl_pass_on, NULL};
 
 // One communicator for the world, for gradients and weights, one for the ranks of a sequence. What a communicator does
 // first takes memory and connects: that happens here, before memory is planned.
@@ -264,8 +264,8 @@ static void staged_pass_on(CommGroup group, void *all, size_t bytes, int directi
             staged_in((char *)all + (size_t)r * bytes, host + (size_t)r * bytes, bytes, stream);
 }
 
-static const CommOps comm_staged = {"staged",         staged_all_gather, staged_reduce_scatter, staged_all_to_all,
-                                    staged_send_recv, staged_pass_on,    NULL};
+static const CommOps comm_staged = {
+    "staged", staged_all_gather, staged_reduce_scatter, staged_all_to_all, staged_send_recv, staged_pass_on, NULL};
 
 // ----------------------------------------------------------------------------------------------------------------
 // Start

@@ -214,8 +214,8 @@ static void peer_reduce_scatter(CommGroup group, const void *src, void *dst, siz
     }
 }
 
-static const CommOps comm_peers = {"peers",        peer_all_gather, peer_reduce_scatter, peer_all_to_all,
-                                   peer_send_recv, peer_pass_on,    NULL};
+static const CommOps comm_peers = {
+    "peers", peer_all_gather, peer_reduce_scatter, peer_all_to_all, peer_send_recv, peer_pass_on, NULL};
 
 static int comm_env(const char *name) {  // 0: not set
     const char *text = getenv(name);

@@ -154,8 +154,8 @@ static void matmul_general(FD *d, size_t ld_d, long long stride_d, Matrix a, Mat
         bytes = MATMUL_COUNTER;
     }
     CUBLAS_CHECK(cublasLtMatmul(matmul_state.handle, plan->operation, &one, b.p, plan->b, a.p, plan->a,
-                                c ? &one : &zero, c ? c : d, plan->c, d, plan->d, &plan->algo,
-                                workspace, bytes, stream));
+                                c ? &one : &zero, c ? c : d, plan->c, d, plan->d, &plan->algo, workspace, bytes,
+                                stream));
 }
 
 // Products that hand out their tiles as they go count them in a few bytes of workspace, which cuBLASLt clears before

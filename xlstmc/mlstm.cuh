@@ -1112,9 +1112,9 @@ static ScanScratch mlstm_scan_scratch(const MlstmScratch<F> *scratch) {
 // (scan_makes_dots), else NULL
 template <typename F, typename Gates>
 static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, MlstmState final, MlstmState dfinal,
-                                bool walked, const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates, size_t ld_dgates,
-                                float *dbias, const MlstmSaved<F> *saved, const MlstmScratch<F> *scratch,
-                                cudaStream_t stream, const F *h = NULL) {
+                                bool walked, const F *dh, F *dq, F *dk, F *dv, size_t ld_grad, Gates *dgates,
+                                size_t ld_dgates, float *dbias, const MlstmSaved<F> *saved,
+                                const MlstmScratch<F> *scratch, cudaStream_t stream, const F *h = NULL) {
     bool scanned = false;
     if (dfinal.C) mlstm_tail(&s, scratch->tail, final, dfinal, stream);
     if constexpr (sizeof(F) == 2)
@@ -1127,8 +1127,7 @@ static void mlstm_cell_backward(MlstmShape s, MlstmInput<F> in, MlstmState initi
                                     saved->scan, mlstm_scan_scratch(scratch), stream);
             scanned = true;
         }
-    if (!scanned)
-        mlstm_split_backward(s, in, initial, dfinal, walked, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
+    if (!scanned) mlstm_split_backward(s, in, initial, dfinal, walked, dh, dq, dk, dv, ld_grad, saved, scratch, stream);
     const float *exact = sizeof(F) == 2 ? scratch->rows.q_dq : NULL;  // in float, <k, dk> is as exact
     mlstm_gates_backward(&s, in.gates, in.ld_gates, in.bias, in.cap, in.doc_start, scratch->q_dq, scratch->k_dk,
                          mlstm_dot_tiles<F>(&s), scratch->anchor,
@@ -1154,8 +1153,8 @@ static void mlstm_backward(MlstmShape s, MlstmInput<F> in, MlstmState initial, c
     // of narrow heads only q_dq is used: their walk makes inv_den and ds itself
     if (dh_dot_h) mlstm_row_factors(&s, dh_dot_h, &saved->gates, known.rows, stream);
     else if (!narrow && !by_scan) mlstm_row_factors_of(&s, dh, h, &saved->gates, known.rows, stream);
-    mlstm_cell_backward(s, in, initial, none, none, false, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved, &known,
-                        stream, by_scan ? h : NULL);
+    mlstm_cell_backward(s, in, initial, none, none, false, dh, dq, dk, dv, ld_grad, dgates, ld_dgates, dbias, saved,
+                        &known, stream, by_scan ? h : NULL);
 }
 
 // The backward pair of a segment, pair.C == NULL: all but that; mlstm_cell_backward follows with the gradient of the

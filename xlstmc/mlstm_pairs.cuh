@@ -156,7 +156,8 @@ static void mlstm_join(const MlstmShape *s, float *joined, float *far, float *ne
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// tail [B, NH] = <C, dC> + <n, dn> of the states that leave: what the later tokens' sums of <q, dq> - <k, dk> amount to
+// tail [B, NH] = <C, dC> + <n, dn> of the states that leave: what the later tokens' sums of <q, dq> - <k, dk> amount
+// to. Added up in double: an error of it is one of all the segment's forget gates, and adds up in their bias.
 
 static __global__ void __launch_bounds__(1024)
     mlstm_bwd_tail_kernel(MlstmShape s, float *tail, MlstmState final, MlstmState dfinal) {
@@ -166,16 +167,16 @@ static __global__ void __launch_bounds__(1024)
     const float *n = mlstm_state_element(s, final, b, head, matrix),
                 *dn = mlstm_state_element(s, dfinal, b, head, matrix);
     const size_t quads = matrix % 4 == 0 && ((size_t)C | (size_t)dC) % 16 == 0 ? matrix / 4 : 0;
-    float sum = 0;
+    double sum = 0;
 #pragma unroll 8
     for (size_t i = threadIdx.x; i < quads; i += blockDim.x) {
         const float4 x = ((const float4 *)C)[i], y = ((const float4 *)dC)[i];
-        sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+        sum += (double)x.x * y.x + (double)x.y * y.y + (double)x.z * y.z + (double)x.w * y.w;
     }
-    for (size_t i = 4 * quads + threadIdx.x; i < matrix; i += blockDim.x) sum += C[i] * dC[i];
-    for (size_t i = threadIdx.x; i < (size_t)s.dk; i += blockDim.x) sum += n[i] * dn[i];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) tail[blockIdx.x] = sum;
+    for (size_t i = 4 * quads + threadIdx.x; i < matrix; i += blockDim.x) sum += (double)C[i] * dC[i];
+    for (size_t i = threadIdx.x; i < (size_t)s.dk; i += blockDim.x) sum += (double)n[i] * dn[i];
+    sum = block_sum_double(sum);
+    if (threadIdx.x == 0) tail[blockIdx.x] = (float)sum;
 }
 MAYBE_UNUSED
 static void mlstm_tail(const MlstmShape *s, float *tail, MlstmState final, MlstmState dfinal, cudaStream_t stream) {

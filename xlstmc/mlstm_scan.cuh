@@ -58,8 +58,8 @@ __host__ __device__ constexpr int scan_columns(int A, bool transposed) {
     return transposed ? (A == 128 || A >= 384 ? 64 : 128) : A == 128 ? 256 : 128;
 }
 
-// dQ and dK ask M rounded to bf16; dK of the sigmoid gate asks half of it in two parts; for row sums that need no anchors
-// both ask and update all of it in two parts (scan_has_paths).
+// dQ and dK ask M rounded to bf16; dK of the sigmoid gate asks half of it in two parts; for row sums that need no
+// anchors both ask and update all of it in two parts (scan_has_paths).
 enum { SCAN_ROUNDED, SCAN_HALVES, SCAN_PATHS };
 
 template <int MODE_, int A_, int W_, int EXACT = SCAN_ROUNDED>

@@ -61,8 +61,7 @@ static void test_pairs_case(const MlstmCase *c, const int *cuts, int ranks, int 
     auto pair = [&](int r) { return mlstm_pair_state(d.shape, pairs + r * row); };
     const MlstmState none = {NULL, NULL, NULL, 0};
     for (int r = 0; r < ranks; r++)
-        if (makes_pair(r))
-            mlstm_pair_forward<F>(all[r].shape, all[r].in, pair(r), &all[r].saved, &all[r].scratch, 0);
+        if (makes_pair(r)) mlstm_pair_forward<F>(all[r].shape, all[r].in, pair(r), &all[r].saved, &all[r].scratch, 0);
     for (int r = 0; r < ranks; r++) {
         MlstmState enter = r == 0 ? d.initial : all[r].enter, final = r + 1 < ranks ? all[r].final : d.final;
         if (r > 0 && all_pairs) mlstm_fold(&d.shape, enter, d.initial, pairs, r, 0);
