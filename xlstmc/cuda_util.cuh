@@ -70,16 +70,46 @@ static bool kernels_wait(const void *kernel) {
     return known;
 }
 
+// Whether the GPU takes clusters of so many of these blocks; on Hopper up to 8, and 16 where it is cut so
+MAYBE_UNUSED
+static bool clusters_fit(const void *kernel, int cluster, dim3 block, size_t shared_bytes) {
+    cudaLaunchAttribute attribute = {};
+    cudaLaunchConfig_t config = {};
+    int active;
+    if (cluster <= 8) return true;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = cluster, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute, config.numAttrs = 1;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    CUDA_CHECK(cudaOccupancyMaxActiveClusters(&active, kernel, &config));
+    return active > 0;
+}
+
+// launch_early in clusters of so many blocks along x, which fit
+template <typename Kernel, typename... Args>
+static void launch_early_clusters(Kernel *kernel, dim3 grid, int cluster, dim3 block, size_t shared_bytes,
+                                  cudaStream_t stream, const Args &...args) {
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    config.attrs = attributes;
+    if (cluster > 1) {
+        cudaLaunchAttribute *of_cluster = &attributes[config.numAttrs++];
+        of_cluster->id = cudaLaunchAttributeClusterDimension;
+        of_cluster->val.clusterDim.x = cluster, of_cluster->val.clusterDim.y = of_cluster->val.clusterDim.z = 1;
+    }
+    if (kernels_wait((const void *)kernel)) {
+        cudaLaunchAttribute *early = &attributes[config.numAttrs++];
+        early->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early->val.programmaticStreamSerializationAllowed = 1;
+    }
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
 template <typename Kernel, typename... Args>
 static void launch_early(Kernel *kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                          const Args &...args) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-    config.attrs = &early, config.numAttrs = kernels_wait((const void *)kernel);
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+    launch_early_clusters(kernel, grid, 1, block, shared_bytes, stream, args...);
 }
 
 // ----------------------------------------------------------------------------------------------------------------

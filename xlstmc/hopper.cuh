@@ -72,6 +72,28 @@ __device__ __forceinline__ void registers_shrink() {
 }
 
 // ----------------------------------------------------------------------------------------------------------------
+// Clusters: blocks that reach into each other's shared memory
+
+__device__ __forceinline__ int cluster_rank(void) {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void cluster_barrier(void) {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ unsigned peer_address(unsigned address, int rank) {  // the same place in another block
+    unsigned peer;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
+    return peer;
+}
+__device__ __forceinline__ double peer_double(unsigned address) {
+    double x;
+    asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(x) : "r"(address) : "memory");
+    return x;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
 // TMA: boxes of 64 tokens x 64 columns of one head of a tensor [B, T, NH, width] with row stride ld. What lies beyond
 // the width or T is read as zero and not written.
 

@@ -5,6 +5,7 @@
 
 #include "cuda_util.cuh"
 #include "floats.cuh"
+#include "hopper.cuh"
 
 enum { MLSTM_CHUNK = 128, SCAN_CHUNK = 64 };  // tokens a chunk: of the kernels of mlstm.cuh, of mlstm_scan.cuh
 enum { MLSTM_SPAN = 128 };                    // tokens from one exact sum of the forget gates' gradients to the next
@@ -101,13 +102,16 @@ __device__ inline bool mlstm_warp_chunk(const MlstmShape &s, int chunks, MlstmWa
 
 template <int GROUPS>
 struct MlstmScan {
-    int start[GROUPS];        // doc_start
-    double b[GROUPS];         // sum of log sig(f) from the document's first token in this chunk on
-    double u[GROUPS];         // i - b
-    double top[GROUPS];       // max of u over the same tokens as b
-    double b_last, top_last;  // of the chunk's last token
-    int start_last;
+    int start[GROUPS];  // doc_start
+    double b[GROUPS];   // sum of log sig(f) from the document's first token in this chunk on
+    double u[GROUPS];   // i - b
+    double top;         // max of u over the tokens of the lanes before, from where b of the lane's first token starts
 };
+// Max of u over the same tokens as b, of token g of the lane; first: the lane's first token; top: that of g - 1
+template <int GROUPS>
+__device__ inline double mlstm_scan_top(const MlstmScan<GROUPS> &scan, int g, int first, double top) {
+    return scan.start[g] < first + g ? fmax(top, scan.u[g]) : scan.u[g];
+}
 
 // What a warp loads of its chunk, all of it before the first use
 template <int GROUPS>
@@ -157,22 +161,17 @@ __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShap
     }
     const auto add = [](double x, double y) { return x + y; };
     const double b = mlstm_scan_lanes<GROUPS>(scan->b[GROUPS - 1], x.start[GROUPS - 1], last, 0, add);
+    double top = -INFINITY;  // over the lane's tokens
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
         if (x.start[g] < first) scan->b[g] += b;
         const float i = mlstm_cap_gate(in, x.i[g], w.head);
         const double log_i = s.sigmoid_gate ? mlstm_log_sigmoid(i) : i;
-        scan->top[g] = scan->u[g] = first + g < s.T ? log_i - scan->b[g] : -INFINITY;
-        if (g > 0 && x.start[g] < first + g) scan->top[g] = fmax(scan->top[g], scan->top[g - 1]);
+        scan->u[g] = first + g < s.T ? log_i - scan->b[g] : -INFINITY;
+        top = mlstm_scan_top(*scan, g, first, top);
     }
     const auto larger = [](double x, double y) { return fmax(x, y); };
-    const double top = mlstm_scan_lanes<GROUPS>(scan->top[GROUPS - 1], x.start[GROUPS - 1], last, -INFINITY, larger);
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++)
-        if (x.start[g] < first) scan->top[g] = fmax(scan->top[g], top);
-    scan->start_last = __shfl_sync(0xffffffffu, scan->start[GROUPS - 1], 31);
-    scan->b_last = __shfl_sync(0xffffffffu, scan->b[GROUPS - 1], 31);
-    scan->top_last = __shfl_sync(0xffffffffu, scan->top[GROUPS - 1], 31);
+    scan->top = mlstm_scan_lanes<GROUPS>(top, x.start[GROUPS - 1], last, -INFINITY, larger);
 }
 template <int GROUPS>
 __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShape &s, const MlstmGateInput &in,
@@ -186,15 +185,26 @@ __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShap
 // Forward. With m the scale that enters the chunk (0 for a document that begins in it), doc/math.md:
 //   r_l = max(m, top_l)  (sigmoid gate: r_l = -b_l),   scale of row l: M_l = b_l + r_l;  the chunk's last M leaves it
 // So a chunk maps m to max(b_L + m, b_L + top_L), or to a constant if a document begins in it. Three steps: these maps,
-// their composition over the chunks, the values of every token. Where a block holds all chunks of a head they are one
-// kernel, else three. Bytes a token and head: 60 or so, most in L2.
+// their composition over the chunks, the values of every token. Where a cluster of blocks holds all chunks of a head they
+// are one kernel, else three. Bytes a token and head: 60 or so, most in L2.
+
+// By a warp: the last lane's
+template <typename V>
+__device__ inline V mlstm_last_lane(V x) {
+    return __shfl_sync(0xffffffffu, x, 31);
+}
 
 // m -> max(m + x, y); sigmoid gate: m stays 0
 template <int GROUPS>
 __device__ inline float2 mlstm_chunk_map(const MlstmScan<GROUPS> &scan, const MlstmShape &s, int t0) {
-    const int fresh = scan.start_last >= t0;
-    const double least = s.sigmoid_gate ? 0 : scan.b_last + (fresh ? fmax(scan.top_last, 0.0) : scan.top_last);
-    return make_float2(fresh ? -INFINITY : (float)scan.b_last, (float)least);
+    double top = scan.top;
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) top = mlstm_scan_top(scan, g, t0 + GROUPS * (int)(threadIdx.x % 32), top);
+    const int fresh = mlstm_last_lane(scan.start[GROUPS - 1]) >= t0;
+    const double b = mlstm_last_lane(scan.b[GROUPS - 1]);
+    top = mlstm_last_lane(top);
+    const double least = s.sigmoid_gate ? 0 : b + (fresh ? fmax(top, 0.0) : top);
+    return make_float2(fresh ? -INFINITY : (float)b, (float)least);
 }
 
 template <int GROUPS>
@@ -204,9 +214,30 @@ static __global__ void mlstm_fwd_gate_summary_kernel(MlstmShape s, MlstmGateInpu
     MlstmScan<GROUPS> scan;
     if (!mlstm_warp_chunk<GROUPS>(s, chunks, &w)) return;
     mlstm_scan_chunk(&scan, s, in, w);
-    if (threadIdx.x % 32 == 0) summary[w.bh * chunks + w.c] = mlstm_chunk_map(scan, s, w.t0);
+    const float2 map = mlstm_chunk_map(scan, s, w.t0);
+    if (threadIdx.x % 32 == 0) summary[w.bh * chunks + w.c] = map;
 }
 
+// m -> max(m + add, least); double, since add may be the sum of a long sequence
+struct MlstmMap {
+    double add, least;
+};
+__device__ inline MlstmMap mlstm_after(MlstmMap first, MlstmMap then) {
+    return {first.add + then.add, fmax(first.least + then.add, then.least)};
+}
+// By a warp: this lane's and those of the lanes before, composed
+__device__ inline MlstmMap mlstm_compose_lanes(MlstmMap map) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const MlstmMap before = {__shfl_up_sync(0xffffffffu, map.add, d), __shfl_up_sync(0xffffffffu, map.least, d)};
+        if (lane >= d) map = mlstm_after(before, map);
+    }
+    return map;
+}
+__device__ inline MlstmMap mlstm_last_lane(MlstmMap map) {
+    return {mlstm_last_lane(map.add), mlstm_last_lane(map.least)};
+}
 // The composition of a head's maps by a warp, 32 chunks at a time: m[c + 1] of every chunk c; returns the last m, in
 // all lanes. Any m serves as scale if all who use it take the same rounded value: so it is enough to round what is
 // stored. SEGMENT: *forget is the sum of the log forget gates.
@@ -217,24 +248,16 @@ __device__ inline double mlstm_compose_maps(float *m, const float2 *maps, double
     if (lane == 0) m[0] = (float)carry;
     for (int c0 = 0; c0 < chunks; c0 += 32) {
         const int c = c0 + lane, inside = c < chunks;
-        double add = inside ? maps[c].x : 0, least = inside ? maps[c].y : -INFINITY;
+        MlstmMap map = {inside ? maps[c].x : 0, inside ? maps[c].y : -INFINITY};
         if (SEGMENT) {
-            double sum = add;
+            double sum = map.add;
 #pragma unroll
             for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
             *forget += sum;
         }
-        if (sigmoid_gate && inside) add = -INFINITY;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {  // the maps of the lanes before, then these
-            double add_before = __shfl_up_sync(0xffffffffu, add, d);
-            double least_before = __shfl_up_sync(0xffffffffu, least, d);
-            if (lane >= d) {
-                least = fmax(least_before + add, least);
-                add += add_before;
-            }
-        }
-        double next = fmax(carry + add, least);
+        if (sigmoid_gate && inside) map.add = -INFINITY;
+        map = mlstm_compose_lanes(map);
+        const double next = fmax(carry + map.add, map.least);
         if (inside) m[c + 1] = (float)next;
         carry = __shfl_sync(0xffffffffu, next, 31);
     }
@@ -286,23 +309,26 @@ __device__ inline void mlstm_store_tokens(V *to, const V (&x)[GROUPS], int l, in
 template <int GROUPS>
 __device__ inline void mlstm_store_gates(const MlstmScan<GROUPS> &scan, const MlstmShape &s, const MlstmWarpChunk &w,
                                          const MlstmGates &out, int chunks, double m, double m_next) {
-    const int lane = threadIdx.x % 32, fresh_end = scan.start_last >= w.t0, first = w.t0 + GROUPS * lane;
-    const double r_next = m_next - scan.b_last;
+    const int lane = threadIdx.x % 32, start_last = mlstm_last_lane(scan.start[GROUPS - 1]),
+              first = w.t0 + GROUPS * lane;
+    const double r_next = m_next - mlstm_last_lane(scan.b[GROUPS - 1]);
     const float scale = 1 / sqrtf((float)s.dk);
     const size_t at = w.bh * s.T + first;
     const bool whole = s.T % GROUPS == 0;
     float2 u[GROUPS], r[GROUPS];
     float floor[GROUPS], qscale[GROUPS], kscale[GROUPS];
-    if (lane == 0) out.decay[w.bh * chunks + w.c] = fresh_end ? 0 : expf((float)(m - r_next));
+    double top = scan.top;
+    if (lane == 0) out.decay[w.bh * chunks + w.c] = start_last >= w.t0 ? 0 : expf((float)(m - r_next));
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
         const int fresh = scan.start[g] >= w.t0;
-        const double row = s.sigmoid_gate ? -scan.b[g] : fmax(fresh ? 0 : m, scan.top[g]);
+        top = mlstm_scan_top(scan, g, first, top);
+        const double row = s.sigmoid_gate ? -scan.b[g] : fmax(fresh ? 0 : m, top);
         u[g] = mlstm_split_log2(scan.u[g]);
         r[g] = mlstm_split_log2(row);
         floor[g] = expf((float)-(scan.b[g] + row));
         qscale[g] = fresh ? 0 : scale * expf((float)(m - row));
-        kscale[g] = first + g < scan.start_last ? 0 : expf((float)(scan.u[g] - r_next));
+        kscale[g] = first + g < start_last ? 0 : expf((float)(scan.u[g] - r_next));
     }
     mlstm_store_tokens(out.u + at, u, first, s.T, whole);
     mlstm_store_tokens(out.r + at, r, first, s.T, whole);
@@ -322,44 +348,89 @@ static __global__ void mlstm_fwd_gate_tokens_kernel(MlstmShape s, MlstmGateInput
     mlstm_store_gates(scan, s, w, out, chunks, m[0], m[1]);
 }
 
-// All in one, a block a head of a sequence of at most GATE_HEAD_WARPS * EACH chunks of SCAN_CHUNK tokens. What the
-// warps know of their chunks stays in registers while the maps are composed. m0, m_final, m_row as above
-enum { GATE_HEAD_WARPS = 32, GATE_HEAD_EACH = 2 };
+// All in one, a cluster of blocks a head of a sequence, a block for GATE_HEAD_WARPS * EACH chunks of SCAN_CHUNK tokens.
+// What the warps know of their chunks stays in registers while the maps are composed: in each block from its own first
+// chunk on, then, by what the blocks before have composed, from the sequence's. m0, m_final, m_row as above
+enum { GATE_HEAD_WARPS = 32, GATE_HEAD_EACH = 2, GATE_CLUSTER = 16 };
+
+// The maps of all blocks of the cluster before this one, composed; by a warp of each block, once all have theirs
+__device__ inline MlstmMap mlstm_map_before(const MlstmMap *all, int rank) {
+    const int lane = threadIdx.x % 32;
+    MlstmMap map = {0, -INFINITY};  // changes nothing
+#ifdef HOPPER_CODE
+    if (lane < rank) {
+        const unsigned peer = peer_address(shared_address(all), lane);
+        map.add = peer_double(peer), map.least = peer_double(peer + sizeof(double));
+    }
+#endif
+    return mlstm_last_lane(mlstm_compose_lanes(map));
+}
+
 template <int EACH>
 static __global__ void __launch_bounds__(32 * GATE_HEAD_WARPS)
     mlstm_fwd_gates_kernel(MlstmShape s, MlstmGateInput in, MlstmGates out, const float *m0, float *m_final,
-                           size_t m_row, int chunks) {
+                           size_t m_row, int chunks, int blocks) {
     wait_for_earlier();
-    __shared__ float2 maps[GATE_HEAD_WARPS * EACH];
-    __shared__ float m[GATE_HEAD_WARPS * EACH + 1];
-    const int warp = threadIdx.x / 32, b = blockIdx.x / s.NH, head = blockIdx.x % s.NH;
-    const size_t bh = blockIdx.x, at_state = b * m_row + head;
+    enum { CHUNKS = GATE_HEAD_WARPS * EACH };  // of a block
+    __shared__ MlstmMap maps[CHUNKS], all;     // of each chunk, then composed with those before it in the block; of all
+    __shared__ double entering;                // m before the block's first chunk
+    __shared__ float m[CHUNKS + 1];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % blocks, first = rank * CHUNKS;
+    const size_t bh = blockIdx.x / blocks;
+    const int b = (int)(bh / s.NH), head = (int)(bh % s.NH);
+    const size_t at_state = b * m_row + head;
     MlstmScan<SCAN_CHUNK / 32> scan[EACH];
     MlstmChunkGates<SCAN_CHUNK / 32> x[EACH];
     MlstmWarpChunk w[EACH];
 #pragma unroll
     for (int k = 0; k < EACH; k++) {  // all loads first; chunks behind the last token load that
-        const int c = warp + k * GATE_HEAD_WARPS;
+        const int c = first + warp + k * GATE_HEAD_WARPS;
         w[k] = {b, head, c, c * SCAN_CHUNK, bh};
         mlstm_load_chunk(&x[k], s, in, w[k]);
     }
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-        if (w[k].c >= chunks) continue;
-        mlstm_scan_chunk(&scan[k], s, in, w[k], x[k]);
-        if (threadIdx.x % 32 == 0) maps[w[k].c] = mlstm_chunk_map(scan[k], s, w[k].t0);
+        float2 map = {0, -INFINITY};
+        if (w[k].c < chunks) {
+            mlstm_scan_chunk(&scan[k], s, in, w[k], x[k]);
+            map = mlstm_chunk_map(scan[k], s, w[k].t0);
+            if (s.sigmoid_gate) map.x = -INFINITY;
+        }
+        if (lane == 0) maps[warp + k * GATE_HEAD_WARPS] = {map.x, map.y};
     }
     __syncthreads();
     if (warp == 0) {
-        const double last =
-            mlstm_compose_maps<false>(m, maps, m0 ? m0[at_state] : 0, chunks, s.sigmoid_gate, (double *)NULL);
-        if (threadIdx.x == 0 && m_final) m_final[at_state] = (float)last;
+        MlstmMap before = {0, -INFINITY};
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            const MlstmMap map = mlstm_after(before, mlstm_compose_lanes(maps[32 * k + lane]));
+            maps[32 * k + lane] = map;
+            before = mlstm_last_lane(map);
+        }
+        if (lane == 0) all = before;
+    }
+#ifdef HOPPER_CODE
+    if (blocks > 1) cluster_barrier();
+#endif
+    if (warp == 0) {
+        const MlstmMap before = mlstm_map_before(&all, rank);
+        if (lane == 0) entering = fmax((m0 ? m0[at_state] : 0) + before.add, before.least);
     }
     __syncthreads();
-    for (int c = threadIdx.x; c <= chunks; c += blockDim.x) out.m[bh * (chunks + 1) + c] = m[c];
+    for (int c = threadIdx.x; c <= min(CHUNKS, chunks - first);
+         c += blockDim.x) {  // any m serves if all who use it take the same rounded value
+        const double next = c ? fmax(entering + maps[c - 1].add, maps[c - 1].least) : entering;
+        m[c] = (float)next;
+        if (c || rank == 0) out.m[bh * (chunks + 1) + first + c] = m[c];
+        if (m_final && first + c == chunks) m_final[at_state] = m[c];
+    }
+    __syncthreads();
 #pragma unroll
     for (int k = 0; k < EACH; k++)
-        if (w[k].c < chunks) mlstm_store_gates(scan[k], s, w[k], out, chunks, m[w[k].c], m[w[k].c + 1]);
+        if (w[k].c < chunks) mlstm_store_gates(scan[k], s, w[k], out, chunks, m[w[k].c - first], m[w[k].c - first + 1]);
+#ifdef HOPPER_CODE
+    if (blocks > 1) cluster_barrier();  // what others read of a block stays until they have read it
+#endif
 }
 
 static inline int mlstm_gate_blocks(const MlstmShape *s, int chunks) {
@@ -395,10 +466,13 @@ static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t 
                                 const int *doc_start, const float *m0, size_t m0_row, float *m_final,
                                 const MlstmGates *g, cudaStream_t stream) {
     const MlstmGateInput in = {gates, ld_gates, bias, cap, doc_start};
-    const int chunks = mlstm_chunks(s), each = ceil_div(chunks, GATE_HEAD_WARPS);
-    if (s->chunk == SCAN_CHUNK && each <= GATE_HEAD_EACH) {
-        auto kernel = each == 1 ? mlstm_fwd_gates_kernel<1> : mlstm_fwd_gates_kernel<GATE_HEAD_EACH>;
-        launch_early(kernel, s->B * s->NH, 32 * GATE_HEAD_WARPS, 0, stream, *s, in, *g, m0, m_final, m0_row, chunks);
+    const int chunks = mlstm_chunks(s), each = ceil_div(chunks, GATE_HEAD_WARPS),
+              blocks = ceil_div(chunks, GATE_HEAD_WARPS * GATE_HEAD_EACH);
+    auto kernel = each == 1 ? mlstm_fwd_gates_kernel<1> : mlstm_fwd_gates_kernel<GATE_HEAD_EACH>;
+    if (s->chunk == SCAN_CHUNK && blocks <= GATE_CLUSTER &&
+        clusters_fit((const void *)kernel, blocks, 32 * GATE_HEAD_WARPS, 0)) {
+        launch_early_clusters(kernel, s->B * s->NH * blocks, blocks, 32 * GATE_HEAD_WARPS, 0, stream, *s, in, *g, m0,
+                              m_final, m0_row, chunks, blocks);
         return;
     }
     mlstm_gate_summary(s, in, g, stream);

@@ -7,7 +7,7 @@
 //
 // and needs no chain: mlstm_fwd_segment_kernel and mlstm_bwd_segment_kernel go through the chunks against the walk, so
 // that g is a running product, and all products of a segment go into the same accumulators, many chunks on their way at
-// once. Where g is next to nothing (below 2^-100, or 0 behind the beginning of a document) they stop.
+// once. Where g is next to nothing (below 2^-64, or 0 behind the beginning of a document) they stop.
 //
 //       use        y     z     scale                vector: the same sum of y alone, with scale
 //       forward    K     V     kscale               kscale
@@ -32,7 +32,7 @@
 
 enum { SEGMENT_THREADS = 384, SEGMENT_VECTOR_THREADS = 96, SEGMENT_PARTS = SEGMENT_VECTOR_THREADS / 8 };
 enum { SEGMENT_LOAD_REGISTERS = 72, SEGMENT_SUM_REGISTERS = 216 };
-#define SEGMENT_NOTHING 0x1p-100f  // a g that is left out
+#define SEGMENT_NOTHING 0x1p-64f  // a g that is left out
 
 template <int A_, bool REVERSE_>
 struct Segment {

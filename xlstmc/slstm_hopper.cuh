@@ -32,19 +32,6 @@
 // ----------------------------------------------------------------------------------------------------------------
 // The parts of PTX that only these kernels need
 
-__device__ __forceinline__ int cluster_rank(void) {
-    int rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-__device__ __forceinline__ void cluster_barrier(void) {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ unsigned peer_address(unsigned address, int rank) {  // the same place in another block
-    unsigned peer;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
-    return peer;
-}
 // 16 bytes to a peer, counted by the barrier of that peer.
 __device__ __forceinline__ void send_vector(unsigned to, uint4 v, unsigned bar) {
     asm volatile(

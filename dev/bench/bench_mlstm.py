@@ -105,11 +105,10 @@ class Library:
             raise RuntimeError(f"{name}: {self.functions.xlstm_error(error).decode()}")
 
     def workspace(self, problem):
-        """Two tensors: saved and scratch."""
-        import torch
+        """Bytes of saved and of scratch"""
         sizes = ctypes.c_size_t(), ctypes.c_size_t()
         self.call("mlstm_workspace", ctypes.byref(problem), ctypes.byref(sizes[0]), ctypes.byref(sizes[1]))
-        return [torch.empty(size.value, dtype=torch.uint8, device=DEVICE) for size in sizes]
+        return [size.value for size in sizes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,25 +140,39 @@ class Inputs:
         self.rows = torch.cat(self.rows, dim=-1)
         self.gates = torch.cat([x.transpose(1, 2) for x in (self.i, self.f)], dim=-1).contiguous()
         self.dh_rows = self.dh.transpose(1, 2).contiguous()
+        self.buffers = {}
+
+    def buffer(self, name, bytes):
+        """Memory for what the library writes. Its variants take turns in it: the same kernels in other places of the
+        memory can take 2 % longer."""
+        import torch
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(bytes, dtype=torch.uint8, device=DEVICE)
+        return self.buffers[name]
 
 
 class Ours:
-    """The library on preallocated buffers."""
+    """The library on preallocated buffers, those of the inputs."""
     GRADIENTS = ("grad_q", "grad_k", "grad_v")
 
     def __init__(self, x, library, sigmoid, dot_given=False):
         import torch
         self.x, self.library = x, library
         width = x.rows.shape[-1]
-        shape = BF16, x.B, x.T, x.NH, x.dk, x.dv, sigmoid, EPS, 0, width, 2 * x.NH
-        self.problem = MlstmProblem(*shape, width, 2 * x.NH)
-        self.inference = MlstmProblem(*shape, 0, 2 * x.NH)      # no backward pass follows: nothing is kept for it
+
+        def problem(sigmoid, ld_grad=width):
+            shape = BF16, x.B, x.T, x.NH, x.dk, x.dv, sigmoid, EPS, 0, width, 2 * x.NH
+            return MlstmProblem(*shape, ld_grad, 2 * x.NH)
+        self.problem = problem(sigmoid)
+        self.inference = problem(sigmoid, 0)                    # no backward pass follows: nothing is kept for it
         self.bias = torch.zeros(2 * x.NH, device=DEVICE)
         self.grad_bias = torch.zeros(2 * x.NH, device=DEVICE)
         self.doc_start = torch.full((x.B, x.T), -1 << 30, dtype=torch.int32, device=DEVICE)
-        self.h, self.grad_rows = torch.empty_like(x.dh_rows), torch.empty_like(x.rows)
-        self.grad_gates = torch.empty(x.B, x.T, 2 * x.NH, device=DEVICE)
-        self.saved, self.scratch = library.workspace(self.problem)
+        self.h, self.grad_rows, self.grad_gates = [
+            x.buffer(name, like.nbytes).view(like.dtype).view(like.shape)
+            for name, like in (("h", x.dh_rows), ("grad_rows", x.rows), ("grad_gates", x.gates))]
+        sizes = [library.workspace(problem(gate)) for gate in (False, True)]
+        self.saved, self.scratch = [x.buffer(name, max(both)) for name, both in zip(("saved", "scratch"), zip(*sizes))]
         self.dot = None
         self.tensors = self.pointers(x.rows, x.gates, self.h, x.dh_rows, self.grad_rows, self.grad_gates)
         if dot_given:
@@ -450,8 +463,8 @@ def prepare_shape(x, library, names, sibling, failures, say):
             if not all(torch.isfinite(y).all() for y in results):
                 raise ValueError("a result is not finite")
             if name in (OURS, PEER, OURS_SIG, PEER_SIG):
-                compared[name] = results[0], results[3]                     # h and dv do not depend on the normaliser's
-            torch.cuda.synchronize()                                        # gradient
+                compared[name] = results[0].clone(), results[3].clone()     # h and dv do not depend on the
+            torch.cuda.synchronize()                                        # normaliser's gradient
         except Exception as error:
             failures[name] = describe(error)
     differences = {}

@@ -53,7 +53,7 @@ def mlstm(library, dtype, sigmoid, x, rows, gates, dh, doc_start, initial=None, 
     """h, gradients of rows, gates and bias, final states; rows [B, T, NH (dk + dk + dv)]"""
     B, T, width = rows.shape
     problem = MlstmProblem(FORMATS[dtype][0], B, T, x.NH, x.dk, x.dv, sigmoid, EPS, 0, width, 2 * x.NH, width, 2 * x.NH)
-    saved, scratch = library.workspace(problem)
+    saved, scratch = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in library.workspace(problem)]
     h, grad_rows = empty(B, T, x.NH, x.dv, dtype=dtype), empty(*rows.shape, dtype=dtype)
     grad_gates, grad_bias = empty(B, T, 2 * x.NH), torch.ones(2 * x.NH, device="cuda")
     final = empty(B, x.NH * (x.dk * x.dv + x.dk + 1))
