@@ -185,8 +185,8 @@ __device__ inline void mlstm_scan_chunk(MlstmScan<GROUPS> *scan, const MlstmShap
 // Forward. With m the scale that enters the chunk (0 for a document that begins in it), doc/math.md:
 //   r_l = max(m, top_l)  (sigmoid gate: r_l = -b_l),   scale of row l: M_l = b_l + r_l;  the chunk's last M leaves it
 // So a chunk maps m to max(b_L + m, b_L + top_L), or to a constant if a document begins in it. Three steps: these maps,
-// their composition over the chunks, the values of every token. Where a cluster of blocks holds all chunks of a head they
-// are one kernel, else three. Bytes a token and head: 60 or so, most in L2.
+// their composition over the chunks, the values of every token. Where a cluster of blocks holds all chunks of a head
+// they are one kernel, else three. Bytes a token and head: 60 or so, most in L2.
 
 // By a warp: the last lane's
 template <typename V>

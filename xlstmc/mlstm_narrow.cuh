@@ -634,24 +634,23 @@ __device__ __forceinline__ void narrow_add_queries(float (&dC)[64], unsigned (&a
     wgmma_wait<0>();
 }
 // The same with factor Q in two parts, for the sigmoid gate: without a normaliser dk errs most by what rounding loses
-// here, and no dn has to be made
+// here, and no dn has to be made. Operands are made while those before are multiplied.
 __device__ __forceinline__ void narrow_add_queries_both(float (&dC)[64], unsigned q, unsigned dh,
                                                         const ScanRows *rows) {
     const float decay = rows->decay;
-    unsigned a[2][2][4];
+    unsigned a[2][2][4];  // of 16 tokens each
 #pragma unroll
     for (int i = 0; i < 64; i++) dC[i] *= decay;
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        scan_scale_rows_both(a[0], q + 2048 * i, rows->factor + 16 * i);
-        scan_scale_rows_both(a[1], q + 2048 * (i + 1), rows->factor + 16 * (i + 1));
+    for (int i = 0; i < 4; i++) {
+        if (i > 1) wgmma_wait<1>();
+        scan_scale_rows_both(a[i % 2], q + 2048 * i, rows->factor + 16 * i);
         wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < 4; part++)
-            wgmma_rs<1>(dC, a[part / 2][part % 2], wgmma_operand(dh, 2048 * (i + part / 2)), true);
+        for (int part = 0; part < 2; part++) wgmma_rs<1>(dC, a[i % 2][part], wgmma_operand(dh, 2048 * i), true);
         wgmma_commit();
-        wgmma_wait<0>();
     }
+    wgmma_wait<0>();
 }
 
 __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
