@@ -383,9 +383,9 @@ static void test_memory_format(Model<F> *m) {
     for (int B = 1; B <= c.B; B++)
         for (int round = 0; round < 3; round++) {  // plain, captured, replayed
             Batch batch = {B, c.T, tokens, tokens, NULL, 0, NULL, NULL, NULL, 0, 1};
+            cuda_backend.evaluate(&batch);
             cuda_backend.zero_grad();
             cuda_backend.forward_backward(&batch, 1.0 / (double)rows);
-            cuda_backend.evaluate(&batch);
         }
     const UpdateConfig update = {1, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1};
     cuda_backend.grad_norm();
