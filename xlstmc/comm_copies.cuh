@@ -64,7 +64,7 @@ static void stream_write(cudaStream_t stream, volatile void *word, int value) {
 // ----------------------------------------------------------------------------------------------------------------
 // The window
 
-enum { READY, DONE, FREE, THERE, NUM_MEETINGS };
+enum { READY, DONE, SENT, SENT_TOO, FREE, THERE, NUM_MEETINGS };  // SENT + turn: of a reduce-scatter
 
 static struct {
     char **of;        // [size] where the windows of all ranks are seen from here; NULL: no copies
@@ -98,8 +98,9 @@ static int copies_reach(const void *begin, size_t bytes) {
     return (const char *)begin >= copies.of[comm.rank] && at + bytes <= copies.bytes;
 }
 
-// Every flag goes from 0 to 1 by its rank, and back by the one who waited: nobody sets it again before, since READY and
-// DONE take turns. READY notes that the call has begun, DONE that it has ended.
+// Every flag goes from 0 to 1 by its rank, and back by the one who waited. Nobody sets it again before: a rank that was
+// waited for may be a meeting ahead, but not two, and no two meetings in a row have the same flags. READY and DONE take
+// turns, as do SENT and SENT_TOO. READY notes that the call has begun, the others that it has ended.
 static void copies_meet(CommGroup group, int meeting, const char *what, cudaStream_t stream) {
     int ranks = comm_group_size(group), me = comm_group_rank(group), n = 0;
     volatile int *note = copies.under_way + group;
@@ -115,7 +116,7 @@ static void copies_meet(CommGroup group, int meeting, const char *what, cudaStre
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WAIT_VALUE_32, row + r, 1);
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, row + r, 0);
     }
-    if (meeting == DONE) copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, note, 0);
+    if (meeting != READY) copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, note, 0);
     memory_ops(stream, copies.ops, n);
 }
 
@@ -177,15 +178,16 @@ static void copies_reduce_scatter(CommGroup group, const void *src, void *dst, s
         copies.otherwise->reduce_scatter(group, src, dst, count, type, what, stream);
         return;
     }
-    char *received = copies.received + copies.turn * (size_t)comm.size * copies.max_bytes;
-    copies.turn ^= 1;
+    const int turn = copies.turn;
+    char *received = copies.received + turn * (size_t)comm.size * copies.max_bytes;
+    copies.turn = !turn;
     stream_write(on, copies.under_way + group, copies.number(what));
     for (int k = 1; k < ranks; k++) {
         int r = (me + k) % ranks;
         CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, received + (size_t)me * bytes), parts + (size_t)r * bytes,
                                    bytes, cudaMemcpyDeviceToDevice, on));
     }
-    copies_meet(group, DONE, what, on);
+    copies_meet(group, SENT + turn, what, on);
     parts += (size_t)me * bytes;
     if (type == COMM_BF16) copies_sum<bf16>(dst, parts, received, ranks, me, count, on);
     else copies_sum<float>(dst, parts, received, ranks, me, count, on);

@@ -332,7 +332,7 @@ __device__ inline void mlstm_store_gates(const MlstmScan<GROUPS> &scan, const Ml
     }
     mlstm_store_tokens(out.u + at, u, first, s.T, whole);
     mlstm_store_tokens(out.r + at, r, first, s.T, whole);
-    mlstm_store_tokens(out.floor + at, floor, first, s.T, whole);
+    if (!s.sigmoid_gate) mlstm_store_tokens(out.floor + at, floor, first, s.T, whole);
     mlstm_store_tokens(out.qscale + at, qscale, first, s.T, whole);
     mlstm_store_tokens(out.kscale + at, kscale, first, s.T, whole);
 }
@@ -373,7 +373,6 @@ static __global__ void __launch_bounds__(32 * GATE_HEAD_WARPS)
     wait_for_earlier();
     enum { CHUNKS = GATE_HEAD_WARPS * EACH };  // of a block
     __shared__ MlstmMap maps[CHUNKS], all;     // of each chunk, then composed with those before it in the block; of all
-    __shared__ double entering;                // m before the block's first chunk
     __shared__ float m[CHUNKS + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % blocks, first = rank * CHUNKS;
     const size_t bh = blockIdx.x / blocks;
@@ -412,17 +411,20 @@ static __global__ void __launch_bounds__(32 * GATE_HEAD_WARPS)
 #ifdef HOPPER_CODE
     if (blocks > 1) cluster_barrier();
 #endif
-    if (warp == 0) {
-        const MlstmMap before = mlstm_map_before(&all, rank);
-        if (lane == 0) entering = fmax((m0 ? m0[at_state] : 0) + before.add, before.least);
-    }
-    __syncthreads();
-    for (int c = threadIdx.x; c <= min(CHUNKS, chunks - first);
-         c += blockDim.x) {  // any m serves if all who use it take the same rounded value
-        const double next = c ? fmax(entering + maps[c - 1].add, maps[c - 1].least) : entering;
-        m[c] = (float)next;
-        if (c || rank == 0) out.m[bh * (chunks + 1) + first + c] = m[c];
-        if (m_final && first + c == chunks) m_final[at_state] = m[c];
+    if (warp == 0) {  // any m serves if all who use it take the same rounded value
+        const MlstmMap before = blocks > 1 ? mlstm_map_before(&all, rank) : MlstmMap{0, -INFINITY};
+        const double entering = fmax((m0 ? m0[at_state] : 0) + before.add, before.least);
+        if (lane == 0) m[0] = (float)entering;
+        if (lane == 0 && rank == 0) out.m[bh * (chunks + 1)] = (float)entering;
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            const MlstmMap map = maps[32 * k + lane];
+            const int c = 32 * k + lane + 1;
+            const float next = (float)fmax(entering + map.add, map.least);
+            m[c] = next;
+            if (first + c <= chunks) out.m[bh * (chunks + 1) + first + c] = next;
+            if (m_final && first + c == chunks) m_final[at_state] = next;
+        }
     }
     __syncthreads();
 #pragma unroll
@@ -460,7 +462,8 @@ static void mlstm_gate_values(const MlstmShape *s, const MlstmGateInput &in, boo
     launch_early(tokens, blocks, threads, 0, stream, *s, in, *g, chunks);
 }
 
-// gates, bias, cap, doc_start as in MlstmInput; m0 to m_final as in mlstm_gate_values. Writes all of g but sig.
+// gates, bias, cap, doc_start as in MlstmInput; m0 to m_final as in mlstm_gate_values. Writes all of g but sig and,
+// with the sigmoid gate, floor.
 MAYBE_UNUSED
 static void mlstm_gates_forward(const MlstmShape *s, const float *gates, size_t ld_gates, const float *bias, float cap,
                                 const int *doc_start, const float *m0, size_t m0_row, float *m_final,
@@ -491,9 +494,8 @@ typedef struct {          // [B, NH, T]
 
 // Of place `at` of [B, NH, T]: 1 / den, and the gradient of sig for each unit of <dh, h>
 __device__ inline float2 mlstm_row_factor(const MlstmShape &s, const float *sig, const float *floor, size_t at) {
-    const float size = fabsf(sig[at]), least = floor[at];
-    if (s.sigmoid_gate) return make_float2(1, 0);
-    const float inv = 1 / (fmaxf(size, least) + s.eps);
+    if (s.sigmoid_gate) return make_float2(1, 0);  // nobody writes sig and floor then
+    const float size = fabsf(sig[at]), least = floor[at], inv = 1 / (fmaxf(size, least) + s.eps);
     return make_float2(inv, size > least ? -copysignf(inv, sig[at]) : 0);
 }
 

@@ -136,13 +136,15 @@ __device__ __forceinline__ void narrow_copy_q(const NarrowArgs &p, const NarrowP
                                               NarrowShared *sh, int it) {
     const int c = narrow_chunk(at, it), t0 = c * SCAN_CHUNK, place = it % NARROW_STAGES;
     const unsigned stage = narrow_stage(base, it), q = shared_address(sh->q_full + place),
-                   dh = shared_address(sh->dh_full + place), n_bytes = p.s.dk * (int)sizeof(float);
+                   dh = shared_address(sh->dh_full + place),
+                   n_bytes = p.s.sigmoid_gate ? 0 : p.s.dk * (int)sizeof(float);
     scan_wait_empty<NARROW_STAGES>(sh->empty, it);
     barrier_arrive_expect(q, PANEL_BYTES);
     tma_load(stage, &p.q, q, 0, at.head, t0, at.b);
     barrier_arrive_expect(dh, 2 * PANEL_BYTES + n_bytes);
     for (int i = 0; i < 2; i++) tma_load(stage + NARROW_AT_DH + i * PANEL_BYTES, &p.dh, dh, 64 * i, at.head, t0, at.b);
-    bulk_load(shared_address(sh->n[place]), p.n + ((size_t)at.bh * at.chunks + c) * p.s.dk, n_bytes, dh);
+    if (n_bytes > 0)
+        bulk_load(shared_address(sh->n[place]), p.n + ((size_t)at.bh * at.chunks + c) * p.s.dk, n_bytes, dh);
 }
 
 // One thread may wait for all places, since it does so in the order in which they are given back: Q's and K's at the
@@ -634,23 +636,24 @@ __device__ __forceinline__ void narrow_add_queries(float (&dC)[64], unsigned (&a
     wgmma_wait<0>();
 }
 // The same with factor Q in two parts, for the sigmoid gate: without a normaliser dk errs most by what rounding loses
-// here, and no dn has to be made. Operands are made while those before are multiplied.
+// here, and no dn has to be made
 __device__ __forceinline__ void narrow_add_queries_both(float (&dC)[64], unsigned q, unsigned dh,
                                                         const ScanRows *rows) {
     const float decay = rows->decay;
-    unsigned a[2][2][4];  // of 16 tokens each
+    unsigned a[2][2][4];
 #pragma unroll
     for (int i = 0; i < 64; i++) dC[i] *= decay;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (i > 1) wgmma_wait<1>();
-        scan_scale_rows_both(a[i % 2], q + 2048 * i, rows->factor + 16 * i);
+    for (int i = 0; i < 4; i += 2) {
+        scan_scale_rows_both(a[0], q + 2048 * i, rows->factor + 16 * i);
+        scan_scale_rows_both(a[1], q + 2048 * (i + 1), rows->factor + 16 * (i + 1));
         wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < 2; part++) wgmma_rs<1>(dC, a[i % 2][part], wgmma_operand(dh, 2048 * i), true);
+        for (int part = 0; part < 4; part++)
+            wgmma_rs<1>(dC, a[part / 2][part % 2], wgmma_operand(dh, 2048 * (i + part / 2)), true);
         wgmma_commit();
+        wgmma_wait<0>();
     }
-    wgmma_wait<0>();
 }
 
 __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowPlace &at, unsigned base,

@@ -58,14 +58,14 @@ __host__ __device__ constexpr int scan_columns(int A, bool transposed) {
     return transposed ? (A == 128 || A >= 384 ? 64 : 128) : A == 128 ? 256 : 128;
 }
 
-// dQ and dK ask M rounded to bf16; dK of the sigmoid gate asks half of it in two parts; for row sums that need no
+// dQ and dK ask M rounded to bf16; dK of the sigmoid gate asks a third of it in two parts; for row sums that need no
 // anchors both ask and update all of it in two parts (scan_has_paths).
-enum { SCAN_ROUNDED, SCAN_HALVES, SCAN_PATHS };
+enum { SCAN_ROUNDED, SCAN_THIRDS, SCAN_PATHS };
 
 template <int MODE_, int A_, int W_, int EXACT = SCAN_ROUNDED>
 struct Scan {
     static constexpr int MODE = MODE_, A = A_, W = W_;
-    static constexpr bool HALVES = EXACT == SCAN_HALVES, PATHS = EXACT == SCAN_PATHS;
+    static constexpr bool THIRDS = EXACT == SCAN_THIRDS, PATHS = EXACT == SCAN_PATHS;
     static constexpr bool REVERSE = MODE == SCAN_DK || MODE == SCAN_DV;     // in time
     static constexpr bool TRANSPOSED = MODE == SCAN_DQ || MODE == SCAN_DK;  // contracted dv, output dk
     static constexpr bool SPLIT = W == 64;                                  // the state's warpgroups halve A, not W
@@ -363,7 +363,8 @@ __device__ __forceinline__ void scan_scalars(const ScanArgs &p, const ScanPlace 
                 const float2 factor = mlstm_row_factor(p.s, p.gates.sig, p.gates.floor, gate);
                 inv_den = factor.x, ds = factor.y;
             } else {
-                inv_den = S::MODE == SCAN_H ? p.gates.floor[gate] : p.inv_den[gate];
+                if (S::MODE != SCAN_H) inv_den = p.inv_den[gate];
+                else if (!p.s.sigmoid_gate) inv_den = p.gates.floor[gate];
                 if (S::TRANSPOSED) ds = p.ds[gate];
             }
             start = p.doc_start[(unsigned)at.b * p.s.T + t];
@@ -605,7 +606,7 @@ template <class S>
 __device__ __forceinline__ void scan_store_sig(const ScanArgs &p, const ScanPlace &at, float2 sig, int c) {
     const unsigned thread = not_hoisted(threadIdx.x);
     const int time = c * SCAN_CHUNK + thread / 32 * 16 + thread % 32 / 4;
-    if (thread % 4 || at.slice) return;
+    if (thread % 4 || at.slice || p.s.sigmoid_gate) return;
     float *to = p.gates.sig + ((unsigned)at.bh * p.s.T + time);
     if (time < p.s.T) to[0] = sig.x;
     if (time + 8 < p.s.T) to[8] = sig.y;
@@ -668,7 +669,7 @@ __device__ __forceinline__ void scan_advance_n(unsigned char *smem, ScanShared<S
 // H between spans: n, [dk], to memory. Not by ordinary stores, which stand in line behind those of the states' snapshot
 template <class S>
 __device__ __forceinline__ void scan_keep_n(const ScanArgs &p, const ScanPlace &at, ScanShared<S> *sh, int it) {
-    if (threadIdx.x || at.slice || !p.n_snapshots) return;
+    if (threadIdx.x || at.slice || !p.n_snapshots || (p.panels && p.s.sigmoid_gate)) return;
     const int c = scan_chunk<S>(at, it), place = p.panels ? c : scan_border<S>(p, c);
     if (place < 0) return;
     const size_t first = (size_t)at.bh * (p.panels ? scan_all_chunks(p) : scan_borders(p));
@@ -1191,10 +1192,10 @@ __device__ __forceinline__ void scan_step(const ScanArgs &p, const ScanPlace &at
     scan_wait_full<S::TILES>(sh->tile_full, k0);
     const unsigned x = base + scan_at_tile<S>(k0) + half;
     // dQ and dK with the sigmoid gate: states are asked by more of the pairs than with chunks of 128, and each answer
-    // is rounded twice; for dk it is enough if half of the states is asked in two parts. With the exponential gate dq
-    // and dk err more by ds than by that.
-    constexpr int REST = S::PATHS || S::MODE == SCAN_DQ ? 1 : S::HALVES ? 2 : 0;
-    if (S::PATHS || S::HALVES || (S::MODE == SCAN_DQ && p.s.sigmoid_gate))
+    // is rounded twice; for dk it is enough if a third of the states is asked in two parts. With the exponential gate
+    // dq and dk err more by ds than by that.
+    constexpr int REST = S::PATHS || S::MODE == SCAN_DQ ? 1 : S::THIRDS ? 3 : 0;
+    if (S::PATHS || S::THIRDS || (S::MODE == SCAN_DQ && p.s.sigmoid_gate))
         scan_ask_state<S, REST>(out, M, not_hoisted(x), rows->decay);
     else scan_ask_state<S, 0>(out, M, not_hoisted(x), rows->decay);
     if (last) scan_warp_arrive<S::TILES>(sh->tile_empty, k0);
@@ -1488,7 +1489,7 @@ static void scan_start(Kernel kernel, size_t bytes, int slices, const ScanArgs &
 template <int MODE, int A, int EXACT = SCAN_ROUNDED>
 static void scan_launch(const ScanArgs &p, cudaStream_t stream) {
     if constexpr (MODE == SCAN_DK && EXACT == SCAN_ROUNDED)
-        if (p.s.sigmoid_gate) return scan_launch<MODE, A, SCAN_HALVES>(p, stream);
+        if (p.s.sigmoid_gate) return scan_launch<MODE, A, SCAN_THIRDS>(p, stream);
     typedef ScanOf<MODE, A, EXACT> S;
     void (*kernel)(ScanArgs);
     if constexpr (MODE == SCAN_H) kernel = mlstm_fwd_scan_kernel<S>;
@@ -1506,7 +1507,7 @@ static int *scan_pace(const ScanArgs &p, int blocks, float *segments) {
 template <int DK, int DV, int EXACT = SCAN_ROUNDED>
 static void scan_launch_pair(const ScanArgs &v, const ScanArgs &k, cudaStream_t stream) {
     if constexpr (EXACT == SCAN_ROUNDED)
-        if (k.s.sigmoid_gate) return scan_launch_pair<DK, DV, SCAN_HALVES>(v, k, stream);
+        if (k.s.sigmoid_gate) return scan_launch_pair<DK, DV, SCAN_THIRDS>(v, k, stream);
     typedef ScanOf<SCAN_DV, DK> V;
     typedef ScanOf<SCAN_DK, DV, EXACT> K;
     const size_t bytes =
