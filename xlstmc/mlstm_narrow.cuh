@@ -29,7 +29,6 @@
 //             C to a place of its own; two warps make the rows' scalars from the gates
 //
 // In every chunk values wait for keys (before_full), then keys for values (ds, dS); states only keep ahead of them.
-// With the sigmoid gate ds is 0 and values wait for nobody: keys, who come to know both parts of <dh, h>, store it.
 // What ordinary instructions have read from a place of the ring is fenced off before the place is given back: ldmatrix
 // may still be on its way when the signal and then TMA have overtaken it.
 //
@@ -86,8 +85,8 @@ struct alignas(16) NarrowShared {
     // factor: of the queries, scale: of the keys; add and border: as for dQ, both once ds_full says so
     ScanRows rows[NARROW_STAGES];
     float n[NARROW_STAGES][64], dn[2][64];
-    float inside[2][4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
-    float pairs[2][64];                  // the chunk's part of <k, dk>
+    float inside[4][64], before[64];  // parts of <dh, h>: from the chunk, a warp's keys each, and from C
+    float pairs[2][64];               // the chunk's part of <k, dk>
     uint64_t q_full[NARROW_STAGES], dh_full[NARROW_STAGES], rows_full[NARROW_STAGES], ds_full[NARROW_STAGES],
         empty[NARROW_STAGES];  // dh: and n; all of a place is empty at once
     uint64_t k_full[NARROW_KV_STAGES], v_full[NARROW_KV_STAGES], kv_empty[NARROW_KV_STAGES], C_full, C_empty;
@@ -235,10 +234,9 @@ __device__ __forceinline__ float2 narrow_row_dots(const float (&x)[32], unsigned
     }
     return sum;
 }
-__device__ __forceinline__ void narrow_store_dots(float *dots, const NarrowArgs &p, const NarrowPlace &at, float2 sum,
-                                                  int c) {
+__device__ __forceinline__ void narrow_store_dots(const NarrowArgs &p, const NarrowPlace &at, float2 sum, int c) {
     const int time = c * SCAN_CHUNK + narrow_row();
-    float *to = dots + (size_t)at.bh * p.s.T + time;
+    float *to = p.k_dk + (size_t)at.bh * p.s.T + time;
     if (threadIdx.x % 4) return;
     if (time < p.s.T) to[0] = sum.x;
     if (time + 8 < p.s.T) to[8] = sum.y;
@@ -330,11 +328,6 @@ __device__ __forceinline__ void narrow_make_pairs(unsigned base, NarrowShared *s
     scan_warp_arrive<2>(sh->dS_full, it);
 }
 
-// The chunk's part of <dh, h> of a query
-__device__ __forceinline__ float narrow_inside(const NarrowShared *sh, int it, int query) {
-    const float(*of)[64] = sh->inside[it % 2];
-    return (of[0][query] + of[1][query]) + (of[2][query] + of[3][query]);
-}
 // ds, by a thread a query, from <dh_l, h_l> = sum over j of P_lj <dh_l, v_j> + factor_l <C^T q_l, dh_l>;
 // <q, dq> for it to store
 __device__ __forceinline__ float narrow_make_ds(unsigned char *smem, NarrowShared *sh, int it) {
@@ -343,7 +336,7 @@ __device__ __forceinline__ float narrow_make_ds(unsigned char *smem, NarrowShare
     if (i >= 64) return 0;
     ScanRows *rows = &sh->rows[it % NARROW_STAGES];
     scan_wait_full<1>(&sh->before_full, it);
-    const float dot = narrow_inside(sh, it, i) + sh->before[i];
+    const float dot = (sh->inside[0][i] + sh->inside[1][i]) + (sh->inside[2][i] + sh->inside[3][i]) + sh->before[i];
     const float add = rows->add[i] * dot, q_dq = rows->border[i] * dot;  // add: ds den
     const unsigned words = pack_two(add, add - to_float(from_float<bf16>(add)));
     rows->add[i] = add, rows->border[i] = rows->factor[i] * add;
@@ -391,12 +384,14 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         wgmma_wait<1>();
 #pragma unroll
         for (int i = 0; i < 32; i++) P[i] *= D[i];
-        narrow_sum_keys(P, dP, sh->inside[it % 2][threadIdx.x / 32 % 4]);
+        narrow_sum_keys(P, dP, sh->inside[threadIdx.x / 32 % 4]);
         const float2 pairs = narrow_sum_queries(P, dP);
         float q_dq = 0;
         if (!sigmoid) q_dq = narrow_make_ds(smem, sh, it);
         __syncwarp();
         narrow_make_pairs(base, sh, P, D, dP, pairs, it, sigmoid);
+        if (sigmoid) q_dq = narrow_make_ds(smem, sh, it);  // 0, so dS does not wait for it
+        __syncwarp();
         narrow_pack(a, P);
         wgmma_wait<0>();
         scan_warp_arrive<2>(sh->dC_empty, it);
@@ -413,8 +408,7 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         const unsigned out = base + NARROW_AT_OUT_V;
         narrow_output(at, &p.dv, dv, out, &p.dv, dv + 32, out + PANEL_BYTES, 64, narrow_chunk(at, it));
         const int i = threadIdx.x % 128, t = narrow_chunk(at, it) * SCAN_CHUNK + i;
-        if (!sigmoid && i < 64 && t < p.s.T)
-            p.q_dq[(size_t)at.bh * p.s.T + t] = q_dq;  // behind the fence, which would wait for it
+        if (i < 64 && t < p.s.T) p.q_dq[(size_t)at.bh * p.s.T + t] = q_dq;  // behind the fence, which would wait for it
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
 }
@@ -486,7 +480,6 @@ __device__ __forceinline__ void narrow_ask_states(const NarrowPlace &at, unsigne
 template <bool ODD>
 __device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
                                                   NarrowShared *sh, int it) {
-    const bool sigmoid = p.s.sigmoid_gate;
     const int row = narrow_row();
     const unsigned q = narrow_stage(base, it), k = narrow_kv_stage(base, it),
                    dS = base + NARROW_AT_DS + it % 2 * PANEL_BYTES;
@@ -500,10 +493,8 @@ __device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const Nar
 #pragma unroll
     for (int i = 0; i < 32; i++) dq[i] *= factor[i / 2 % 2];
     const float2 before = narrow_row_dots(dq, q);
-    if (!sigmoid) {
-        if (threadIdx.x % 4 == 0) sh->before[row] = before.x, sh->before[row + 8] = before.y;
-        scan_warp_arrive<1>(&sh->before_full, it);
-    }
+    if (threadIdx.x % 4 == 0) sh->before[row] = before.x, sh->before[row + 8] = before.y;
+    scan_warp_arrive<1>(&sh->before_full, it);
     if (!ODD) scan_warp_arrive<1>(&sh->C_empty, narrow_pair(at, it));
     if (threadIdx.x % 128 == 0) {
         tma_store_wait_read<0>();  // the last chunk's dq and dk have left
@@ -521,7 +512,7 @@ __device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const Nar
     }
     scan_warp_arrive<2>(sh->dC_empty, it);
     float2 dots = narrow_row_dots(dk, k);
-    if (!sigmoid) {
+    if (!p.s.sigmoid_gate) {
         scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
         const float border[2] = {rows->border[row], rows->border[row + 8]};
 #pragma unroll
@@ -542,13 +533,11 @@ __device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const Nar
     wgmma_commit();
     const float *pairs = sh->pairs[it % 2] + row;
     dots.x += pairs[0], dots.y += pairs[8];
-    float2 q_dq = {0, 0};
-    if (sigmoid) q_dq = make_float2(narrow_inside(sh, it, row) + before.x, narrow_inside(sh, it, row + 8) + before.y);
+    if (p.s.sigmoid_gate) scan_wait_full<NARROW_STAGES>(sh->ds_full, it);  // `before` has been read, too
     wgmma_wait<0>();
     narrow_leave(sh, it);
     narrow_output(at, &p.dk, dk, base + NARROW_AT_OUT_K, &p.dq, dq, dS, 0, narrow_chunk(at, it));
-    narrow_store_dots(p.k_dk, p, at, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
-    if (sigmoid) narrow_store_dots(p.q_dq, p, at, q_dq, narrow_chunk(at, it));
+    narrow_store_dots(p, at, dots, narrow_chunk(at, it));  // behind the fence, which would wait for it
 }
 
 __device__ __forceinline__ void narrow_keys(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
