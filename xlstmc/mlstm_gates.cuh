@@ -74,13 +74,6 @@ typedef struct {  // as in MlstmInput
 
 __device__ inline float mlstm_log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
 
-// e^x. That x is not rounded to float first matters where the same states are made in two ways: each token's scale would
-// be off by up to |x| 2^-24
-__device__ inline float mlstm_exp(double x) {
-    const float high = (float)x, low = (float)(x - high);
-    return x < -200 ? 0 : expf(high) * (1 + low);
-}
-
 // Gate `column` from its pre-activation: head for an input gate, NH + head for a forget gate
 __device__ inline float mlstm_cap_gate(const MlstmGateInput &in, float raw, int column) {
     float g = raw + in.bias[column];
@@ -325,7 +318,7 @@ __device__ inline void mlstm_store_gates(const MlstmScan<GROUPS> &scan, const Ml
     float2 u[GROUPS], r[GROUPS];
     float floor[GROUPS], qscale[GROUPS], kscale[GROUPS];
     double top = scan.top;
-    if (lane == 0) out.decay[w.bh * chunks + w.c] = start_last >= w.t0 ? 0 : mlstm_exp(m - r_next);
+    if (lane == 0) out.decay[w.bh * chunks + w.c] = start_last >= w.t0 ? 0 : expf((float)(m - r_next));
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
         const int fresh = scan.start[g] >= w.t0;
@@ -333,9 +326,9 @@ __device__ inline void mlstm_store_gates(const MlstmScan<GROUPS> &scan, const Ml
         const double row = s.sigmoid_gate ? -scan.b[g] : fmax(fresh ? 0 : m, top);
         u[g] = mlstm_split_log2(scan.u[g]);
         r[g] = mlstm_split_log2(row);
-        floor[g] = mlstm_exp(-(scan.b[g] + row));
-        qscale[g] = fresh ? 0 : scale * mlstm_exp(m - row);
-        kscale[g] = first + g < start_last ? 0 : mlstm_exp(scan.u[g] - r_next);
+        floor[g] = expf((float)-(scan.b[g] + row));
+        qscale[g] = fresh ? 0 : scale * expf((float)(m - row));
+        kscale[g] = first + g < start_last ? 0 : expf((float)(scan.u[g] - r_next));
     }
     mlstm_store_tokens(out.u + at, u, first, s.T, whole);
     mlstm_store_tokens(out.r + at, r, first, s.T, whole);

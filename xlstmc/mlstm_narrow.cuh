@@ -29,8 +29,9 @@
 //             C to a place of its own; two warps make the rows' scalars from the gates
 //
 // In every chunk values wait for keys (before_full), then keys for values (ds, dS); states only keep ahead of them.
-// What ordinary instructions have read from a place of the ring is fenced off before the place is given back: ldmatrix
-// may still be on its way when the signal and then TMA have overtaken it.
+// With the sigmoid gate ds, n and dn are 0, and keys do not wait for dn; without the waits for ds it is no faster. What
+// ordinary instructions have read from a place of the ring is fenced off before the place is given back: ldmatrix may
+// still be on its way when the signal and then TMA have overtaken it.
 //
 // Cost of a chunk in cycles of the tensor cores (2,048 multiply-adds): 128 + 256 for the scores, 256 for each of K dC,
 // V dC^T, dH C^T, P^T dH, dC, 128 for each of dS^T Q, dS K; of an odd one 256 for dH V'^T and 128 for its product with
@@ -303,15 +304,14 @@ __device__ __forceinline__ float2 narrow_sum_queries(const float (&P)[32], const
 }
 // dS^T = D (dP + ds den) for the others, D the weights, and the sums above, of which the first part is there
 __device__ __forceinline__ void narrow_make_pairs(unsigned base, NarrowShared *sh, const float (&P)[32],
-                                                  const float (&D)[32], float (&dP)[32], float2 sum, int it,
-                                                  bool sigmoid) {
+                                                  const float (&D)[32], float (&dP)[32], float2 sum, int it) {
     const float *add = sh->rows[it % NARROW_STAGES].add + threadIdx.x % 4 * 2;
     float *to = sh->pairs[it % 2] + narrow_row();
     scan_wait_empty<2>(sh->dS_empty, it);
-    if (!sigmoid) scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float2 by = sigmoid ? make_float2(0, 0) : *(const float2 *)&add[8 * j];
+        const float2 by = *(const float2 *)&add[8 * j];
         sum.x += P[4 * j] * by.x + P[4 * j + 1] * by.y;
         sum.y += P[4 * j + 2] * by.x + P[4 * j + 3] * by.y;
 #pragma unroll
@@ -349,7 +349,6 @@ __device__ __forceinline__ float narrow_make_ds(unsigned char *smem, NarrowShare
 __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowPlace &at, unsigned char *smem,
                                               NarrowShared *sh) {
     const unsigned base = shared_address(smem);
-    const bool sigmoid = p.s.sigmoid_gate;
     for (int it = 0; it < at.chunks; it++) {
         const unsigned q = narrow_stage(base, it), dh = q + NARROW_AT_DH, k = narrow_kv_stage(base, it),
                        v = k + NARROW_AT_V, dC = base + NARROW_AT_DC + it % 2 * (2 * PANEL_BYTES);
@@ -386,12 +385,9 @@ __device__ __forceinline__ void narrow_values(const NarrowArgs &p, const NarrowP
         for (int i = 0; i < 32; i++) P[i] *= D[i];
         narrow_sum_keys(P, dP, sh->inside[threadIdx.x / 32 % 4]);
         const float2 pairs = narrow_sum_queries(P, dP);
-        float q_dq = 0;
-        if (!sigmoid) q_dq = narrow_make_ds(smem, sh, it);
+        const float q_dq = narrow_make_ds(smem, sh, it);
         __syncwarp();
-        narrow_make_pairs(base, sh, P, D, dP, pairs, it, sigmoid);
-        if (sigmoid) q_dq = narrow_make_ds(smem, sh, it);  // 0, so dS does not wait for it
-        __syncwarp();
+        narrow_make_pairs(base, sh, P, D, dP, pairs, it);
         narrow_pack(a, P);
         wgmma_wait<0>();
         scan_warp_arrive<2>(sh->dC_empty, it);
@@ -480,6 +476,7 @@ __device__ __forceinline__ void narrow_ask_states(const NarrowPlace &at, unsigne
 template <bool ODD>
 __device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const NarrowPlace &at, unsigned base,
                                                   NarrowShared *sh, int it) {
+    const bool sigmoid = p.s.sigmoid_gate;  // then ds, n and dn are 0
     const int row = narrow_row();
     const unsigned q = narrow_stage(base, it), k = narrow_kv_stage(base, it),
                    dS = base + NARROW_AT_DS + it % 2 * PANEL_BYTES;
@@ -501,19 +498,20 @@ __device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const Nar
         if (it > 0) scan_arrive<2>(sh->dS_empty, it - 1);
     }
     __syncwarp();
-    scan_wait_full<2>(sh->dn_full, it);
+    if (!sigmoid) scan_wait_full<2>(sh->dn_full, it);
     scan_wait_full<NARROW_KV_STAGES>(sh->k_full, it);
     wgmma_wait<0>();
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float2 dn = *(const float2 *)&sh->dn[it % 2][8 * j + threadIdx.x % 4 * 2];
+        float2 dn = {0, 0};
+        if (!sigmoid) dn = *(const float2 *)&sh->dn[it % 2][8 * j + threadIdx.x % 4 * 2];
 #pragma unroll
         for (int i = 0; i < 4; i++) dk[4 * j + i] = scale[i / 2] * (dk[4 * j + i] + (i % 2 ? dn.y : dn.x));
     }
     scan_warp_arrive<2>(sh->dC_empty, it);
     float2 dots = narrow_row_dots(dk, k);
-    if (!p.s.sigmoid_gate) {
-        scan_wait_full<NARROW_STAGES>(sh->ds_full, it);
+    scan_wait_full<NARROW_STAGES>(sh->ds_full, it);  // `before` has been read, too
+    if (!sigmoid) {
         const float border[2] = {rows->border[row], rows->border[row + 8]};
 #pragma unroll
         for (int j = 0; j < 8; j++) {
@@ -533,7 +531,6 @@ __device__ __forceinline__ void narrow_keys_chunk(const NarrowArgs &p, const Nar
     wgmma_commit();
     const float *pairs = sh->pairs[it % 2] + row;
     dots.x += pairs[0], dots.y += pairs[8];
-    if (p.s.sigmoid_gate) scan_wait_full<NARROW_STAGES>(sh->ds_full, it);  // `before` has been read, too
     wgmma_wait<0>();
     narrow_leave(sh, it);
     narrow_output(at, &p.dk, dk, base + NARROW_AT_OUT_K, &p.dq, dq, dS, 0, narrow_chunk(at, it));
@@ -692,9 +689,9 @@ __device__ __forceinline__ void narrow_states(const NarrowArgs &p, const NarrowP
                             wgmma_narrow_operand(base, NARROW_AT_WEIGHTS + it % NARROW_STAGES * 1024 + 256 * i), true);
             wgmma_commit();
             wgmma_wait<0>();
+            if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
+            if (c % 2 == 0) share += narrow_dot_n(N, sh->n[it % NARROW_STAGES]);
         }
-        if (it + 1 < at.chunks) narrow_publish_n(sh, N, it + 1);
-        if (c % 2 == 0) share += narrow_dot_n(N, sh->n[it % NARROW_STAGES]);
         fence_async_proxy();  // Q and n have been read before TMA writes to their places
         narrow_leave(sh, it);
         if (c % 2 == 0) narrow_store_anchor(p, at, share, c);

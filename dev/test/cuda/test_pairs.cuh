@@ -44,24 +44,11 @@ static void virtual_rank(VirtualRank<F> *r, const MlstmCase *c, const MlstmDevic
     }
 }
 
-// Of the whole sequence on the GPU: how far the bias of gates is from the CPU's
-template <typename F>
-static double whole_bias_error(const MlstmCase *c, const MlstmHost *x, int chunk) {
-    MlstmDevice<F> d = mlstm_test_device<F>(c, x, chunk);
-    mlstm_test_run(&d, x);
-    float *got = to_host(d.dbias, x->G);
-    const double error = distance_of(got, x->out[OUT_DBIAS], x->G);
-    free(got);
-    mlstm_test_device_free(&d);
-    return error;
-}
-
 // cuts [ranks + 1]: where the segments begin, and the end. all_pairs: every rank makes pairs, as in a scan; else the
 // first one passes on its final states, and none makes a pair that nobody folds
 template <typename F>
 static void test_pairs_case(const MlstmCase *c, const int *cuts, int ranks, int chunk, bool all_pairs) {
     MlstmHost x = mlstm_test_host<F>(c);
-    const double whole = whole_bias_error<F>(c, &x, chunk);
     for (int r = 0; r < ranks; r++)  // doc_start as each rank sees it
         for (int t = cuts[r]; t < cuts[r + 1]; t++)
             x.doc_start[t] = x.resets[t] ? t - cuts[r] : t > cuts[r] ? x.doc_start[t - 1] : NO_RESET;
@@ -97,12 +84,10 @@ static void test_pairs_case(const MlstmCase *c, const int *cuts, int ranks, int 
                                d.dbias, &all[r].saved, &all[r].scratch, 0);
     }
     printf("%d segments from %d to %d, %s:\n", ranks, cuts[0], cuts[ranks], all_pairs ? "all pairs" : "one way");
-    // The bias of gates is as exact as its terms, whose norm counts where most of the sum cancels: 2.9 times at T 300;
-    // or nearly as exact as that of the whole sequence, where rounding errs one way
+    // The bias of gates is as exact as its terms, whose norm counts where most of the sum cancels: 2.9 times at T 300.
+    // In fp32 as without segments: what rounding makes of <q, dq> and <k, dk> adds up in it (dev/cuda/NOTES.md).
     const double terms = norm_of(x.out[OUT_DGATES], x.rows * x.G), sum = norm_of(x.out[OUT_DBIAS], x.G);
-    const double limit = tolerance<F>(2.6e-6, 1.5e-2) * fmax(1, terms / sum);
-    printf("     dbias of the whole sequence: %.2e\n", whole);
-    mlstm_check_all(c, &x, &d, fmax(limit, fmin(1.5 * whole, tolerance<F>(1e-5, 1e-2))));
+    mlstm_check_all(c, &x, &d, tolerance<F>(1e-5, 1.5e-2 * fmax(1, terms / sum)));
     for (int r = 0; r < ranks; r++) CUDA_CHECK(cudaFree(all[r].memory));
     CUDA_CHECK(cudaFree(pairs));
     mlstm_test_device_free(&d);
