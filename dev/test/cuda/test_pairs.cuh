@@ -85,7 +85,7 @@ static void test_pairs_case(const MlstmCase *c, const int *cuts, int ranks, int 
     }
     printf("%d segments from %d to %d, %s:\n", ranks, cuts[0], cuts[ranks], all_pairs ? "all pairs" : "one way");
     // The bias of gates is as exact as its terms, whose norm counts where most of the sum cancels: 2.9 times at T 300.
-    // In fp32 as without segments: what rounding makes of <q, dq> and <k, dk> adds up in it (dev/cuda/NOTES.md).
+    // In fp32 as without segments: what rounding makes of <q, dq> and <k, dk> adds up in it (doc/results.md).
     const double terms = norm_of(x.out[OUT_DGATES], x.rows * x.G), sum = norm_of(x.out[OUT_DBIAS], x.G);
     mlstm_check_all(c, &x, &d, tolerance<F>(1e-5, 1.5e-2 * fmax(1, terms / sum)));
     for (int r = 0; r < ranks; r++) CUDA_CHECK(cudaFree(all[r].memory));
