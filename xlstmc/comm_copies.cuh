@@ -100,8 +100,8 @@ static int copies_reach(const void *begin, size_t bytes) {
 
 // Every flag goes from 0 to 1 by its rank, and back by the one who waited. Nobody sets it again before: a rank that was
 // waited for may be a meeting ahead, but not two, and no two meetings in a row have the same flags. READY and DONE take
-// turns, as do SENT and SENT_TOO; from one replay of a graph to the next all have agreed on a norm. READY notes that the
-// call has begun, the others that it has ended.
+// turns, as do SENT and SENT_TOO; from one replay of a graph to the next all have agreed on a norm. READY notes that
+// the call has begun, the others that it has ended.
 static void copies_meet(CommGroup group, int meeting, const char *what, cudaStream_t stream) {
     int ranks = comm_group_size(group), me = comm_group_rank(group), n = 0;
     volatile int *note = copies.under_way + group;
