@@ -221,15 +221,17 @@ class Ours:
             def forward(ctx, rows, gates):
                 h = torch.empty_like(ours.x.dh_rows)
                 saved, scratch = (torch.empty_like(y) for y in (ours.saved, ours.scratch))
-                ours.run("mlstm_forward", ours.pointers(rows, gates, h, None, None, None), saved, scratch)
+                problem = ours.problem if any(ctx.needs_input_grad) else ours.inference
+                ours.run("mlstm_forward", ours.pointers(rows, gates, h, None, None, None), saved, scratch, problem)
                 ctx.save_for_backward(rows, gates, h, saved)
                 return h
 
             @staticmethod
             def backward(ctx, dh):
                 rows, gates, h, saved = ctx.saved_tensors
+                dh = dh.contiguous()                                        # lives until the call is queued
                 grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(ours.grad_gates)
-                tensors = ours.pointers(rows, gates, h, dh.contiguous(), grad_rows, grad_gates)
+                tensors = ours.pointers(rows, gates, h, dh, grad_rows, grad_gates)
                 ours.run("mlstm_backward", tensors, saved, torch.empty_like(ours.scratch))
                 return grad_rows, grad_gates
         return Cell.apply, [self.x.rows, self.x.gates]
