@@ -4,8 +4,8 @@
 //
 //   make test-gpu                     builds and runs it, and dev/test/cuda/gpu_runs.sh
 //   build/test_xlstm_cu WORD...       only the tests whose name holds one of the words
-//   build/test_xlstm_cu WORD... small few and small cases of mlstm, slstm and models, for compute-sanitizer, under which
-//                                     they take a hundred times as long: dev/test/cuda/sanitize.sh
+//   build/test_xlstm_cu WORD... small few and small cases of mlstm, slstm and models, for compute-sanitizer, which is a
+//                                     hundred times slower: dev/test/cuda/sanitize.sh
 //
 // The CPU side is train_xlstm.c, compiled as C in dev/test/cuda/oracle_*.c. Prints a line a check with the measured
 // relative L2 error, and "N passed, N failed" last.

@@ -9,8 +9,9 @@
 //   copy    my part into the buffers of the others
 //   done    what I had to write is written
 //
-// A reduce-scatter needs no ready: it has two places for what arrives, which take turns. Whoever copies has heard that
-// the others are done with the call before, so they have summed what the one before that brought.
+// A reduce-scatter needs no ready: it has two places for what arrives, which take turns, as do the flags of its done.
+// Whoever copies has heard that the others are done with the call before, so they have summed what the one before that
+// brought.
 //
 // All of it can be part of a CUDA graph. It works on the "window", the first bytes of the one allocation, which are
 // laid out alike on all ranks: a place in it is the same distance from the window's begin everywhere.

@@ -494,7 +494,7 @@ typedef struct {          // [B, NH, T]
 
 // Of place `at` of [B, NH, T]: 1 / den, and the gradient of sig for each unit of <dh, h>
 __device__ inline float2 mlstm_row_factor(const MlstmShape &s, const float *sig, const float *floor, size_t at) {
-    if (s.sigmoid_gate) return make_float2(1, 0);  // nobody writes sig and floor then
+    if (s.sigmoid_gate) return make_float2(1, 0);  // sig and floor need not have been written
     const float size = fabsf(sig[at]), least = floor[at], inv = 1 / (fmaxf(size, least) + s.eps);
     return make_float2(inv, size > least ? -copysignf(inv, sig[at]) : 0);
 }

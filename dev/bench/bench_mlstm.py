@@ -142,12 +142,12 @@ class Inputs:
         self.dh_rows = self.dh.transpose(1, 2).contiguous()
         self.buffers = {}
 
-    def buffer(self, name, bytes):
+    def buffer(self, name, size):
         """Memory for what the library writes. Its variants take turns in it: the same kernels in other places of the
         memory can take 2 % longer."""
         import torch
         if name not in self.buffers:
-            self.buffers[name] = torch.empty(bytes, dtype=torch.uint8, device=DEVICE)
+            self.buffers[name] = torch.empty(size, dtype=torch.uint8, device=DEVICE)
         return self.buffers[name]
 
 
