@@ -178,6 +178,7 @@ struct Model {
     // Several ranks
     cudaStream_t exchange_stream, gradient_stream;  // of the ranks of a sequence; of gradients and weights
     cudaEvent_t worked, exchanged, reduced;
+    int quiet;                           // 1: steps are long: see quiet_links
     cudaEvent_t *gathered;               // [num_buckets] with own_moments: a bucket's weights are there
     int under_way;                       // 1: m->stream has not waited for the end of the last exchange
     size_t unsent;                       // buckets whose gradients have not left, the first ones
@@ -1077,6 +1078,7 @@ static void send_gradients(Model<F> *m, size_t complete, int made_rounded) {
     send_begins(m);
     if (!made_rounded) round_gradients(m, complete, m->unrounded, m->gradient_stream);
     m->unrounded = complete;
+    if (m->quiet && complete > block_matmul_begin(m, 1)) return;
     while (m->unsent > 0 && (m->unsent - 1) * size >= complete) m->unsent--;
     for (size_t k = before; k-- > m->unsent;) reduce_bucket(m, k);
     if (!m->run.zero) gather_buckets(m, m->unsent, before);
@@ -1642,6 +1644,17 @@ static int update_chunks(const Model<F> *m, UpdateChunk *chunks, int *first_of_b
     return count;
 }
 
+// 1: micro-steps are so long that the links between GPUs of one host are better left asleep (comm_copies.cuh):
+// gradients leave while the first block's are made, and what segments pass on goes through the host, 30 us more a
+// layer. Gradients grow with the parameters, products with parameters times tokens, so tokens decide. XLSTM_QUIET, for
+// tests.
+enum { QUIET_TOKENS = 65536 };
+static int quiet_links(const RunConfig *run) {
+    const char *wanted = getenv("XLSTM_QUIET");
+    int quiet = wanted ? *wanted == '1' : (size_t)run->max_batch * run->max_len >= QUIET_TOKENS;
+    return comm.size > 1 && !comm_any(!quiet, "comparing lengths") && device_copies();
+}
+
 static char cuda_device[200];
 
 template <typename F>
@@ -1703,6 +1716,8 @@ static void model_build(Model<F> *m, const ModelConfig *config, const TensorTabl
     CUDA_CHECK(cudaMemset(m->scale, 0, sizeof(float)));
     CUDA_CHECK(cudaDeviceSynchronize());
     device_share_window(m->window, m->window_bytes, received_bytes(m));
+    m->quiet = quiet_links(run);
+    if (m->quiet && comm.sp_size > 1) copies_start_slots(exchange_bytes(m));
     // Beside copies there is only summing to do, which has time; kernels of NCCL would keep other ranks waiting.
     CUDA_CHECK(cudaStreamCreateWithPriority(&m->gradient_stream, cudaStreamNonBlocking, device_copies() ? low : high));
     m->gathered = (cudaEvent_t *)xcalloc(m->shards.num_buckets, sizeof(cudaEvent_t));

@@ -13,6 +13,10 @@
 // Whoever copies has heard that the others are done with the call before, so they have summed what the one before that
 // brought.
 //
+// Links that are awake take power, 2 % of an H100's products, and they stay awake for more than 10 ms behind each copy
+// (dev/cuda/NOTES.md). In long steps, what is passed on one way therefore goes through the host's memory, and gradients
+// wait for the first block's (quiet_links in train_xlstm.cu).
+//
 // All of it can be part of a CUDA graph. It works on the "window", the first bytes of the one allocation, which are
 // laid out alike on all ranks: a place in it is the same distance from the window's begin everywhere.
 #ifndef XLSTMC_COMM_COPIES_CUH
@@ -20,6 +24,8 @@
 
 #include <assert.h>
 #include <cuda.h>
+#include <fcntl.h>
+#include <sys/mman.h>
 
 #include "comm.h"
 #include "floats.cuh"
@@ -73,7 +79,9 @@ static struct {
     unsigned *flags;  // in the window: [NUM_COMM_GROUPS][NUM_MEETINGS][size], 1: that rank has come
     char *received;   // in the window: [2][size][max_bytes] what a reduce-scatter gets from the others
     size_t max_bytes;
-    int turn;                  // which of the two
+    int turn;     // which of the two
+    char *slots;  // host memory: [size][2 directions][slot_bytes] what each rank passes on; NULL: by links
+    size_t slot_bytes;
     const CommOps *otherwise;  // for what lies outside
     CUstreamBatchMemOpParams *ops;
     volatile int *under_way;      // [NUM_COMM_GROUPS] pinned: the number of the call that has begun, 0: it has ended
@@ -195,8 +203,13 @@ static void copies_reduce_scatter(CommGroup group, const void *src, void *dst, s
     else copies_sum<float>(dst, parts, received, ranks, me, count, on);
 }
 
+static char *copies_slot(CommGroup group, int rank, int direction) {
+    return copies.slots + (2 * (size_t)comm_world_rank(group, rank) + (direction > 0)) * copies.slot_bytes;
+}
+
 // One way: a rank is told by each that gets its part that there is room for it (FREE), and tells it of the copy
-// (THERE).
+// (THERE). Through the host, the part then goes to its slot, from where the others get it: whoever has room for the
+// next one has done so.
 static void copies_expect(CommGroup group, int direction, void *stream) {
     int me = comm_group_rank(group), n = 0;
     unsigned *row = copies_row(group, FREE);
@@ -212,16 +225,20 @@ static void copies_pass_on(CommGroup group, void *all, size_t bytes, int directi
     volatile int *note = copies.under_way + group;
     char *part = (char *)all + (size_t)me * bytes;
     unsigned *row = copies_row(group, FREE);
-    assert(copies_reach(all, (size_t)ranks * bytes));
+    int sends = 0;
+    assert(copies_reach(all, (size_t)ranks * bytes) && (!copies.slots || bytes <= copies.slot_bytes));
     copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, note, (unsigned)copies.number(what));
     for (int r = 0; r < ranks; r++) {
         if (!comm_passes(me, r, direction)) continue;
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WAIT_VALUE_32, row + r, 1);
         copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, row + r, 0);
+        sends++;
     }
     memory_ops(on, copies.ops, n);
+    if (copies.slots && sends)
+        CUDA_CHECK(cudaMemcpyAsync(copies_slot(group, me, direction), part, bytes, cudaMemcpyDeviceToHost, on));
     for (int r = 0; r < ranks; r++)
-        if (comm_passes(me, r, direction))
+        if (!copies.slots && comm_passes(me, r, direction))
             CUDA_CHECK(cudaMemcpyAsync(copies_address(group, r, part), part, bytes, cudaMemcpyDeviceToDevice, on));
     n = 0;
     row = copies_row(group, THERE);
@@ -235,6 +252,10 @@ static void copies_pass_on(CommGroup group, void *all, size_t bytes, int directi
     }
     copies.ops[n++] = memory_op(CU_STREAM_MEM_OP_WRITE_VALUE_32, note, 0);
     memory_ops(on, copies.ops, n);
+    for (int r = 0; r < ranks; r++)
+        if (copies.slots && comm_passes(r, me, direction))
+            CUDA_CHECK(cudaMemcpyAsync((char *)all + (size_t)r * bytes, copies_slot(group, r, direction), bytes,
+                                       cudaMemcpyHostToDevice, on));
 }
 
 static CommOps comm_copies;
@@ -284,6 +305,29 @@ static void copies_start(int wanted, void *memory, size_t bytes, size_t max_byte
     comm_copies.pass_on = copies_pass_on;
     comm_copies.expect = copies_expect;
     comm.data = &comm_copies;
+}
+
+// From now on parts of up to slot_bytes are passed on through memory of the host that all ranks map; if it cannot be
+// had, they go on by links. Called by all ranks.
+static void copies_start_slots(size_t slot_bytes) {
+    const char *what = "sharing memory of the host";
+    char name[64] = "";
+    const size_t slot = (slot_bytes + 4095) / 4096 * 4096, bytes = 2 * (size_t)comm.size * slot;
+    if (comm.rank == 0) format_into(name, sizeof name, "/dev/shm/xlstm-%d-%.0f", (int)getpid(), 1e6 * now_seconds());
+    comm_broadcast(name, sizeof name, what);
+    int file = comm.rank == 0 ? open(name, O_RDWR | O_CREAT | O_EXCL, 0600) : -1;
+    int failed = comm_any(comm.rank == 0 && (file < 0 || posix_fallocate(file, 0, (off_t)bytes) != 0), what);
+    if (!failed && comm.rank > 0) file = open(name, O_RDWR);
+    void *at = failed || file < 0 ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    failed |= at == MAP_FAILED || cudaHostRegister(at, bytes, cudaHostRegisterPortable) != cudaSuccess;
+    failed = comm_any(failed, what);
+    if (comm.rank == 0) unlink(name);
+    if (file >= 0) close(file);
+    if (failed) {
+        cudaGetLastError();  // what is not there is no error
+        return;
+    }
+    copies.slots = (char *)at, copies.slot_bytes = slot;
 }
 
 #endif

@@ -158,7 +158,11 @@ if part share; then
     export XLSTM_COPIES=1
     gradients 3 3 0
     gradients 3 1 1
-    unset XLSTM_COPIES
+    export XLSTM_QUIET=1 # otherwise in long steps only
+    gradients 3 3 1
+    gradients 4 2 0
+    long_gradients 2 2 1
+    unset XLSTM_COPIES XLSTM_QUIET
     export XLSTM_FOLD_BY_GATHER=2 # otherwise with more than 8 ranks only
     gradients 3 3 1
     gradients 4 4 0
@@ -236,6 +240,8 @@ if part nccl; then
     whole_run 2 2 1
     check "the same command twice: the same bytes" diff -r "$(step first_221 20)" "$(step run_221 20)"
     mv run_221 kept_221
+    XLSTM_QUIET=1 whole_run 2 2 1
+    check "what long steps do changes no byte" diff -r "$(step kept_221 20)" "$(step run_221 20)"
     whole_run 2 2 1 --recompute block
     check "recomputation changes no byte" diff -r "$(step kept_221 20)" "$(step run_221 20)"
     checkpoints 2 2
